@@ -1,0 +1,12 @@
+"""axattn: efficient multi-query attention for JAX.
+
+One function computes attention (MHA, GQA, MQA) and never copies a key/value head per query head:
+:func:`dot_product_attention`. Flax layers are in ``axattn.linen`` and ``axattn.nnx``, compilation
+for devices that are not here in ``axattn.aot``; ``import axattn`` itself needs jax and numpy only.
+"""
+
+from axattn.attention import dot_product_attention, explain_implementations
+from axattn.masks import Mask
+from axattn.version import __version__
+
+__all__ = ["Mask", "__version__", "dot_product_attention", "explain_implementations"]

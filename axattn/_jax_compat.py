@@ -1,0 +1,159 @@
+"""Every use of a private, unstable or renamed piece of JAX: the one file to look at when JAX moves.
+
+Checked at jax 0.10.2, 0.11.2 and 0.12.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.extend.random as jex_random
+import jax.numpy as jnp
+from jax import lax
+
+
+def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """First 32-bit word of Threefry-2x32-20 at counter ``(high, low)``; all uint32, broadcast.
+
+    ``jax.random`` gives no access to single counters, and blockwise dropout needs the bits of any
+    block without those of the others.
+    """
+    high, low = jnp.broadcast_arrays(high, low)
+    key0, key1 = (jnp.broadcast_to(word, high.shape) for word in (key[0], key[1]))
+    return jex_random.threefry2x32_p.bind(key0, key1, high, low)[0]
+
+
+def varying_axes(*arrays: jax.Array) -> frozenset:
+    """Manual mesh axes (of an enclosing ``shard_map``) over which any of the arrays varies."""
+    axes: frozenset = frozenset()
+    for array in arrays:
+        manual = getattr(jax.typeof(array), "manual_axis_type", None)
+        axes |= frozenset(getattr(manual, "varying", None) or ())
+    return axes
+
+
+def vary_over(tree, axes: frozenset):
+    """Mark every array of ``tree`` as varying over ``axes``, which loop carries have to agree on."""
+
+    def mark(array):
+        missing = tuple(sorted(axes - varying_axes(array), key=str))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
+# --- ahead-of-time compilation for absent devices (axattn.aot) ---
+
+
+def cpu_device() -> jax.Device:
+    """The first CPU device; RuntimeError where JAX_PLATFORMS leaves the CPU out."""
+    return jax.devices("cpu")[0]
+
+
+def has_tpu() -> bool:
+    """Whether TPU chips are plugged into this machine; initialises nothing."""
+    from jax._src import hardware_utils
+
+    return hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether an NVIDIA GPU is visible on this machine; initialises nothing."""
+    from jax._src import hardware_utils
+
+    return hardware_utils.has_visible_nvidia_gpu()
+
+
+def aot_tpu_device(topology: str, options: dict[str, str]) -> jax.Device:
+    """The first device of a TPU topology such as ``"v5p:1x1x1"``, from libtpu."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices[
+        0
+    ]
+
+
+def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
+    """The first device of a CUDA topology; ``config`` is a GpuTargetConfigProto as text."""
+    from jax.experimental import topologies
+
+    def describe():
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=name, topology=topology, target_config=config
+        )
+
+    try:
+        return describe().devices[0]
+    except NotImplementedError:
+        # JAX looked for plugins before JAX_SKIP_CUDA_CONSTRAINTS_CHECK was set, turned this one
+        # down for want of cuDNN and does not look again: register it by hand.
+        try:
+            from jax_plugins import xla_cuda13 as plugin
+        except ImportError:
+            from jax_plugins import xla_cuda12 as plugin
+        plugin.initialize()
+        return describe().devices[0]
+
+
+def optimized_hlo(compiled: jax.stages.Compiled):
+    """The compiled program as a jaxlib HloModule.
+
+    RuntimeError where this jaxlib cannot read what a newer compiler wrote.
+    """
+    return compiled.runtime_executable().hlo_modules()[0]
+
+
+def hlo_cost_analysis(module) -> dict[str, float] | None:
+    """XLA's platform-independent cost analysis of an HloModule; None without a CPU backend."""
+    from jaxlib import _jax
+
+    try:
+        client = cpu_device().client
+    except RuntimeError:
+        return None
+    return _jax.hlo_module_cost_analysis(client, module)
+
+
+def hlo_module_from_proto(proto: bytes):
+    """An HloModule from a serialized HloModuleProto."""
+    from jaxlib import _hlo
+
+    return _hlo.HloModule.from_serialized_hlo_module_proto(proto)
+
+
+def compiler_cost_analysis(compiled: jax.stages.Compiled) -> dict[str, float] | None:
+    """The compiler's own cost analysis; None where it has none (CUDA)."""
+    try:
+        return compiled.cost_analysis()
+    except (TypeError, NotImplementedError):  # jax 0.10 to 0.12 trip over CUDA's None
+        return None
+
+
+@functools.cache
+def _abstract_device_with_capability() -> type:
+    from jax.sharding import AbstractDevice
+
+    # Mosaic GPU reads `compute_capability` off the device and takes 9.0 where there is none.
+    return dataclasses.make_dataclass(
+        "AbstractGpu", [("compute_capability", str)], bases=(AbstractDevice,), frozen=True
+    )
+
+
+def use_abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
+    """A context in which code that is traced finds itself on a device of that kind."""
+    if capability is None:
+        device = jax.sharding.AbstractDevice(kind, num_cores, platform)
+    else:
+        device = _abstract_device_with_capability()(kind, num_cores, platform, capability)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def einsum_by(dot_general, *, precision=None):
+    """``jnp.einsum`` with another ``dot_general``, as Flax's ``einsum_dot_general`` asks for.
+
+    The argument is an underscored one of ``jnp.einsum``; Flax passes it, too.
+    """
+    return functools.partial(jnp.einsum, precision=precision, _dot_general=dot_general)

@@ -1,0 +1,363 @@
+"""From what a user passes to an :class:`AttentionCall`: checks by name first, then canonical shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from axattn.call import AttentionCall
+from axattn.dropout import dropout_key
+from axattn.masks import Mask, flatten_lead
+
+
+def normalize(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    *,
+    scale: Any,
+    is_causal: bool,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    return_residual: bool,
+    logits_soft_cap: Any,
+    sinks: Any,
+    query_segment_ids: Any,
+    key_value_segment_ids: Any,
+    dropout_rate: Any,
+    dropout_rng: Any,
+    broadcast_dropout: bool,
+    alibi_slopes: Any,
+    q_offset: Any,
+    q_positions: Any,
+    kv_positions: Any,
+    precision: Any,
+) -> tuple[AttentionCall, tuple[int, ...]]:
+    """The call, and its leading dimensions ``(...)`` as the user gave them."""
+    query, key, value = _arrays(query, key, value)
+    lead = query.shape[:-3]
+    q_len, kv_len, heads = query.shape[-3], key.shape[-3], query.shape[-2]
+    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    batch = query.shape[0]
+
+    query, scale = _scale(query, scale)
+    rate, drop_key = _dropout(dropout_rate, dropout_rng)
+    q_positions, kv_positions = _positions(q_offset, q_positions, kv_positions, lead, q_len, kv_len)
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        bias=_bias(bias, lead, heads, q_len, kv_len),
+        mask=_mask(
+            mask,
+            is_causal,
+            query_seq_lengths,
+            key_value_seq_lengths,
+            local_window_size,
+            query_segment_ids,
+            key_value_segment_ids,
+            lead,
+            (batch, heads, q_len, kv_len),
+        ),
+        sinks=_per_head("sinks", sinks, heads),
+        alibi_slopes=_constant(_per_head("alibi_slopes", alibi_slopes, heads)),
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        dropout_key=drop_key,
+        scale=scale,
+        logits_soft_cap=_soft_cap(logits_soft_cap),
+        dropout_rate=rate,
+        broadcast_dropout=_flag("broadcast_dropout", broadcast_dropout),
+        precision=precision,
+        return_residual=_flag("return_residual", return_residual),
+    )
+    return call, lead
+
+
+def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrays = []
+    for name, x, letters in (
+        ("query", query, "[..., T, N, H]"),
+        ("key", key, "[..., S, K, H]"),
+        ("value", value, "[..., S, K, h]"),
+    ):
+        x = _as_array(name, x, letters)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} takes a floating-point array {letters}, got dtype {x.dtype}")
+        if x.ndim < 3:
+            raise ValueError(f"{name} takes {letters}, got shape {x.shape}")
+        for letter, size in zip(letters.strip("[]").split(", ")[1:], x.shape[-3:], strict=True):
+            if size == 0:
+                raise ValueError(f"{name} takes {letters} with {letter} >= 1, got shape {x.shape}")
+        arrays.append(x)
+    query, key, value = arrays
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} takes the dtype of query, {query.dtype}, got {x.dtype}")
+        if x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name} takes the leading (batch) dimensions of query, {query.shape[:-3]}, "
+                f"got shape {x.shape}"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key takes the head size of query, H = {query.shape[-1]}, got shape {key.shape}"
+        )
+    if value.shape[-3:-1] != key.shape[-3:-1]:
+        raise ValueError(
+            f"value takes the length and heads of key, S = {key.shape[-3]} and "
+            f"K = {key.shape[-2]}, got shape {value.shape}"
+        )
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"query takes a multiple of the {key.shape[-2]} key/value heads, "
+            f"got {query.shape[-2]} heads (shape {query.shape})"
+        )
+    if 0 in query.shape:
+        raise ValueError(f"query takes a batch of at least one, got shape {query.shape}")
+    return query, key, value
+
+
+def _as_array(name: str, x: Any, takes: str) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except TypeError as error:
+        raise TypeError(f"{name} takes an array {takes}, got {type(x).__name__}") from error
+
+
+def _scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
+    if scale is None:
+        return query, 1.0 / math.sqrt(query.shape[-1])
+    if isinstance(scale, jax.core.Tracer):
+        # A learned temperature: it goes into the query, where it has a gradient.
+        if scale.ndim:
+            raise ValueError(f"scale takes a scalar, got shape {scale.shape}")
+        return (query.astype(jnp.float32) * scale).astype(query.dtype), 1.0
+    number = _number("scale", scale)
+    if not math.isfinite(number):
+        raise ValueError(f"scale takes a finite number, got {scale!r}")
+    return query, number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name} takes a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} takes a number, got {value!r}") from error
+
+
+def _static_number(name: str, value: Any) -> float:
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} takes a number known while tracing, got a traced array {value}")
+    return _number(name, value)
+
+
+def _soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    number = _static_number("logits_soft_cap", cap)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"logits_soft_cap takes a finite number > 0 or None, got {cap!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} takes True or False, got {value!r}")
+    return bool(value)
+
+
+def _dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:
+    number = _static_number("dropout_rate", rate)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"dropout_rate takes a number in [0, 1), got {rate!r}")
+    if number == 0.0:
+        return 0.0, None
+    if rng is None:
+        raise ValueError(
+            f"dropout_rng takes a JAX random key when dropout_rate is {rate}, got None"
+        )
+    try:
+        return number, dropout_key(rng)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"dropout_rng takes one JAX random key, got {rng!r}") from error
+
+
+def _per_head(name: str, values: Any, heads: int) -> jax.Array | None:
+    if values is None:
+        return None
+    values = _as_array(name, values, "[N]")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floating-point values [N], got dtype {values.dtype}")
+    if values.shape != (heads,):
+        raise ValueError(f"{name} takes [N] = [{heads}], got shape {values.shape}")
+    return values.astype(jnp.float32)
+
+
+def _constant(values: jax.Array | None) -> jax.Array | None:
+    return None if values is None else lax.stop_gradient(values)
+
+
+def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:
+    if bias is None:
+        return None
+    bias = _as_array("bias", bias, "that broadcasts to [..., N, T, S]")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(
+            f"bias takes floating-point values, got dtype {bias.dtype}; a boolean array is a mask"
+        )
+    return _scores_shaped("bias", bias, lead, heads, q_len, kv_len)
+
+
+def _scores_shaped(
+    name: str, array: jax.Array, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int
+) -> jax.Array:
+    if array.ndim < 3:
+        array = array.reshape((1,) * (3 - array.ndim) + array.shape)
+    full = (heads, q_len, kv_len)
+    if any(n not in (1, m) for n, m in zip(array.shape[-3:], full, strict=True)):
+        raise ValueError(
+            f"{name} takes an array that broadcasts to [..., N, T, S] = [..., "
+            f"{heads}, {q_len}, {kv_len}], got shape {array.shape}"
+        )
+    return flatten_lead(name, array, lead, 3, (None, None, None))
+
+
+def _positions(
+    q_offset: Any,
+    q_positions: Any,
+    kv_positions: Any,
+    lead: tuple[int, ...],
+    q_len: int,
+    kv_len: int,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    if q_offset is not None and q_positions is not None:
+        raise ValueError("q_offset and q_positions say the same thing: give one of them, got both")
+    if q_offset is not None:
+        offset = _integers("q_offset", q_offset, "an int or an int array [...]")
+        q_positions = offset[..., None] + jnp.arange(q_len, dtype=jnp.int32)
+    result = []
+    for name, positions, length in (
+        ("q_positions", q_positions, q_len),
+        ("kv_positions", kv_positions, kv_len),
+    ):
+        if positions is not None:
+            positions = _integers(name, positions, f"int [..., {length}]")
+            if positions.ndim < 1:
+                raise ValueError(f"{name} takes int [..., {length}], got shape {positions.shape}")
+            label = "q_offset" if name == "q_positions" and q_offset is not None else name
+            positions = flatten_lead(label, positions, lead, 1, (length,))
+        result.append(positions)
+    return result[0], result[1]
+
+
+def _integers(name: str, values: Any, takes: str) -> jax.Array:
+    values = _as_array(name, values, takes)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} takes {takes}, got dtype {values.dtype}")
+    return values.astype(jnp.int32)
+
+
+def _mask(
+    mask: Any,
+    is_causal: bool,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    query_segment_ids: Any,
+    key_value_segment_ids: Any,
+    lead: tuple[int, ...],
+    shape: tuple[int, int, int, int],
+) -> Mask:
+    _, heads, q_len, kv_len = shape
+    total = Mask()
+    if isinstance(mask, Mask):
+        total = mask
+    elif mask is not None:
+        mask = _as_array("mask", mask, "that broadcasts to [..., N, T, S]")
+        if mask.dtype != jnp.bool_:
+            raise TypeError(
+                f"mask takes a boolean array (True = attend) or an axattn.Mask, got dtype "
+                f"{mask.dtype}; an additive mask is a bias"
+            )
+        total = Mask.dense(_scores_shaped("mask", mask, lead, heads, q_len, kv_len))
+    if _flag("is_causal", is_causal):
+        total = total & Mask.causal()
+    if local_window_size is not None:
+        total = total & Mask.window(*_window(local_window_size))
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        total = total & Mask.lengths(
+            _lengths("query_seq_lengths", query_seq_lengths, lead),
+            _lengths("key_value_seq_lengths", key_value_seq_lengths, lead),
+        )
+    if query_segment_ids is not None or key_value_segment_ids is not None:
+        total = total & _segments(query_segment_ids, key_value_segment_ids, q_len, kv_len)
+    # A [T, S] mask inside Mask.dense has no lead; only the head dimension is left to check.
+    total = total.normalized(lead, q_len, kv_len)
+    for part in total.parts:
+        array = getattr(part, "array", None)
+        if array is not None and array.shape[1] not in (1, heads):
+            raise ValueError(
+                f"mask takes an array that broadcasts to [..., N, T, S] = [..., {heads}, {q_len}, "
+                f"{kv_len}], got shape {array.shape}"
+            )
+    return total
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    pair = (window, window) if not isinstance(window, (tuple, list)) else tuple(window)
+    sides = [side for side in pair if side is not None]
+    if len(pair) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, (int, np.integer)) or side < 0
+        for side in sides
+    ):
+        error = TypeError if any(isinstance(s, (float, str, bool)) for s in sides) else ValueError
+        raise error(
+            "local_window_size takes an int >= 0 or a pair (left, right) of them (None: no bound "
+            f"on that side), got {window!r}"
+        )
+    return pair
+
+
+def _lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
+    if lengths is None:
+        return None
+    lengths = _integers(name, lengths, "int32 lengths, one per batch row")
+    if lengths.ndim == 0:
+        return lengths
+    if lengths.shape != lead and lengths.size != 1:
+        raise ValueError(
+            f"{name} takes one length per batch row, shape {lead}, got shape {lengths.shape}"
+        )
+    return lengths
+
+
+def _segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
+    if q_ids is None:
+        raise ValueError("query_segment_ids takes int [..., T] when key_value_segment_ids is given")
+    q_ids = _integers("query_segment_ids", q_ids, f"int [..., {q_len}]")
+    if kv_ids is None:
+        if q_len != kv_len:
+            raise ValueError(
+                f"key_value_segment_ids takes int [..., {kv_len}] when T = {q_len} differs from "
+                f"S = {kv_len}, got None"
+            )
+        kv_ids = q_ids
+    kv_ids = _integers("key_value_segment_ids", kv_ids, f"int [..., {kv_len}]")
+    for name, ids, length in (
+        ("query_segment_ids", q_ids, q_len),
+        ("key_value_segment_ids", kv_ids, kv_len),
+    ):
+        if ids.ndim < 1 or ids.shape[-1] != length:
+            raise ValueError(f"{name} takes int [..., {length}], got shape {ids.shape}")
+    return Mask.segments(q_ids, kv_ids)

@@ -1,0 +1,175 @@
+"""The one door: :func:`dot_product_attention`, and what it would do, :func:`explain_implementations`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from axattn._typing import Array, ArrayLike
+from axattn.arguments import normalize
+from axattn.call import AttentionCall
+from axattn.implementations import registry
+from axattn.masks import Mask
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
+    alibi_slopes: ArrayLike | None = None,
+    q_offset: int | ArrayLike | None = None,
+    q_positions: ArrayLike | None = None,
+    kv_positions: ArrayLike | None = None,
+    precision: Any = None,
+) -> Array | tuple[Array, Array]:
+    r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
+
+    Computes, per query head n with its key/value head n // G,
+
+        softmax(soft_cap(scale * q k^T) + bias + alibi, masked) v
+
+    with the softmax and its sums in float32. It takes what ``jax.nn.dot_product_attention`` takes,
+    with the same meanings and defaults, and more, keyword-only. K and V are never copied per query
+    head, forward or backward. Differentiable in query, key, value, bias and sinks, and in the LSE;
+    forward mode (``jax.jvp``) needs ``implementation="xla"``.
+
+    Letters: B batch, T query length, S key/value length, N query heads, K key/value heads,
+    G = N // K, H key head size, h value head size; ``...`` any number of batch dimensions.
+
+    Args:
+      query: ``[..., T, N, H]``, floating point.
+      key: ``[..., S, K, H]``, the same dtype; N must be a multiple of K (K = N is MHA
+        https://arxiv.org/abs/1706.03762, K = 1 is MQA https://arxiv.org/abs/1911.02150, between
+        them GQA https://arxiv.org/abs/2305.13245).
+      value: ``[..., S, K, h]``; h may differ from H.
+      bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
+      mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an
+        :class:`axattn.Mask`, whose structure lets implementations skip blocks.
+      scale: factor on the dot products; 1 / sqrt(H) by default. A traced scalar has a gradient.
+      is_causal: key position <= query position; top-left aligned (see ``q_offset``).
+      query_seq_lengths, key_value_seq_lengths: int, one per batch row: the leading slots that are
+        real. Query rows behind the length give zeros; key/value slots behind it may hold NaN.
+      local_window_size: (left, right), inclusive, or one int for both; None on a side is no bound.
+        The token itself is always inside; (L, 0) never sees the future.
+      implementation: None picks by platform and shape; a name is strict; a sequence of names is an
+        order of preference. See :func:`explain_implementations`.
+      return_residual: also return the log-sum-exp of the scores.
+      logits_soft_cap: cap * tanh(scores / cap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
+      sinks: ``[N]`` floating point, one extra logit per head in the softmax's denominator
+        (https://arxiv.org/abs/2309.17453; learned, as in gpt-oss). It counts in the LSE.
+      query_segment_ids, key_value_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend
+        within their own segment (packing). The keys' default to the queries' when T == S.
+      dropout_rate, dropout_rng: drop that share of the softmax weights, in [0, 1), with this JAX
+        key. The pattern depends on the key and the indices alone, not on the implementation.
+      broadcast_dropout: one ``[T, S]`` pattern for all batch rows and heads (Flax's default).
+      alibi_slopes: ``[N]``: adds -slope * abs(query position - key position)
+        (https://arxiv.org/abs/2108.12409). Taken as constants: no gradient.
+      q_offset: int, or int with the batch dimensions: position of the first query. It moves causal
+        masks, windows, prefixes and ALiBi.
+      q_positions, kv_positions: int ``[T]`` or ``[..., T]`` (``[S]``, ``[..., S]``): positions of
+        all tokens, instead of ``q_offset`` and of 0, 1, 2...
+      precision: ``jax.lax.Precision`` or its names, for the matrix products.
+
+    Returns:
+      Output ``[..., T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE
+      ``[..., T, N]``, float32, natural log. A row with nothing to attend to gives zeros (LSE
+      -inf, or the sink) and zero gradients.
+
+    Raises:
+      ValueError, TypeError: an argument that cannot be, with its name, what it got and what it
+        takes.
+      NotImplementedError: the named implementation cannot take the call; the message says why.
+    """
+    arguments = dict(locals())
+    implementation = arguments.pop("implementation")
+    call, lead = normalize(**arguments)
+    plan = registry.plan(call, implementation)
+    out, lse = _attend(call, plan=plan)
+    out = out.reshape(*lead, *out.shape[1:])
+    return (out, lse.reshape(*lead, *lse.shape[1:])) if return_residual else out
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _attend(call: AttentionCall, plan: registry.Plan) -> tuple[Array, Array | None]:
+    # Compiled as one unit also when called eagerly: op by op, its loops would compile every time.
+    return registry.attend(call, plan)
+
+
+class Explanation(dict):
+    """Name of every implementation -> None where it takes the call, else the reason why not.
+
+    ``by_platform`` maps each platform to the implementation that the call would take there;
+    ``chosen`` is the one for this process's default backend.
+    """
+
+    by_platform: dict[str, str]
+
+    @property
+    def chosen(self) -> str:
+        return self.by_platform[_default_platform()]
+
+    def __str__(self) -> str:
+        taken = {}
+        for platform, name in self.by_platform.items():
+            taken.setdefault(name, []).append(platform)
+        lines = []
+        for name, reason in self.items():
+            chosen = f"; None takes it on {', '.join(taken[name])}" if name in taken else ""
+            lines.append(f"{name:12} {'supported' if reason is None else reason}{chosen}")
+        return "\n".join(lines)
+
+
+def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
+    """Which implementations take a call, why the others do not, and which one ``None`` would take.
+
+    Takes the arguments of :func:`dot_product_attention`; nothing is computed.
+
+    >>> import axattn, jax.numpy as jnp
+    >>> q, kv = jnp.ones((1, 8, 4, 64)), jnp.ones((1, 8, 2, 64))
+    >>> why = axattn.explain_implementations(q, kv, kv, is_causal=True)
+    >>> why["xla"] is None, why["cudnn"]
+    (True, 'needs float16 or bfloat16, got float32')
+    >>> why.chosen
+    'xla'
+    """
+    call = _call_of(*args, **kwargs)
+    explanation = Explanation(registry.refusals(call))
+    explanation.by_platform = dict(registry.plan(call, None))
+    return explanation
+
+
+def _call_of(*args: Any, **kwargs: Any) -> AttentionCall:
+    import inspect
+
+    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    registry.check_names(arguments.pop("implementation"))
+    return normalize(**arguments)[0]
+
+
+def _default_platform() -> str:
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"

@@ -1,0 +1,141 @@
+"""The one value that holds an attention call, from the door to the implementations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn.masks import Layout, Mask, Span, positions_or_default
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "query",
+        "key",
+        "value",
+        "bias",
+        "mask",
+        "sinks",
+        "alibi_slopes",
+        "q_positions",
+        "kv_positions",
+        "dropout_key",
+        "first_row",
+    ),
+    meta_fields=(
+        "scale",
+        "logits_soft_cap",
+        "dropout_rate",
+        "broadcast_dropout",
+        "precision",
+        "return_residual",
+    ),
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """A validated call in canonical shapes; a pytree, so that it passes through jit, vmap and VJPs.
+
+    Letters as everywhere: B batch, T query length, S key/value length, N query heads, K key/value
+    heads, G = N // K, H key head size, h value head size.
+    """
+
+    query: jax.Array  # [B, T, N, H]
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array  # [B, S, K, h]
+    bias: jax.Array | None = None  # [B or 1, N or 1, T or 1, S or 1]
+    mask: Mask = Mask()  # normalized
+    sinks: jax.Array | None = None  # float32 [N]
+    alibi_slopes: jax.Array | None = None  # float32 [N]
+    q_positions: jax.Array | None = None  # int32 [B or 1, T]
+    kv_positions: jax.Array | None = None  # int32 [B or 1, S]
+    dropout_key: jax.Array | None = None  # uint32 [2]
+    # Which batch row of the whole call row 0 is: dropout bits belong to rows, not to slices.
+    first_row: Any = 0
+    scale: float = 1.0
+    logits_soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
+    precision: Any = None
+    return_residual: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_len(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head, G."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.value.shape[3]
+
+    @property
+    def accumulator_dtype(self) -> Any:
+        """float32 for every input; float64 only for float64 inputs."""
+        return jnp.promote_types(self.query.dtype, jnp.float32)
+
+    def spans(self) -> tuple[Span, Span]:
+        """All query slots and all key slots, with their positions."""
+        layout = self.layout(self.q_len, self.kv_len)
+        return (
+            Span(0, self.q_len, layout.q_positions),
+            Span(0, self.kv_len, layout.kv_positions),
+        )
+
+    def layout(self, block_q: int, block_kv: int) -> Layout:
+        return Layout(
+            self.q_len,
+            self.kv_len,
+            block_q,
+            block_kv,
+            positions_or_default(self.q_positions, self.q_len),
+            positions_or_default(self.kv_positions, self.kv_len),
+        )
+
+    def row(self, b: int | jax.Array) -> AttentionCall:
+        """Batch row ``b`` as a call with a batch of one."""
+
+        def take(array):
+            if array is None or array.shape[0] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, b, 1, 0)
+
+        return dataclasses.replace(
+            self,
+            query=take(self.query),
+            key=take(self.key),
+            value=take(self.value),
+            bias=take(self.bias),
+            mask=self.mask.row(b),
+            q_positions=take(self.q_positions),
+            kv_positions=take(self.kv_positions),
+            first_row=self.first_row + b,
+        )

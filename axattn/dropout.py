@@ -1,0 +1,37 @@
+"""Attention dropout whose bits belong to (batch, head, query, key), not to a block or a call.
+
+Each score has its own counter in a counter-based generator, Threefry-2x32-20 (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). Any tile can be drawn alone, in any order,
+again in the backward pass, and every implementation draws the same pattern for the same key.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from axattn._jax_compat import threefry_2x32
+from axattn.call import AttentionCall
+from axattn.masks import Span
+
+
+def dropout_key(rng: jax.Array) -> jax.Array:
+    """Any JAX key (typed or raw, any generator) as the uint32 ``[2]`` key of the counters."""
+    return jax.random.bits(rng, (2,), jnp.uint32)
+
+
+def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
+    """Scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
+    if call.broadcast_dropout:
+        rows = q.slots.astype(jnp.uint32)[None, None, None, :]
+    else:
+        batch = jnp.arange(call.batch, dtype=jnp.uint32) + jnp.asarray(call.first_row, jnp.uint32)
+        heads = jnp.arange(call.num_heads, dtype=jnp.uint32)
+        rows = batch[:, None] * jnp.uint32(call.num_heads) + heads[None, :]
+        rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
+        rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)
+    columns = kv.slots.astype(jnp.uint32)
+    bits = threefry_2x32(call.dropout_key, rows[..., None], columns)
+    # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
+    threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
+    return bits >= jnp.uint32(threshold)

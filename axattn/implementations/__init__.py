@@ -1,0 +1,1 @@
+"""The implementations behind :func:`axattn.dot_product_attention`, one file per backend."""

@@ -1,0 +1,71 @@
+"""How the chunked path cuts a call: block sizes, and which blocks of a row are visited."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from axattn.call import AttentionCall
+from axattn.masks import EMPTY, FULL
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Block sizes (slots), whether batch rows are done one at a time, and the form of the products."""
+
+    q: int
+    kv: int
+    by_row: bool
+    folded: bool
+
+
+def choose(call: AttentionCall, platform: str) -> Blocks:
+    """Block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
+    cpu = platform == "cpu"
+    rows = call.q_len * call.num_heads
+    folded = call.num_kv_heads > 1 and rows <= 64 and platform != "tpu"
+    # CPU, measured: a matrix product wants about 1024 rows (the group packed with the queries), and
+    # its tile of scores should stay in the cache.
+    q = 1024 // call.group if cpu else 512
+    q = min(call.q_len, max(32, q))
+    kv = 512 if cpu else 1024
+    # Rows whose masks differ would all visit the union of their blocks; done one at a time, each
+    # visits its own. Too few query rows make poor products, so decode steps stay together.
+    by_row = call.batch > 1 and q * call.group >= 128 and (cpu or call.mask.varies_by_row)
+    if not cpu:
+        # Accelerators have the room; the tile of scores is bounded to keep memory O(T + S).
+        batch = 1 if by_row else call.batch
+        while q > 64 and 4 * batch * call.num_heads * q * kv > 2**25:
+            q //= 2
+        while kv > 128 and 4 * batch * call.num_heads * q * kv > 2**25:
+            kv //= 2
+    return Blocks(q, min(call.kv_len, kv), by_row, folded)
+
+
+class Visits(NamedTuple):
+    """The key/value blocks of one query block: indices in order, and how many of them count."""
+
+    order: jax.Array  # int32 [num_kv]
+    count: jax.Array  # int32
+
+
+def visits(row: jax.Array, num_kv: int, full_last: bool) -> tuple[Visits, Visits]:
+    """Full and partial blocks from a row of block states ``[B or 1, num_kv]``.
+
+    A block is full when it is full in every batch row, and visited when it is not empty in all.
+    ``full_last``: whether the last block has all its slots; else it is partial at best.
+    """
+    full = (row == FULL).all(0)
+    some = (row != EMPTY).any(0)
+    if not full_last:
+        full &= jnp.arange(num_kv) < num_kv - 1
+    partial = some & ~full
+    return _in_order(full), _in_order(partial)
+
+
+def _in_order(chosen: jax.Array) -> Visits:
+    # A stable sort puts the chosen blocks first, in their own order.
+    return Visits(jnp.argsort(~chosen, stable=True).astype(jnp.int32), chosen.sum(dtype=jnp.int32))

@@ -1,0 +1,228 @@
+"""Backward pass of ``"xla_chunked"``: one sweep that recomputes the weights from the LSE.
+
+Dao, arXiv 2307.08691, algorithm 2, with query blocks outside: dQ is finished block by block, dK and
+dV are float32 accumulators of the size of K and V. The group is summed inside the products: nothing
+of the size of N heads of keys exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._jax_compat import vary_over, varying_axes
+from axattn.call import AttentionCall
+from axattn.dropout import keep_tile
+from axattn.implementations.blocks import Blocks, visits
+from axattn.implementations.chunked_forward import heads_together, write_rows
+from axattn.implementations.products import Grouped
+from axattn.implementations.tiles import Cut
+from axattn.masks import Span
+
+
+class Gradients(NamedTuple):
+    """Gradients of the differentiable inputs; None where the call has no such input."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    sinks: jax.Array | None
+
+
+class _Given(NamedTuple):
+    """What the forward pass and the caller gave, per query row: ``[B, T, N, ...]``."""
+
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array  # rowsum(dout * out) - dlse
+
+
+def backward(
+    call: AttentionCall,
+    blocks: Blocks,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Gradients:
+    dtype = call.accumulator_dtype
+    delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
+    lse = lse.astype(dtype)
+    dsinks = None
+    if call.sinks is not None:
+        share = jnp.exp(call.sinks.astype(dtype) - lse)
+        dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
+    # Rows with nothing to attend to: any finite shift leaves their weights at exp(-inf) = 0.
+    given = _Given(dout, jnp.where(lse == -jnp.inf, 0.0, lse), delta)
+    dbias = None if call.bias is None else jnp.zeros(call.bias.shape, dtype)
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    dbias = vary_over(dbias, axes)
+
+    if blocks.by_row:
+        dquery, dkey, dvalue, dbias = _by_row(call, blocks, given, dbias)
+    else:
+        dquery, dkey, dvalue, dbias = _backward(call, blocks, given, dbias)
+    return Gradients(
+        dquery,
+        dkey.astype(call.key.dtype),
+        dvalue.astype(call.value.dtype),
+        None if dbias is None else dbias.astype(call.bias.dtype),
+        dsinks,
+    )
+
+
+def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, dbias):
+    """Batch rows one at a time; a bias that they share is summed on the way."""
+    own_bias = dbias is not None and dbias.shape[0] > 1
+    row_shape = None if dbias is None else dbias[:1]
+
+    def step(shared, b):
+        row_given = _Given(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
+        start = jnp.zeros_like(row_shape) if own_bias else shared
+        dquery, dkey, dvalue, dbias = _backward(call.row(b), blocks, row_given, start)
+        grads = (dquery[0], dkey[0].astype(call.key.dtype), dvalue[0].astype(call.value.dtype))
+        return (None, (*grads, dbias[0])) if own_bias else (dbias, (*grads, None))
+
+    shared, (dquery, dkey, dvalue, rows) = lax.scan(
+        step, None if own_bias else dbias, jnp.arange(call.batch)
+    )
+    return dquery, dkey, dvalue, rows if own_bias else shared
+
+
+def _backward(call: AttentionCall, blocks: Blocks, given: _Given, dbias):
+    cut = Cut.of(call, blocks)
+    block_row = call.mask.block_rows(cut.layout)
+    dtype = call.accumulator_dtype
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    heads_first = (call.batch, call.num_kv_heads, call.kv_len)
+    dquery = jnp.zeros_like(call.query)
+    dkey = jnp.zeros((*heads_first, call.head_dim), dtype)
+    dvalue = jnp.zeros((*heads_first, call.value_head_dim), dtype)
+
+    def query_block(i, carry):
+        dquery, sums = carry
+        q = cut.q_span(i)
+        dquery_rows, sums = _over_keys(cut, i, q, block_row(i), given, sums, axes)
+        dquery_rows = heads_together(dquery_rows).astype(dquery.dtype)
+        return write_rows(cut, i, q, dquery, dquery_rows), sums
+
+    carry = vary_over((dquery, (dkey, dvalue, dbias)), axes)
+    if cut.layout.num_q == 1:
+        dquery, (dkey, dvalue, dbias) = query_block(0, carry)
+    else:
+        dquery, (dkey, dvalue, dbias) = lax.fori_loop(0, cut.layout.num_q, query_block, carry)
+    return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), dbias
+
+
+def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
+    call = cut.call
+    tile = _QueryTile.of(cut, i, q, given)
+    dquery = jnp.zeros(
+        (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
+    )
+    carry = (vary_over(dquery, axes), sums)
+    if cut.layout.num_kv == 1:
+        return _step(cut, tile, 0, carry, partial=True)
+    # The shared rows of a tail block are masked out, so such a block has no full tiles.
+    row = jnp.minimum(row, 1) if cut.q_has_tail else row
+    for chosen, partial in zip(
+        visits(row, cut.layout.num_kv, not cut.kv_has_tail), (False, True), strict=True
+    ):
+        if not partial and cut.q_has_tail:
+            continue
+        carry = lax.fori_loop(
+            0,
+            chosen.count,
+            lambda n, carry, chosen=chosen, partial=partial: _step(
+                cut, tile, chosen.order[n], carry, partial=partial
+            ),
+            carry,
+        )
+    return carry
+
+
+class _QueryTile(NamedTuple):
+    """A query block and what was given for it, heads apart."""
+
+    i: int | jax.Array
+    q: Span
+    query: Grouped
+    dout: Grouped
+    lse: jax.Array  # [B, K, G, q, 1]
+    delta: jax.Array
+
+    @classmethod
+    def of(cls, cut: Cut, i, q: Span, given: _Given) -> _QueryTile:
+        call = cut.call
+        options = (call.num_kv_heads, call.precision, call.accumulator_dtype)
+
+        def per_row(array):
+            rows = cut.query_rows(array, q)
+            rows = rows.reshape(*rows.shape[:2], call.num_kv_heads, call.group)
+            return rows.transpose(0, 2, 3, 1)[..., None]
+
+        return cls(
+            i,
+            q,
+            Grouped(cut.query_rows(call.query, q, clean=True), *options),
+            Grouped(cut.query_rows(given.dout, q, clean=True), *options),
+            per_row(given.lse),
+            per_row(given.delta),
+        )
+
+
+def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
+    call, kv = cut.call, cut.kv_span(j)
+    dquery, (dkey, dvalue, dbias) = carry
+    key = cut.kv_rows(call.key, kv, clean=partial)
+    value = cut.kv_rows(call.value, kv, clean=partial)
+
+    scores, capped = cut.scores(tile.query.scores(key), tile.q, kv)
+    weights = jnp.exp(scores - tile.lse)
+    dweights = tile.dout.scores(value)
+    if call.dropout_key is not None:
+        kept = keep_tile(call, tile.q, kv) / (1.0 - call.dropout_rate)
+        dropped, dweights = weights * kept, dweights * kept
+    else:
+        dropped = weights
+    dscores = weights * (dweights - tile.delta)
+    if partial:
+        allowed = cut.allowed(tile.i, j, tile.q, kv, fresh_rows=True)
+        if allowed is not None:
+            dscores = jnp.where(allowed, dscores, 0.0)
+            dropped = jnp.where(allowed, dropped, 0.0)
+
+    if dbias is not None:
+        dbias = _add_bias_tile(call, dbias, dscores, tile.q, kv)
+    if call.logits_soft_cap is not None:
+        dscores = dscores * (1.0 - jnp.square(capped / call.logits_soft_cap))
+    dscores = (dscores * call.scale).astype(key.dtype)
+
+    dquery = dquery + tile.query.outputs(dscores, key)
+    dkey = _add_rows(dkey, tile.query.pulled(dscores), kv)
+    dvalue = _add_rows(dvalue, tile.dout.pulled(dropped.astype(value.dtype)), kv)
+    return dquery, (dkey, dvalue, dbias)
+
+
+def _add_rows(total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
+    """Add ``rows [B, K, s, size]`` to slots ``kv`` of ``total [B, K, S, size]``."""
+    rows = rows + lax.dynamic_slice_in_dim(total, kv.start, kv.size, 2)
+    return lax.dynamic_update_slice_in_dim(total, rows, kv.start, 2)
+
+
+def _add_bias_tile(
+    call: AttentionCall, total: jax.Array, dscores: jax.Array, q: Span, kv: Span
+) -> jax.Array:
+    """Add the tile's gradient to ``total``, shaped as the bias, summed where the bias broadcasts."""
+    batch, kv_heads, group, rows, columns = dscores.shape
+    tile = dscores.reshape(batch, kv_heads * group, rows, columns)
+    summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
+    tile = tile.sum(summed, keepdims=True)
+    start = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
+    return lax.dynamic_update_slice(
+        total, tile + lax.dynamic_slice(total, start, tile.shape), start
+    )

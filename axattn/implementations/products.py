@@ -1,0 +1,85 @@
+"""The two matrix products of attention over tiles, with key/value heads read as they are stored.
+
+Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; scores and weights
+``[B, K, G, t, s]``; outputs ``[B, K, G, t, h]``. Two forms give the same numbers:
+
+* ``grouped``: a batched product over (B, K), the group packed into the rows with the queries.
+* ``folded``: one product over K * H with each row zero outside its own key/value head. Batched
+  products want each head's keys contiguous, and XLA on CPU and GPU copies a BSKH cache to get that;
+  this form reads the cache as it lies. K times the FLOPs, which for a few rows hide behind the
+  reads. A NaN or infinity in one key/value head reaches the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Products(Protocol):
+    """Both products for one query tile."""
+
+    def scores(self, key: jax.Array) -> jax.Array: ...
+
+    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array: ...
+
+
+class Grouped:
+    def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):
+        batch, self.rows, heads, size = query.shape
+        self.group = heads // num_kv_heads
+        self.query = (
+            query.reshape(batch, self.rows, num_kv_heads, self.group, size)
+            .transpose(0, 2, 3, 1, 4)
+            .reshape(batch, num_kv_heads, self.group * self.rows, size)
+        )
+        self.options = {"precision": precision, "preferred_element_type": dtype}
+
+    def scores(self, key: jax.Array) -> jax.Array:
+        dots = jnp.einsum("bkrh,bskh->bkrs", self.query, key, **self.options)
+        return dots.reshape(*dots.shape[:2], self.group, self.rows, dots.shape[-1])
+
+    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        out = jnp.einsum("bkrs,bskh->bkrh", self._rows(weights), value, **self.options)
+        return out.reshape(*weights.shape[:-1], value.shape[-1])
+
+    def pulled(self, weights: jax.Array) -> jax.Array:
+        """Weights transposed times this query tile, summed over the group: ``[B, K, s, H]``."""
+        return jnp.einsum("bkrs,bkrh->bksh", self._rows(weights), self.query, **self.options)
+
+    def _rows(self, weights: jax.Array) -> jax.Array:
+        batch, kv_heads, group, rows, columns = weights.shape
+        return weights.reshape(batch, kv_heads, group * rows, columns)
+
+
+class Folded:
+    def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):
+        batch, rows, heads, size = query.shape
+        group = heads // num_kv_heads
+        self.tile = (batch, num_kv_heads, group, rows)
+        query = query.reshape(batch, rows, num_kv_heads, group, size).transpose(0, 2, 3, 1, 4)
+        query = query.reshape(batch, num_kv_heads, group * rows, 1, size)
+        own = jnp.eye(num_kv_heads, dtype=bool).reshape(1, num_kv_heads, 1, num_kv_heads, 1)
+        query = jnp.where(own, query, jnp.zeros((), query.dtype))
+        self.query = query.reshape(batch, heads * rows, num_kv_heads * size)
+        self.options = {"precision": precision, "preferred_element_type": dtype}
+
+    def scores(self, key: jax.Array) -> jax.Array:
+        key = key.reshape(*key.shape[:2], -1)
+        dots = jnp.einsum("brc,bsc->brs", self.query, key, **self.options)
+        return dots.reshape(*self.tile, dots.shape[-1])
+
+    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        batch, kv_heads, group, rows = self.tile
+        size = value.shape[-1]
+        out = jnp.einsum(
+            "brs,bsc->brc",
+            weights.reshape(batch, kv_heads * group * rows, -1),
+            value.reshape(*value.shape[:2], -1),
+            **self.options,
+        )
+        out = out.reshape(batch, kv_heads, group * rows, kv_heads, size)
+        out = jnp.stack([out[:, k, :, k] for k in range(kv_heads)], axis=1)
+        return out.reshape(batch, kv_heads, group, rows, size)

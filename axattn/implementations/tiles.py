@@ -1,0 +1,83 @@
+"""One (query block, key/value block) pair of the chunked path: its slices and its scores.
+
+No array is padded to whole blocks: the last block starts early enough to end at the end, and the
+slots that it shares with the block before are masked out (``fresh`` says which are its own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn.call import AttentionCall
+from axattn.implementations.blocks import Blocks
+from axattn.implementations.scores import bias_tile, capped_tile, mask_tile, zero_unused
+from axattn.masks import Layout, Span
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A call together with how it is cut."""
+
+    call: AttentionCall
+    blocks: Blocks
+    layout: Layout
+
+    @classmethod
+    def of(cls, call: AttentionCall, blocks: Blocks) -> Cut:
+        return cls(call, blocks, call.layout(blocks.q, blocks.kv))
+
+    @property
+    def q_has_tail(self) -> bool:
+        return self.call.q_len % self.blocks.q != 0
+
+    @property
+    def kv_has_tail(self) -> bool:
+        return self.call.kv_len % self.blocks.kv != 0
+
+    def q_span(self, i: int | jax.Array) -> Span:
+        return _span(i, self.blocks.q, self.call.q_len, self.layout.q_positions)
+
+    def kv_span(self, j: int | jax.Array) -> Span:
+        return _span(j, self.blocks.kv, self.call.kv_len, self.layout.kv_positions)
+
+    def fresh_q(self, i: int | jax.Array, q: Span) -> jax.Array:
+        """Rows ``[q]`` of block ``i`` that belong to no earlier block."""
+        return q.slots >= i * self.blocks.q
+
+    def query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
+        """Slots ``q`` of an array ``[B, T, N, ...]``; ``clean`` zeroes the slots behind the length."""
+        rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
+        return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
+
+    def kv_rows(self, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+        """Slots ``kv`` of the keys or values; ``clean`` zeroes the slots behind the length."""
+        rows = lax.dynamic_slice_in_dim(array, kv.start, kv.size, 1)
+        return zero_unused(rows, kv.slots, self.call.mask.kv_lengths()) if clean else rows
+
+    def allowed(
+        self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool
+    ) -> jax.Array | None:
+        """Mask of a partial block, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
+        ok = mask_tile(self.call, q, kv)
+        if self.kv_has_tail:
+            fresh = kv.slots >= j * self.blocks.kv
+            ok = fresh if ok is None else ok & fresh
+        if fresh_rows and self.q_has_tail:
+            fresh = self.fresh_q(i, q)[:, None]
+            ok = fresh if ok is None else ok & fresh
+        return ok
+
+    def scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
+        """Scores before the mask, and the capped products among them (for the cap's derivative)."""
+        capped = capped_tile(self.call, dots)
+        bias = bias_tile(self.call, q, kv)
+        return (capped if bias is None else capped + bias), capped
+
+
+def _span(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
+    start = jnp.minimum(block * size, length - size)
+    return Span(start, size, lax.dynamic_slice_in_dim(positions, start, size, 1))

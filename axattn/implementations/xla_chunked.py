@@ -1,0 +1,77 @@
+"""``"xla_chunked"``: flash attention in plain XLA, O(T + S) memory, empty blocks never computed.
+
+The forward and backward passes are in ``chunked_forward`` and ``chunked_backward``; here they are
+joined into one differentiable function. The derivative is a custom VJP, so forward mode
+(``jax.jvp``) raises JAX's error for custom VJPs: use ``"xla"`` for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+
+from axattn._jax_compat import vary_over, varying_axes
+from axattn.call import AttentionCall
+from axattn.implementations import blocks
+from axattn.implementations.chunked_backward import Gradients, backward
+from axattn.implementations.chunked_forward import forward
+
+
+def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
+    # Inside shard_map all inputs of the custom VJP must vary alike: marking them here, outside,
+    # lets JAX sum the gradients of those that are shared.
+    call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+    inputs = Gradients(call.query, call.key, call.value, call.bias, call.sinks)
+    return _flash(inputs, _without_inputs(call))
+
+
+@jax.custom_vjp
+def _flash(inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    return _per_platform(forward, _with_inputs(rest, inputs))
+
+
+def _flash_forward(inputs: Gradients, rest: AttentionCall):
+    out, lse = _flash(inputs, rest)
+    return (out, lse), (inputs, rest, out, lse)
+
+
+def _flash_backward(residuals, cotangents):
+    inputs, rest, out, lse = residuals
+    grads = _per_platform(backward, _with_inputs(rest, inputs), out, lse, *cotangents)
+    return grads, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _per_platform(function, call: AttentionCall, *arrays: jax.Array):
+    """``function(call, blocks, *arrays)`` with the block sizes of the platform it is lowered for."""
+    sizes = {platform: blocks.choose(call, platform) for platform in ("cpu", "tpu", "cuda")}
+    if len(set(sizes.values())) == 1:
+        return function(call, sizes["cpu"], *arrays)
+    by_platform = {
+        platform: functools.partial(_reordered, function, chosen)
+        for platform, chosen in sizes.items()
+    }
+    return lax.platform_dependent(
+        call, *arrays, cpu=by_platform["cpu"], tpu=by_platform["tpu"], default=by_platform["cuda"]
+    )
+
+
+def _reordered(function, chosen: blocks.Blocks, call: AttentionCall, *arrays: jax.Array):
+    return function(call, chosen, *arrays)
+
+
+_INPUTS = Gradients._fields
+
+
+def _without_inputs(call: AttentionCall) -> AttentionCall:
+    return dataclasses.replace(call, **dict.fromkeys(_INPUTS))
+
+
+def _with_inputs(rest: AttentionCall, inputs: Gradients) -> AttentionCall:
+    return dataclasses.replace(rest, **inputs._asdict())
