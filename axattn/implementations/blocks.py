@@ -46,24 +46,23 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
 
 
 class Visits(NamedTuple):
-    """The key/value blocks of one query block: indices in order, and how many of them count."""
+    """The key/value blocks to visit: the first ``count`` of ``order``."""
 
     order: jax.Array  # int32 [num_kv]
     count: jax.Array  # int32
 
 
-def visits(row: jax.Array, num_kv: int, full_last: bool) -> tuple[Visits, Visits]:
+def visits(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[Visits, Visits]:
     """Full and partial blocks from a row of block states ``[B or 1, num_kv]``.
 
     A block is full when it is full in every batch row, and visited when it is not empty in all.
-    ``full_last``: whether the last block has all its slots; else it is partial at best.
+    With ``has_tail`` the last block shares slots with the one before: partial at best.
     """
     full = (row == FULL).all(0)
     some = (row != EMPTY).any(0)
-    if not full_last:
+    if has_tail:
         full &= jnp.arange(num_kv) < num_kv - 1
-    partial = some & ~full
-    return _in_order(full), _in_order(partial)
+    return _in_order(full), _in_order(some & ~full)
 
 
 def _in_order(chosen: jax.Array) -> Visits:

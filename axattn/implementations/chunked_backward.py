@@ -16,7 +16,7 @@ from jax import lax
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
-from axattn.implementations.blocks import Blocks, visits
+from axattn.implementations.blocks import Blocks
 from axattn.implementations.chunked_forward import heads_together, write_rows
 from axattn.implementations.products import Grouped
 from axattn.implementations.tiles import Cut
@@ -125,24 +125,11 @@ def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
         (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
     )
     carry = (vary_over(dquery, axes), sums)
-    if cut.layout.num_kv == 1:
-        return _step(cut, tile, 0, carry, partial=True)
-    # The shared rows of a tail block are masked out, so such a block has no full tiles.
-    row = jnp.minimum(row, 1) if cut.q_has_tail else row
-    for chosen, partial in zip(
-        visits(row, cut.layout.num_kv, not cut.kv_has_tail), (False, True), strict=True
-    ):
-        if not partial and cut.q_has_tail:
-            continue
-        carry = lax.fori_loop(
-            0,
-            chosen.count,
-            lambda n, carry, chosen=chosen, partial=partial: _step(
-                cut, tile, chosen.order[n], carry, partial=partial
-            ),
-            carry,
-        )
-    return carry
+
+    def step(j, carry, partial):
+        return _step(cut, tile, j, carry, partial=partial)
+
+    return cut.sweep(i, row, step, carry, fresh_rows=True)
 
 
 class _QueryTile(NamedTuple):

@@ -14,7 +14,7 @@ from jax import lax
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
-from axattn.implementations.blocks import Blocks, visits
+from axattn.implementations.blocks import Blocks
 from axattn.implementations.products import Folded, Grouped, Products
 from axattn.implementations.scores import heads_apart
 from axattn.implementations.tiles import Cut
@@ -79,20 +79,11 @@ def _over_keys(cut: Cut, i, q: Span, row: jax.Array, state: _State) -> _State:
     product = (Folded if cut.blocks.folded else Grouped)(
         cut.query_rows(call.query, q), call.num_kv_heads, call.precision, call.accumulator_dtype
     )
-    if cut.layout.num_kv == 1:
-        return _step(cut, product, i, 0, q, state, partial=True)
-    for chosen, partial in zip(
-        visits(row, cut.layout.num_kv, not cut.kv_has_tail), (False, True), strict=True
-    ):
-        state = lax.fori_loop(
-            0,
-            chosen.count,
-            lambda n, state, chosen=chosen, partial=partial: _step(
-                cut, product, i, chosen.order[n], q, state, partial=partial
-            ),
-            state,
-        )
-    return state
+
+    def step(j, state, partial):
+        return _step(cut, product, i, j, q, state, partial=partial)
+
+    return cut.sweep(i, row, step, state, fresh_rows=False)
 
 
 def _step(cut: Cut, product: Products, i, j, q: Span, state: _State, *, partial: bool) -> _State:

@@ -7,15 +7,17 @@ slots that it shares with the block before are masked out (``fresh`` says which 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from axattn.call import AttentionCall
-from axattn.implementations.blocks import Blocks
+from axattn.implementations.blocks import Blocks, visits
 from axattn.implementations.scores import bias_tile, capped_tile, mask_tile, zero_unused
-from axattn.masks import Layout, Span
+from axattn.masks import PARTIAL, Layout, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,42 @@ class Cut:
         capped = capped_tile(self.call, dots)
         bias = bias_tile(self.call, q, kv)
         return (capped if bias is None else capped + bias), capped
+
+    def sweep(
+        self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
+    ) -> Any:
+        """``state = step(j, state, partial)`` over the blocks that query block ``i`` needs.
+
+        ``row`` has the block states of ``i``. ``partial`` (static) says that the mask must be
+        evaluated. With ``fresh_rows`` the rows that a tail block shares are masked too, so all of
+        its blocks are partial.
+        """
+        num_kv = self.layout.num_kv
+        if num_kv == 1:
+            return step(0, state, True)
+        tail_rows = fresh_rows and self.q_has_tail
+        if not self.call.mask.parts and not tail_rows:
+            # Static trip counts, which tell XLA (and its cost analysis) the work.
+            whole = num_kv - self.kv_has_tail
+            state = lax.fori_loop(0, whole, lambda j, state: step(j, state, False), state)
+            return step(num_kv - 1, state, True) if self.kv_has_tail else state
+        if tail_rows:
+            row = jnp.where(i == self.layout.num_q - 1, jnp.minimum(row, PARTIAL), row)
+        if self.blocks.q * self.call.group < 128:
+            # A few rows: their mask costs nothing next to the keys, and one loop over all visited
+            # blocks lets XLA pick one layout for the cache, where two loops had it copied.
+            row = jnp.minimum(row, PARTIAL)
+            _, visited = visits(row, num_kv, self.kv_has_tail)
+            return lax.fori_loop(
+                0, visited.count, lambda n, state: step(visited.order[n], state, True), state
+            )
+        full, partial = visits(row, num_kv, self.kv_has_tail)
+        state = lax.fori_loop(
+            0, full.count, lambda n, state: step(full.order[n], state, False), state
+        )
+        return lax.fori_loop(
+            0, partial.count, lambda n, state: step(partial.order[n], state, True), state
+        )
 
 
 def _span(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:

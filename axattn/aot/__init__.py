@@ -1,0 +1,32 @@
+"""What a function costs on a chip that is not here.
+
+    report = axattn.aot.analyze(fn, *args, target="v5p")
+    print(report)                     # a table: HBM, FLOPs, bytes accessed
+    report.hbm_bytes, report.refusal  # the same as data; out of memory is data too
+    report.hlo_text()                 # the optimized program
+
+The real compilers do the work: libtpu for TPUs and XLA's CUDA compiler for NVIDIA GPUs, both from
+`pip install "axattn[aot]"`, neither needing a device or a driver. They say what a program needs
+and whether it fits; they say nothing of how fast it runs.
+"""
+
+from __future__ import annotations
+
+from axattn.aot.compiler import analyze, tracing_for
+from axattn.aot.report import Refusal, Report, parse_refusal
+from axattn.aot.targets import TARGETS, Target, target
+from axattn.aot.toolchain import MissingCompilerError, check_installed, device
+
+__all__ = [
+    "TARGETS",
+    "MissingCompilerError",
+    "Refusal",
+    "Report",
+    "Target",
+    "analyze",
+    "check_installed",
+    "device",
+    "parse_refusal",
+    "target",
+    "tracing_for",
+]

@@ -1,0 +1,183 @@
+"""Compiles a function for a named chip that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from axattn import _jax_compat
+from axattn.aot import toolchain
+from axattn.aot.cost import program_cost
+from axattn.aot.report import Refusal, Report, parse_refusal
+from axattn.aot.targets import Target
+from axattn.aot.targets import target as find_target
+
+
+def analyze(
+    fn: Callable[..., Any],
+    /,
+    *args: Any,
+    target: str | Target = "v5p",
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    **kwargs: Any,
+) -> Report:
+    """Compiles `fn` for `target` and returns what it costs there. Nothing is run.
+
+        q, kv = (jax.ShapeDtypeStruct((1, 8192, n, 128), "bfloat16") for n in (16, 2))
+        print(axattn.aot.analyze(axattn.dot_product_attention, q, kv, kv, is_causal=True))
+
+    Args:
+      fn: a function of arrays, plain or already `jax.jit`ted. Arrays that it closes over are
+        constants of the program.
+      *args: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s (PRNG keys too), whose
+        values and placement do not matter. A ShapeDtypeStruct whose sharding is over devices of
+        the target, e.g. those of a `jax.experimental.topologies` description, keeps it.
+      target: a name in `axattn.aot.TARGETS`.
+      donate_argnums: as in `jax.jit`.
+      static_argnums: as in `jax.jit`.
+      **kwargs: keyword arguments. One that holds no array (a bool, a number, a string, None, a
+        function) is bound as a constant of a plain function, as `functools.partial` would.
+
+    Returns:
+      A `Report`. The compiler's refusal, above all for want of memory, is in `Report.refusal`.
+
+    Raises:
+      ValueError: an unknown target.
+      MissingCompilerError: the compiler for the target is not installed.
+      TypeError: and whatever else `fn` raises when traced, NotImplementedError apart, which is a
+        refusal of kind `"unsupported"`.
+    """
+    chip = find_target(target)
+    device = toolchain.device(chip)
+    traceable, args, kwargs = _prepare(fn, args, kwargs, device, donate_argnums, static_argnums)
+    report = functools.partial(
+        Report,
+        target=chip.name,
+        device_kind=device.device_kind,
+        function=_name(fn),
+        versions=toolchain.compiler_versions(chip),
+    )
+    with tracing_for(chip):
+        try:
+            lowered = traceable.trace(*args, **kwargs).lower()
+        except NotImplementedError as error:
+            return report(refusal=Refusal("unsupported", str(error) or repr(error)))
+        except ValueError as error:
+            # Mosaic GPU knows the chip's shared memory and checks before the compiler does.
+            refusal = parse_refusal(str(error))
+            if refusal.kind != "out_of_memory" or refusal.requested_bytes is None:
+                raise
+            return report(refusal=refusal)
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return report(
+                refusal=parse_refusal(str(error)), compile_seconds=time.perf_counter() - start
+            )
+        seconds = time.perf_counter() - start
+
+    memory = compiled.memory_analysis()
+    cost = program_cost(compiled)
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    total += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    return report(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        generated_code_bytes=memory.generated_code_size_in_bytes,
+        flops=cost.flops,
+        bytes_accessed=cost.bytes_accessed,
+        cost_is_lower_bound=cost.is_lower_bound,
+        notes=cost.notes,
+        compile_seconds=seconds,
+        refusal=_over_capacity(chip, total),
+        compiled=compiled,
+    )
+
+
+@contextlib.contextmanager
+def tracing_for(target: str | Target) -> Iterator[None]:
+    """Tells code that asks for the device while it is traced that it is `target`.
+
+    Pallas kernels ask: their lowering depends on the number of cores and on the architecture.
+    `analyze` traces under it; use it to trace or lower a kernel by other means.
+    """
+    chip = find_target(target)
+    if chip.platform == "cpu":
+        yield
+        return
+    device = toolchain.device(chip)
+    if chip.gpu is not None:
+        cores, capability = chip.gpu.multiprocessors, "{}.{}".format(*chip.gpu.compute_capability)
+    else:
+        cores, capability = device.num_cores, None
+    platform = "gpu" if chip.platform == "cuda" else chip.platform
+    with _jax_compat.use_abstract_device(device.device_kind, cores, platform, capability):
+        yield
+
+
+def _over_capacity(chip: Target, total: int) -> Refusal | None:
+    """XLA's GPU compiler lets any size pass and leaves the rest to the allocator; we do not."""
+    if chip.hbm_bytes is None or total <= chip.hbm_bytes:
+        return None
+    message = f"the compiled program needs {total} bytes of the {chip.hbm_bytes} on {chip.name}"
+    return Refusal("out_of_memory", message, "hbm", total, chip.hbm_bytes)
+
+
+def _prepare(fn, args, kwargs, device, donate_argnums, static_argnums):
+    """`fn` as something with `.trace`, and its arguments as values on `device`."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
+    static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
+    static = {i % len(args) for i in static} if args else static
+    if not jitted:
+        constants = {k: v for k, v in kwargs.items() if not _holds_arrays(v)}
+        kwargs = {k: v for k, v in kwargs.items() if k not in constants}
+        fn = functools.partial(fn, **constants) if constants else fn
+    place = functools.partial(_placed, sharding=sharding)
+    args = tuple(a if i in static else jax.tree.map(place, a) for i, a in enumerate(args))
+    kwargs = jax.tree.map(place, kwargs)
+    placed = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
+    if jitted and placed and donate_argnums == () and static_argnums == ():
+        return fn, args, kwargs
+    # With no array to say where, the outputs do.
+    outputs = {} if placed else {"out_shardings": sharding}
+    options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+    return jax.jit(fn, **options, **outputs), args, kwargs
+
+
+def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
+    """An array's shape and dtype, on the device of `sharding`; other leaves as they are."""
+    if not _is_array(leaf):
+        return leaf
+    old = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(old, jax.sharding.Sharding):
+        client = next(iter(sharding.device_set)).client
+        if all(d.client is client for d in old.device_set):
+            sharding = old
+    weak = getattr(leaf, "weak_type", False)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, weak_type=weak)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic))
+
+
+def _holds_arrays(value: Any) -> bool:
+    return any(_is_array(leaf) for leaf in jax.tree.leaves(value))
+
+
+def _name(fn: Any) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return getattr(fn, "__name__", None) or type(fn).__name__

@@ -1,0 +1,153 @@
+"""The chips that axattn can compile for, as one table.
+
+Figures are per JAX device and come from the vendors' data sheets (links below); they are peaks,
+for roofline arithmetic, and were not measured here. What a program may really allocate is a
+little less than `hbm_bytes`: the compilers and the drivers keep some for themselves.
+
+TPU: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version.
+NVIDIA: the A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 data sheets; dense (not sparse) bf16.
+GPU memory sizes are what the driver reports, as XLA's own target descriptions list them
+(openxla/xla, xla/backends/gpu/target_config/specs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+_GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuLimits:
+    """What XLA's GPU compiler must know of a chip that is not there."""
+
+    compute_capability: tuple[int, int]
+    accelerated_features: bool  # the "a" of sm_90a: WGMMA, TMA, tcgen05
+    multiprocessors: int
+    fp32_lanes_per_multiprocessor: int
+    shared_memory_per_multiprocessor: int  # bytes
+    shared_memory_per_block: int  # bytes, the opt-in maximum
+    l2_bytes: int
+    clock_ghz: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A chip to compile for.
+
+    Attributes:
+      name: what `axattn.aot.analyze(target=...)` takes.
+      platform: `"tpu"`, `"cuda"` or `"cpu"`: the platform that programs are lowered for.
+      topology: the smallest topology that every version of the compiler knows; programs are
+        compiled for its first device. Empty for the CPU.
+      topology_options: further options of the topology.
+      hbm_bytes: device memory in bytes; None for the CPU, whose memory is not HBM.
+      peak_bf16_flops: dense bfloat16 FLOP/s; None for the CPU.
+      hbm_bandwidth: bytes/s; None for the CPU.
+      description: the name the device reports for itself, where we have to say it (GPU).
+      gpu: limits of the chip; None unless the platform is `"cuda"`.
+    """
+
+    name: str
+    platform: str
+    topology: str = ""
+    topology_options: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    hbm_bytes: int | None = None
+    peak_bf16_flops: float | None = None
+    hbm_bandwidth: float | None = None
+    description: str = ""
+    gpu: GpuLimits | None = None
+
+    def config(self) -> str:
+        """XLA's description of the GPU (a `GpuTargetConfigProto` in text form)."""
+        if self.gpu is None:
+            raise ValueError(f"target {self.name!r} is not a GPU and has no GPU target config")
+        major, minor = self.gpu.compute_capability
+        features = "ACCELERATED_FEATURES" if self.gpu.accelerated_features else "NONE"
+        return _GPU_CONFIG.format(
+            major=major,
+            minor=minor,
+            features=features,
+            memory=self.hbm_bytes,
+            bandwidth=int(self.hbm_bandwidth or 0),
+            description=self.description,
+            **dataclasses.asdict(self.gpu),
+        )
+
+
+# Limits of the CUDA programming model that all of our chips share, then the chip's own.
+_GPU_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+  core_count: {multiprocessors}
+  fpus_per_core: {fp32_lanes_per_multiprocessor}
+  shared_memory_per_core: {shared_memory_per_multiprocessor}
+  shared_memory_per_block_optin: {shared_memory_per_block}
+  l2_cache_size: {l2_bytes}
+  clock_rate_ghz: {clock_ghz}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{description}"
+"""
+
+_AMPERE = GpuLimits((8, 0), False, 108, 64, 167_936, 166_912, 41_943_040, 1.41)
+_HOPPER = GpuLimits((9, 0), True, 132, 128, 233_472, 232_448, 52_428_800, 1.98)
+_BLACKWELL = GpuLimits((10, 0), True, 148, 128, 233_472, 232_448, 132_644_864, 1.965)
+
+
+def _tpu(name: str, topology: str, hbm: int, flops: float, bandwidth: float, **options: str):
+    return Target(name, "tpu", topology, options, hbm, flops, bandwidth)
+
+
+def _gpu(name: str, hbm: int, flops: float, bandwidth: float, description: str, limits: GpuLimits):
+    return Target(name, "cuda", "1x1x1", {}, hbm, flops, bandwidth, description, limits)
+
+
+TARGETS: Mapping[str, Target] = {
+    t.name: t
+    for t in (
+        # JAX runs a v4 chip as one device with both cores ("megacore"); the bare topology would
+        # describe two devices of half a chip each.
+        _tpu("v4", "v4:2x2x1", 32 * _GIB, 275e12, 1.228e12, chip_config_name="megacore"),
+        _tpu("v5e", "v5e:2x2", 16 * _GIB, 197e12, 0.819e12),
+        # Sold as 95 GB; the compiler offers 95.73 GiB of 96.
+        _tpu("v5p", "v5p:2x2x1", 96 * _GIB, 459e12, 2.765e12),
+        _tpu("v6e", "v6e:2x2", 32 * _GIB, 918e12, 1.64e12),
+        # One JAX device is one of the chip's two cores: half of 192 GiB, 2307 TFLOP/s, 7.38 TB/s.
+        _tpu("tpu7x", "tpu7x:2x2x1", 96 * _GIB, 1153.5e12, 3.69e12),
+        _gpu("a100", 85_100_068_864, 312e12, 2.039e12, "NVIDIA A100-SXM4-80GB", _AMPERE),
+        _gpu("h100", 84_942_979_072, 989e12, 3.35e12, "NVIDIA H100 80GB HBM3", _HOPPER),
+        _gpu("h200", 150_754_820_096, 989e12, 4.8e12, "NVIDIA H200", _HOPPER),
+        _gpu("b200", 191_514_411_008, 2250e12, 8.0e12, "NVIDIA B200", _BLACKWELL),
+        Target("cpu", "cpu"),
+    )
+}
+
+
+def target(name: str | Target) -> Target:
+    """Returns the `Target` of that name (a `Target` is returned as it is).
+
+    Raises:
+      ValueError: the name is not in `TARGETS`; the message lists those that are.
+    """
+    if isinstance(name, Target):
+        return name
+    try:
+        return TARGETS[name.lower()]
+    except (KeyError, AttributeError):
+        known = ", ".join(TARGETS)
+        raise ValueError(f"target={name!r} is unknown; it takes one of {known}") from None
