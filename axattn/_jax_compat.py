@@ -35,7 +35,7 @@ def varying_axes(*arrays: jax.Array) -> frozenset:
 
 
 def vary_over(tree, axes: frozenset):
-    """Mark every array of ``tree`` as varying over ``axes``, which loop carries have to agree on."""
+    """Mark every array of ``tree`` as varying over ``axes``: loop carries have to agree on it."""
 
     def mark(array):
         missing = tuple(sorted(axes - varying_axes(array), key=str))

@@ -1,4 +1,4 @@
-"""From what a user passes to an :class:`AttentionCall`: checks by name first, then canonical shapes."""
+"""From what a user passes to an :class:`AttentionCall`: checks by name, then canonical shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one door: :func:`dot_product_attention`, and what it would do, :func:`explain_implementations`."""
+"""The one door, :func:`dot_product_attention`, and what it would do with a call."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one call is cut into blocks: lengths, block sizes, positions ``[B or 1, T]``, ``[B or 1, S]``."""
+    """How one call is cut into blocks; positions are int32 ``[B or 1, T]`` and ``[B or 1, S]``."""
 
     q_len: int
     kv_len: int
@@ -69,7 +69,7 @@ class Layout:
         return -(-self.kv_len // self.block_kv)
 
     def q_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Smallest and largest of ``values [B or 1, T]`` in every query block: ``[B or 1, num_q]``."""
+        """Least and greatest of ``values [B or 1, T]`` per query block: ``[B or 1, num_q]``."""
         return _range_per_block(values, self.block_q)
 
     def kv_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +127,7 @@ class _Part:
         raise NotImplementedError
 
     def block_rows(self, layout: Layout):
-        """A function of a query block index that gives ``(some, every)``, bool ``[B or 1, num_kv]``.
+        """A function of a query block index giving ``(some, every)``, bool ``[B or 1, num_kv]``.
 
         ``some`` False: no pair of the block is allowed. ``every`` True: all pairs are. When it is
         not known, ``some=True, every=False`` is always a safe answer.
@@ -384,7 +384,7 @@ class Mask:
             value = jnp.asarray(value)
             if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim < 1:
                 raise TypeError(
-                    f"{name} takes an integer array [..., length], got {value.dtype}{list(value.shape)}"
+                    f"{name} takes an integer array [..., length], got {value.dtype} {value.shape}"
                 )
             ids.append(value.astype(jnp.int32))
         return Mask((Segments(*ids),))
@@ -509,7 +509,7 @@ class Mask:
             changes = {}
             for name in part.batched_arrays():
                 value = getattr(part, name)
-                if jnp.ndim(value) > 0 and jnp.shape(value)[0] > 1:
+                if value is not None and jnp.ndim(value) > 0 and jnp.shape(value)[0] > 1:
                     changes[name] = lax.dynamic_slice_in_dim(value, b, 1, 0)
             return dataclasses.replace(part, **changes)
 
@@ -577,6 +577,8 @@ def _normalize_part(part: _Part, lead: tuple[int, ...] | None, q_len: int, kv_le
     changes = {}
     for name, rank in part.batched_arrays().items():
         value = getattr(part, name)
+        if value is None:
+            continue
         if jnp.ndim(value) == 0:
             # A scalar serves every row, static or traced; a 0-d boolean array serves every pair.
             if rank:

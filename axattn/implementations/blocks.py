@@ -14,7 +14,7 @@ from axattn.masks import EMPTY, FULL
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Block sizes (slots), whether batch rows are done one at a time, and the form of the products."""
+    """Block sizes in slots, whether batch rows go one at a time, and the form of the products."""
 
     q: int
     kv: int

@@ -204,7 +204,7 @@ def _add_rows(total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
 def _add_bias_tile(
     call: AttentionCall, total: jax.Array, dscores: jax.Array, q: Span, kv: Span
 ) -> jax.Array:
-    """Add the tile's gradient to ``total``, shaped as the bias, summed where the bias broadcasts."""
+    """Add the tile's gradient to ``total``, summed where the bias broadcasts."""
     batch, kv_heads, group, rows, columns = dscores.shape
     tile = dscores.reshape(batch, kv_heads * group, rows, columns)
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)

@@ -1,20 +1,31 @@
-"""What ``implementation=None`` takes, per platform: the measured crossovers, in one place."""
+"""What ``implementation=None`` takes: the measured crossovers, in one place.
+
+The XLA paths are chosen by shape and mask alone, the same for every platform: a choice by platform
+would have JAX save the residuals of both paths for the backward pass.
+"""
 
 from __future__ import annotations
 
 from axattn.call import AttentionCall
 
-# Measured on CPU (2 cores, AVX-512, jax 0.10.2; benchmarks/crossover_bench.py).
-CPU_CHUNKED_FROM_SCORES = 2**21
+# CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
+# overtakes the einsum between T=256 (2^20 scores at N=16) and T=512 (2^22), forward and backward;
+# see benchmarks/crossover_bench.py. On accelerators, where its speed is not measured, the same
+# bound keeps the einsum's float32 logits under 8 MiB.
+CHUNKED_FROM_SCORES = 2**21
 
-# On accelerators the einsum's float32 logits are held to this many bytes; above it memory decides.
-# Not measured for speed on a device.
-LOGITS_BYTES = 2**27
+# A decode step (few query rows) is a read of the cache, and one einsum reads it best (the chunked
+# path adds a copy of each block), until its logits would take this many bytes.
+DECODE_ROWS = 64
+DECODE_LOGITS_BYTES = 2**27
 
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
+    del platform, reasons  # Until a kernel joins, every platform takes the same of the XLA paths.
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
-    if platform == "cpu":
-        return "xla_chunked" if scores >= CPU_CHUNKED_FROM_SCORES else "xla"
-    return "xla_chunked" if 4 * scores > LOGITS_BYTES else "xla"
+    if call.q_len * call.num_heads <= DECODE_ROWS:
+        # With lengths, the einsum reads (and cleans, in a copy) what the chunked path skips.
+        ragged = call.mask.kv_lengths() is not None and scores >= DECODE_ROWS * 1024
+        return "xla_chunked" if ragged or 4 * scores > DECODE_LOGITS_BYTES else "xla"
+    return "xla_chunked" if scores >= CHUNKED_FROM_SCORES else "xla"

@@ -3,7 +3,7 @@
 Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; scores and weights
 ``[B, K, G, t, s]``; outputs ``[B, K, G, t, h]``. Two forms give the same numbers:
 
-* ``grouped``: a batched product over (B, K), the group packed into the rows with the queries.
+* ``grouped``: a batched product over (B, K), whose rows are the group's queries.
 * ``folded``: one product over K * H with each row zero outside its own key/value head. Batched
   products want each head's keys contiguous, and XLA on CPU and GPU copies a BSKH cache to get that;
   this form reads the cache as it lies. K times the FLOPs, which for a few rows hide behind the
@@ -28,30 +28,20 @@ class Products(Protocol):
 
 class Grouped:
     def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):
-        batch, self.rows, heads, size = query.shape
-        self.group = heads // num_kv_heads
-        self.query = (
-            query.reshape(batch, self.rows, num_kv_heads, self.group, size)
-            .transpose(0, 2, 3, 1, 4)
-            .reshape(batch, num_kv_heads, self.group * self.rows, size)
-        )
+        batch, rows, heads, size = query.shape
+        self.query = query.reshape(batch, rows, num_kv_heads, heads // num_kv_heads, size)
+        self.query = self.query.transpose(0, 2, 3, 1, 4)
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
     def scores(self, key: jax.Array) -> jax.Array:
-        dots = jnp.einsum("bkrh,bskh->bkrs", self.query, key, **self.options)
-        return dots.reshape(*dots.shape[:2], self.group, self.rows, dots.shape[-1])
+        return jnp.einsum("bkgth,bskh->bkgts", self.query, key, **self.options)
 
     def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
-        out = jnp.einsum("bkrs,bskh->bkrh", self._rows(weights), value, **self.options)
-        return out.reshape(*weights.shape[:-1], value.shape[-1])
+        return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)
 
     def pulled(self, weights: jax.Array) -> jax.Array:
         """Weights transposed times this query tile, summed over the group: ``[B, K, s, H]``."""
-        return jnp.einsum("bkrs,bkrh->bksh", self._rows(weights), self.query, **self.options)
-
-    def _rows(self, weights: jax.Array) -> jax.Array:
-        batch, kv_heads, group, rows, columns = weights.shape
-        return weights.reshape(batch, kv_heads, group * rows, columns)
+        return jnp.einsum("bkgts,bkgth->bksh", weights, self.query, **self.options)
 
 
 class Folded:

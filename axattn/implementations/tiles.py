@@ -51,7 +51,7 @@ class Cut:
         return q.slots >= i * self.blocks.q
 
     def query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
-        """Slots ``q`` of an array ``[B, T, N, ...]``; ``clean`` zeroes the slots behind the length."""
+        """Slots ``q`` of an array ``[B, T, N, ...]``; ``clean`` zeroes those behind the length."""
         rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
         return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
 

@@ -49,7 +49,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _per_platform(function, call: AttentionCall, *arrays: jax.Array):
-    """``function(call, blocks, *arrays)`` with the block sizes of the platform it is lowered for."""
+    """``function(call, blocks, *arrays)`` with the blocks of the platform it is lowered for."""
     sizes = {platform: blocks.choose(call, platform) for platform in ("cpu", "tpu", "cuda")}
     if len(set(sizes.values())) == 1:
         return function(call, sizes["cpu"], *arrays)
