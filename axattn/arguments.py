@@ -48,7 +48,7 @@ def normalize(
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     batch = query.shape[0]
 
-    query, scale = _scale(query, scale)
+    scale, traced_scale = _scale(scale, query.shape[-1])
     rate, drop_key = _dropout(dropout_rate, dropout_rng)
     q_positions, kv_positions = _positions(q_offset, q_positions, kv_positions, lead, q_len, kv_len)
     call = AttentionCall(
@@ -68,6 +68,7 @@ def normalize(
             (batch, heads, q_len, kv_len),
         ),
         sinks=_per_head("sinks", sinks, heads),
+        traced_scale=traced_scale,
         alibi_slopes=_constant(_per_head("alibi_slopes", alibi_slopes, heads)),
         q_positions=q_positions,
         kv_positions=kv_positions,
@@ -133,18 +134,18 @@ def _as_array(name: str, x: Any, takes: str) -> jax.Array:
         raise TypeError(f"{name} takes an array {takes}, got {type(x).__name__}") from error
 
 
-def _scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
+def _scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
+    """The factor that is known while tracing, and the one that is not (it has a gradient)."""
     if scale is None:
-        return query, 1.0 / math.sqrt(query.shape[-1])
+        return 1.0 / math.sqrt(head_dim), None
     if isinstance(scale, jax.core.Tracer):
-        # A learned temperature: it goes into the query, where it has a gradient.
-        if scale.ndim:
-            raise ValueError(f"scale takes a scalar, got shape {scale.shape}")
-        return (query.astype(jnp.float32) * scale).astype(query.dtype), 1.0
+        if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise TypeError(f"scale takes a floating-point scalar, got {scale.dtype} {scale.shape}")
+        return 1.0, scale.astype(jnp.float32)
     number = _number("scale", scale)
     if not math.isfinite(number):
         raise ValueError(f"scale takes a finite number, got {scale!r}")
-    return query, number
+    return number, None
 
 
 def _number(name: str, value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,30 +143,36 @@ class Explanation(dict):
 def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
     """Which implementations take a call, why the others do not, and which one ``None`` would take.
 
-    Takes the arguments of :func:`dot_product_attention`; nothing is computed.
+    Takes the arguments of :func:`dot_product_attention`, arrays or ``jax.ShapeDtypeStruct`` in
+    their place; nothing is computed. Raises what the call itself would raise for bad arguments.
 
-    >>> import axattn, jax.numpy as jnp
-    >>> q, kv = jnp.ones((1, 8, 4, 64)), jnp.ones((1, 8, 2, 64))
+    >>> import axattn, jax, jax.numpy as jnp
+    >>> q = jax.ShapeDtypeStruct((1, 8, 4, 64), jnp.float32)
+    >>> kv = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float32)
     >>> why = axattn.explain_implementations(q, kv, kv, is_causal=True)
     >>> why["xla"] is None, why["cudnn"]
     (True, 'needs float16 or bfloat16, got float32')
     >>> why.chosen
     'xla'
     """
-    call = _call_of(*args, **kwargs)
-    explanation = Explanation(registry.refusals(call))
-    explanation.by_platform = dict(registry.plan(call, None))
-    return explanation
-
-
-def _call_of(*args: Any, **kwargs: Any) -> AttentionCall:
-    import inspect
-
     bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     registry.check_names(arguments.pop("implementation"))
-    return normalize(**arguments)[0]
+    explanation = Explanation()
+
+    def explain(structs):
+        call, _ = normalize(**{**arguments, **structs})
+        explanation.update(registry.refusals(call))
+        explanation.by_platform = dict(registry.plan(call, None))
+
+    structs = {
+        name: value
+        for name, value in arguments.items()
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+    }
+    jax.eval_shape(explain, structs)
+    return explanation
 
 
 def _default_platform() -> str:

@@ -22,6 +22,7 @@ from axattn.masks import Layout, Mask, Span, positions_or_default
         "bias",
         "mask",
         "sinks",
+        "traced_scale",
         "alibi_slopes",
         "q_positions",
         "kv_positions",
@@ -51,6 +52,7 @@ class AttentionCall:
     bias: jax.Array | None = None  # [B or 1, N or 1, T or 1, S or 1]
     mask: Mask = Mask()  # normalized
     sinks: jax.Array | None = None  # float32 [N]
+    traced_scale: jax.Array | None = None  # float32 [], a factor besides ``scale``
     alibi_slopes: jax.Array | None = None  # float32 [N]
     q_positions: jax.Array | None = None  # int32 [B or 1, T]
     kv_positions: jax.Array | None = None  # int32 [B or 1, S]

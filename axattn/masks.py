@@ -103,14 +103,14 @@ class Static(int):
 
 
 class _Part:
-    """One conjunct. Fields that are ``Static`` or None are structure; arrays are pytree leaves."""
+    """One conjunct. Fields that are ``Static`` are its structure as a pytree, the others its children."""
 
     def __init_subclass__(cls) -> None:
         names = tuple(cls.__annotations__)
 
         def flatten(part):
             values = [getattr(part, name) for name in names]
-            static = tuple(v if isinstance(v, (Static, type(None))) else _Leaf for v in values)
+            static = tuple(v if isinstance(v, Static) else _Leaf for v in values)
             return [v for v, s in zip(values, static, strict=True) if s is _Leaf], static
 
         def unflatten(static, leaves):
@@ -370,7 +370,7 @@ class Mask:
         for name, value in (("left", left), ("right", right)):
             if value is not None and (not _is_int(value) or value < 0):
                 raise ValueError(f"window {name} takes an int >= 0 or None, got {value!r}")
-        return Mask((Window(_plain(left), _plain(right)),))
+        return Mask((Window(_bound(left), _bound(right)),))
 
     @staticmethod
     def segments(q_ids: jax.Array, kv_ids: jax.Array | None = None) -> Mask:
@@ -552,17 +552,19 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Any:
-    return None if value is None else Static(value)
+def _bound(value: int | None) -> Static | None:
+    # Farther than any int32 position reaches is no bound, and would overflow as one.
+    return None if value is None or value >= 2**30 else Static(value)
 
 
 def _integer(name: str, value: Any) -> Any:
     """A Python int (static), or an int32 array; anything else is refused by name."""
     if _is_int(value):
         return Static(value)
-    if isinstance(value, (bool, float, str)):
-        raise TypeError(f"{name} takes an int or an integer array, got {value!r}")
-    value = jnp.asarray(value)
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} takes an int or an integer array, got {value!r}") from error
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} takes an int or an integer array, got dtype {value.dtype}")
     return value.astype(jnp.int32)

@@ -31,6 +31,14 @@ class Gradients(NamedTuple):
     value: jax.Array
     bias: jax.Array | None
     sinks: jax.Array | None
+    traced_scale: jax.Array | None
+
+
+class _Shared(NamedTuple):
+    """Gradients that every tile of the call adds to, in the accumulator's dtype, or None."""
+
+    bias: jax.Array | None  # as the bias
+    scale: jax.Array | None  # []
 
 
 class _Given(NamedTuple):
@@ -58,42 +66,44 @@ def backward(
         dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
     # Rows with nothing to attend to: any finite shift leaves their weights at exp(-inf) = 0.
     given = _Given(dout, jnp.where(lse == -jnp.inf, 0.0, lse), delta)
-    dbias = None if call.bias is None else jnp.zeros(call.bias.shape, dtype)
-    axes = varying_axes(*jax.tree.leaves((call, given)))
-    dbias = vary_over(dbias, axes)
-
-    if blocks.by_row:
-        dquery, dkey, dvalue, dbias = _by_row(call, blocks, given, dbias)
-    else:
-        dquery, dkey, dvalue, dbias = _backward(call, blocks, given, dbias)
+    shared = _Shared(
+        None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
+        None if call.traced_scale is None else jnp.zeros((), dtype),
+    )
+    shared = vary_over(shared, varying_axes(*jax.tree.leaves((call, given))))
+    backward_of = _by_row if blocks.by_row else _backward
+    dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
     return Gradients(
         dquery,
         dkey.astype(call.key.dtype),
         dvalue.astype(call.value.dtype),
-        None if dbias is None else dbias.astype(call.bias.dtype),
+        None if call.bias is None else shared.bias.astype(call.bias.dtype),
         dsinks,
+        shared.scale,
     )
 
 
-def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, dbias):
-    """Batch rows one at a time; a bias that they share is summed on the way."""
-    own_bias = dbias is not None and dbias.shape[0] > 1
-    row_shape = None if dbias is None else dbias[:1]
+def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
+    """Batch rows one at a time; what they share is summed on the way."""
+    own_bias = shared.bias is not None and shared.bias.shape[0] > 1
+    start = shared._replace(bias=None) if own_bias else shared
 
     def step(shared, b):
         row_given = _Given(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
-        start = jnp.zeros_like(row_shape) if own_bias else shared
-        dquery, dkey, dvalue, dbias = _backward(call.row(b), blocks, row_given, start)
+        if own_bias:
+            shared = shared._replace(bias=empty_bias)
+        dquery, dkey, dvalue, shared = _backward(call.row(b), blocks, row_given, shared)
         grads = (dquery[0], dkey[0].astype(call.key.dtype), dvalue[0].astype(call.value.dtype))
-        return (None, (*grads, dbias[0])) if own_bias else (dbias, (*grads, None))
+        if own_bias:
+            return shared._replace(bias=None), (*grads, shared.bias[0])
+        return shared, (*grads, None)
 
-    shared, (dquery, dkey, dvalue, rows) = lax.scan(
-        step, None if own_bias else dbias, jnp.arange(call.batch)
-    )
-    return dquery, dkey, dvalue, rows if own_bias else shared
+    empty_bias = shared.bias[:1] if own_bias else None
+    shared, (dquery, dkey, dvalue, biases) = lax.scan(step, start, jnp.arange(call.batch))
+    return dquery, dkey, dvalue, shared._replace(bias=biases) if own_bias else shared
 
 
-def _backward(call: AttentionCall, blocks: Blocks, given: _Given, dbias):
+def _backward(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
     cut = Cut.of(call, blocks)
     block_row = call.mask.block_rows(cut.layout)
     dtype = call.accumulator_dtype
@@ -110,12 +120,13 @@ def _backward(call: AttentionCall, blocks: Blocks, given: _Given, dbias):
         dquery_rows = heads_together(dquery_rows).astype(dquery.dtype)
         return write_rows(cut, i, q, dquery, dquery_rows), sums
 
-    carry = vary_over((dquery, (dkey, dvalue, dbias)), axes)
+    carry = vary_over((dquery, (dkey, dvalue, shared)), axes)
     if cut.layout.num_q == 1:
-        dquery, (dkey, dvalue, dbias) = query_block(0, carry)
+        carry = query_block(0, carry)
     else:
-        dquery, (dkey, dvalue, dbias) = lax.fori_loop(0, cut.layout.num_q, query_block, carry)
-    return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), dbias
+        carry = lax.fori_loop(0, cut.layout.num_q, query_block, carry)
+    dquery, (dkey, dvalue, shared) = carry
+    return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), shared
 
 
 def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
@@ -164,11 +175,12 @@ class _QueryTile(NamedTuple):
 
 def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
     call, kv = cut.call, cut.kv_span(j)
-    dquery, (dkey, dvalue, dbias) = carry
+    dquery, (dkey, dvalue, shared) = carry
     key = cut.kv_rows(call.key, kv, clean=partial)
     value = cut.kv_rows(call.value, kv, clean=partial)
 
-    scores, capped = cut.scores(tile.query.scores(key), tile.q, kv)
+    dots = tile.query.scores(key)
+    scores, capped = cut.scores(dots, tile.q, kv)
     weights = jnp.exp(scores - tile.lse)
     dweights = tile.dout.scores(value)
     if call.dropout_key is not None:
@@ -183,16 +195,20 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
             dscores = jnp.where(allowed, dscores, 0.0)
             dropped = jnp.where(allowed, dropped, 0.0)
 
-    if dbias is not None:
-        dbias = _add_bias_tile(call, dbias, dscores, tile.q, kv)
+    if shared.bias is not None:
+        shared = shared._replace(bias=_add_bias_tile(call, shared.bias, dscores, tile.q, kv))
     if call.logits_soft_cap is not None:
         dscores = dscores * (1.0 - jnp.square(capped / call.logits_soft_cap))
-    dscores = (dscores * call.scale).astype(key.dtype)
+    dscores = dscores * call.scale
+    if call.traced_scale is not None:
+        shared = shared._replace(scale=shared.scale + (dscores * dots).sum())
+        dscores = dscores * call.traced_scale.astype(dscores.dtype)
+    dscores = dscores.astype(key.dtype)
 
     dquery = dquery + tile.query.outputs(dscores, key)
     dkey = _add_rows(dkey, tile.query.pulled(dscores), kv)
     dvalue = _add_rows(dvalue, tile.dout.pulled(dropped.astype(value.dtype)), kv)
-    return dquery, (dkey, dvalue, dbias)
+    return dquery, (dkey, dvalue, shared)
 
 
 def _add_rows(total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:

@@ -24,6 +24,7 @@ def refuses(call: AttentionCall) -> str | None:
         ("q_offset or positions", call.q_positions is not None or call.kv_positions is not None),
         ("return_residual (jax.nn rounds the LSE to the input dtype)", call.return_residual),
         ("precision", call.precision is not None),
+        ("a traced scale", call.traced_scale is not None),
     ):
         if present:
             return f"does not support {what}"
@@ -88,16 +89,20 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
             options["key_value_seq_lengths"] = _per_row(part.kv, call.kv_len, call)
         elif isinstance(part, Dense):
             mask = part.array
-    out = jax.nn.dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.bias,
-        mask,
-        scale=call.scale,
-        implementation="cudnn",
-        **options,
-    )
+    try:
+        out = jax.nn.dot_product_attention(
+            call.query,
+            call.key,
+            call.value,
+            call.bias,
+            mask,
+            scale=call.scale,
+            implementation="cudnn",
+            **options,
+        )
+    except RuntimeError as error:
+        # No cuDNN, or one too old: jax.nn finds out while tracing.
+        raise NotImplementedError(f'implementation "cudnn": jax.nn refuses: {error}') from error
     filled = _rows_with_keys(call, options, mask)
     return out if filled is None else jnp.where(filled, out, 0), None
 

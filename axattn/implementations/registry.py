@@ -66,13 +66,12 @@ def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] |
     """The preference as a tuple of known names, or None."""
     if implementation is None:
         return None
+    takes = f"implementation takes None, one of {', '.join(NAMES)}, or a sequence of them"
+    if not isinstance(implementation, (str, Sequence)):
+        raise TypeError(f"{takes}, got {implementation!r}")
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    unknown = [name for name in names if name not in NAMES]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation takes None, one of {', '.join(NAMES)}, or a sequence of them, "
-            f"got {implementation!r}"
-        )
+    if not names or any(name not in NAMES for name in names):
+        raise ValueError(f"{takes}, got {implementation!r}")
     return names
 
 
@@ -90,7 +89,9 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
     chosen = {}
     for platform in PLATFORMS:
         for name in names:
-            name = MOSAIC.get(platform, "mosaic") if name == "mosaic" else name
+            name = MOSAIC.get(platform) if name == "mosaic" else name
+            if name is None:
+                continue
             if reasons[name] is None and platform in IMPLEMENTATIONS[name].platforms:
                 chosen[platform] = name
                 break
@@ -102,12 +103,13 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
 
 
 def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
-    """Run the plan: one implementation, or one for each platform, resolved when it is lowered."""
-    by_name: dict[str, list[str]] = {}
-    for platform, name in plan:
-        by_name.setdefault(name, []).append(platform)
-    if len(by_name) == 1:
-        return IMPLEMENTATIONS[next(iter(by_name))].attend(call)
-    attends = {p: IMPLEMENTATIONS[name].attend for p, name in plan}
-    default = attends.pop("rocm", None)
-    return jax.lax.platform_dependent(call, default=default, **attends)
+    """Run the plan: one implementation everywhere, or one per platform, resolved when lowered.
+
+    Lowering for a platform that the plan leaves out is an error of JAX's: a named implementation
+    never becomes another one.
+    """
+    names = {name for _, name in plan}
+    if len(names) == 1 and len(plan) == len(PLATFORMS):
+        return IMPLEMENTATIONS[names.pop()].attend(call)
+    attends = {platform: IMPLEMENTATIONS[name].attend for platform, name in plan}
+    return jax.lax.platform_dependent(call, **attends)

@@ -43,6 +43,8 @@ def bias_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
 def capped_tile(call: AttentionCall, dots: jax.Array) -> jax.Array:
     """``soft_cap(scale * dots)``."""
     scores = dots * jnp.asarray(call.scale, dots.dtype)
+    if call.traced_scale is not None:
+        scores = scores * call.traced_scale.astype(dots.dtype)
     if call.logits_soft_cap is not None:
         scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
     return scores

@@ -19,13 +19,16 @@ from axattn.implementations import blocks
 from axattn.implementations.chunked_backward import Gradients, backward
 from axattn.implementations.chunked_forward import forward
 
+# What has a gradient: the fields of the call that the VJP answers for.
+_INPUTS = Gradients._fields
+
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
     # Inside shard_map all inputs of the custom VJP must vary alike: marking them here, outside,
     # lets JAX sum the gradients of those that are shared.
     call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
-    inputs = Gradients(call.query, call.key, call.value, call.bias, call.sinks)
+    inputs = Gradients(*(getattr(call, name) for name in _INPUTS))
     return _flash(inputs, _without_inputs(call))
 
 
@@ -64,9 +67,6 @@ def _per_platform(function, call: AttentionCall, *arrays: jax.Array):
 
 def _reordered(function, chosen: blocks.Blocks, call: AttentionCall, *arrays: jax.Array):
     return function(call, chosen, *arrays)
-
-
-_INPUTS = Gradients._fields
 
 
 def _without_inputs(call: AttentionCall) -> AttentionCall:
