@@ -130,7 +130,7 @@ def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax
 def _as_array(name: str, x: Any, takes: str) -> jax.Array:
     try:
         return jnp.asarray(x)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} takes an array {takes}, got {type(x).__name__}") from error
 
 
@@ -223,13 +223,14 @@ def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int)
 def _scores_shaped(
     name: str, array: jax.Array, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int
 ) -> jax.Array:
+    given = array.shape
     if array.ndim < 3:
         array = array.reshape((1,) * (3 - array.ndim) + array.shape)
     full = (heads, q_len, kv_len)
     if any(n not in (1, m) for n, m in zip(array.shape[-3:], full, strict=True)):
         raise ValueError(
             f"{name} takes an array that broadcasts to [..., N, T, S] = [..., "
-            f"{heads}, {q_len}, {kv_len}], got shape {array.shape}"
+            f"{heads}, {q_len}, {kv_len}], got shape {given}"
         )
     return flatten_lead(name, array, lead, 3, (None, None, None))
 

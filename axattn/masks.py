@@ -103,7 +103,7 @@ class Static(int):
 
 
 class _Part:
-    """One conjunct. Fields that are ``Static`` are its structure as a pytree, the others its children."""
+    """One conjunct. As a pytree, ``Static`` fields are its structure and the others children."""
 
     def __init_subclass__(cls) -> None:
         names = tuple(cls.__annotations__)
@@ -599,21 +599,21 @@ def flatten_lead(
     tail: tuple[int | None, ...],
 ) -> jax.Array:
     """``value [lead..., tail...]`` as ``[B or 1, tail...]``, checked against the call's shape."""
-    value = value.reshape((1,) * (rank - value.ndim) + value.shape) if value.ndim < rank else value
+    given = value.shape
+    value = value.reshape((1,) * (rank - value.ndim) + value.shape)
     own_lead, own_tail = value.shape[: value.ndim - rank], value.shape[value.ndim - rank :]
     for got, want in zip(own_tail, tail, strict=True):
         # Ids are given per slot; only dense arrays may broadcast along an axis.
         if want is not None and got != want and not (rank == 3 and got == 1):
-            raise ValueError(f"{label} takes [..., {_dims(tail)}], got shape {value.shape}")
+            raise ValueError(f"{label} takes [..., {_dims(tail)}], got shape {given}")
     if lead is None:
         lead = own_lead
-    if len(own_lead) > len(lead) and all(n == 1 for n in own_lead[: len(own_lead) - len(lead)]):
-        own_lead = own_lead[len(own_lead) - len(lead) :]
-        value = value.reshape(own_lead + own_tail)
+    while len(own_lead) > len(lead) and own_lead[0] == 1:
+        own_lead = own_lead[1:]
     padded = (1,) * (len(lead) - len(own_lead)) + own_lead
     if len(padded) != len(lead) or any(n not in (1, m) for n, m in zip(padded, lead, strict=True)):
         raise ValueError(
-            f"{label} takes batch dimensions that broadcast to {lead}, got shape {value.shape}"
+            f"{label} takes batch dimensions that broadcast to {lead}, got shape {given}"
         )
     if all(n == 1 for n in padded):
         return value.reshape((1, *own_tail))

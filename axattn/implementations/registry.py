@@ -6,6 +6,7 @@ A new implementation adds one entry to :data:`IMPLEMENTATIONS`: how it says no, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -110,6 +111,12 @@ def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
     """
     names = {name for _, name in plan}
     if len(names) == 1 and len(plan) == len(PLATFORMS):
-        return IMPLEMENTATIONS[names.pop()].attend(call)
-    attends = {platform: IMPLEMENTATIONS[name].attend for platform, name in plan}
+        return _attend_with(names.pop(), call)
+    attends = {platform: functools.partial(_attend_with, name) for platform, name in plan}
     return jax.lax.platform_dependent(call, **attends)
+
+
+def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
+    out, lse = IMPLEMENTATIONS[name].attend(call)
+    # Not every implementation has an LSE, and branches must agree on what they return.
+    return out, lse if call.return_residual else None
