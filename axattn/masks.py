@@ -562,12 +562,12 @@ def _integer(name: str, value: Any) -> Any:
     if _is_int(value):
         return Static(value)
     try:
-        value = jnp.asarray(value)
+        array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} takes an int or an integer array, got {value!r}") from error
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"{name} takes an int or an integer array, got dtype {value.dtype}")
-    return value.astype(jnp.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} takes an int or an integer array, got {value!r}")
+    return array.astype(jnp.int32)
 
 
 def _normalize_part(part: _Part, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> _Part:
