@@ -25,6 +25,29 @@ def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     return jex_random.threefry2x32_p.bind(key0, key1, high, low)[0]
 
 
+def with_auto_axes(function, array: jax.Array, specs):
+    """``function`` with the mesh axes that are Explicit for ``array`` handed to the partitioner.
+
+    In JAX's Explicit sharding mode (the default of ``jax.make_mesh``) every operation must say how
+    its result is sharded. ``specs`` is a function of the array's PartitionSpec (a tuple, one entry
+    per dimension) that gives the specs of the results; they come back Explicit again.
+    """
+    sharding = jax.typeof(array).sharding
+    types = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in types if kind == jax.sharding.AxisType.Explicit)
+    if not axes:
+        return function
+    spec = tuple(sharding.spec) + (None,) * (array.ndim - len(sharding.spec))
+    function = jax.sharding.auto_axes(function, axes=axes, out_sharding=specs(spec))
+
+    def call(*args):
+        # auto_axes takes the mesh from the context, which holds none unless the user set one.
+        with jax.sharding.use_abstract_mesh(sharding.mesh):
+            return function(*args)
+
+    return call
+
+
 def varying_axes(*arrays: jax.Array) -> frozenset:
     """Manual mesh axes (of an enclosing ``shard_map``) over which any of the arrays varies."""
     axes: frozenset = frozenset()

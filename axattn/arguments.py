@@ -77,7 +77,7 @@ def normalize(
         logits_soft_cap=_soft_cap(logits_soft_cap),
         dropout_rate=rate,
         broadcast_dropout=_flag("broadcast_dropout", broadcast_dropout),
-        precision=precision,
+        precision=_precision(precision),
         return_residual=_flag("return_residual", return_residual),
     )
     return call, lead
@@ -176,6 +176,23 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} takes True or False, got {value!r}")
     return bool(value)
+
+
+def _precision(precision: Any) -> Any:
+    if precision is None or isinstance(
+        precision, (lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)
+    ):
+        return precision
+    if isinstance(precision, (tuple, list)) and len(precision) == 2:
+        return tuple(_precision(side) for side in precision)
+    try:
+        return lax.Precision(precision)
+    except ValueError as error:
+        names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
+        raise ValueError(
+            f"precision takes None, a jax.lax.Precision or its name ({names}), a pair of them or "
+            f"a jax.lax.DotAlgorithm, got {precision!r}"
+        ) from error
 
 
 def _dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:

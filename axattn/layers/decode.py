@@ -1,0 +1,34 @@
+"""Flax's key/value cache: one token at a time, written at an index that counts up."""
+
+from __future__ import annotations
+
+from jax import lax
+
+from axattn._typing import Array, Float, Integer
+
+
+def check_token(query_shape, key_shape, cache_shape) -> None:
+    """Raises ValueError unless query and key are one token for a cache [..., S, K, H]."""
+    *batch, _, _, head_dim = cache_shape
+    expected_query = (*batch, 1, query_shape[-2], head_dim)
+    expected_key = (*batch, 1, *cache_shape[-2:])
+    for name, got, expected in (
+        ("query", tuple(query_shape), expected_query),
+        ("key", tuple(key_shape), expected_key),
+    ):
+        if got != expected:
+            raise ValueError(
+                f"Autoregressive cache shape error, expected {name} shape {expected} instead got "
+                f"{got}."
+            )
+
+
+def append(
+    cached: Float[Array, "*batch S K H"],
+    index: Integer[Array, ""],
+    token: Float[Array, "*batch 1 K H"],
+) -> Float[Array, "*batch S K H"]:
+    """The cache with ``token`` at ``index``; it keeps its dtype."""
+    return lax.dynamic_update_slice_in_dim(
+        cached, token.astype(cached.dtype), index, axis=cached.ndim - 3
+    )

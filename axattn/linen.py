@@ -1,0 +1,479 @@
+"""Flax Linen layers over `axattn.dot_product_attention`.
+
+Each layer is a drop-in for Flax's of the same name: the same fields, parameters, initial values,
+cache and collections, with more fields after Flax's (keyword-only) and more arguments after those
+of ``__call__``. `dot_product_attention` fits ``attention_fn=`` of Flax's own classes, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from axattn._jax_compat import einsum_by
+from axattn._typing import Array, Float, Integer
+from axattn.layers import decode
+from axattn.layers.calling import call_attention
+from axattn.layers.dialect import flax_attention
+from axattn.layers.options import head_layout, qk_norm_kind, requested
+from axattn.layers.positions import rotate
+from axattn.layers.projection import fused_projections
+from axattn.masks import Mask
+from axattn.rotary import RotaryEmbedding
+
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "MultiQueryAttention",
+    "SelfAttention",
+    "dot_product_attention",
+]
+
+
+def dot_product_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Array | Mask | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    query_segment_ids: Integer[Array, "*batch T"] | None = None,
+    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
+    q_offset: Integer[Array, "..."] | int | None = None,
+    q_positions: Integer[Array, "..."] | None = None,
+    kv_positions: Integer[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch T N h"]:
+    """`axattn.dot_product_attention` in the dialect of ``flax.linen``'s ``attention_fn``.
+
+    The positional arguments are those of ``flax.linen.dot_product_attention``, the others those of
+    `axattn.dot_product_attention`. It differs from Flax's function in what it can do faster or
+    better: K may divide N, the softmax is always float32, rows with nothing to attend to are zeros
+    (Flax: the mean of all values), and the result has the dtype of the query.
+
+    Args:
+      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h]; promoted to ``dtype``
+        or, without it, to one common dtype.
+      bias: added to the logits, broadcastable to [..., N, T, S].
+      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
+        [..., N, T, S].
+      broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      deterministic: no dropout.
+      module: sows the weights [..., N, T, S] as ``attention_weights`` in ``intermediates``: float32
+        with ``force_fp32_for_softmax``, else in the dtype of the query. This writes them out, but
+        does not change the result.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
+        quantized training. With one of them all weights are written out.
+
+    Returns:
+      [..., T, N, h].
+
+    Raises:
+      ValueError: one of the two einsums without the other, or with ``precision`` or
+        ``einsum_dot_general``; and as `axattn.dot_product_attention`.
+    """
+    if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be given together, got "
+            f"{qk_attn_weights_einsum} and {attn_weights_value_einsum}"
+        )
+    if qk_attn_weights_einsum is not None and (precision or einsum_dot_general):
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum exclude precision and "
+            f"einsum_dot_general, got {precision} and {einsum_dot_general}"
+        )
+    query, key, value = promote_dtype(query, key, value, dtype=dtype)
+    options = dict(
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        q_offset=q_offset,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+    )
+    if jnp.iscomplexobj(query):
+        # Flax's layers take complex numbers; ours leave them to Flax's function.
+        asked = requested(**options, implementation=implementation)
+        if asked:
+            raise NotImplementedError(f"complex query, key and value do not go with {[*asked]}")
+        return nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            broadcast_dropout,
+            dropout_rng,
+            dropout_rate,
+            deterministic,
+            dtype,
+            precision,
+            module,
+            force_fp32_for_softmax,
+            einsum_dot_general,
+            qk_attn_weights_einsum,
+            attn_weights_value_einsum,
+        )
+    if einsum_dot_general is not None:
+        einsum = einsum_by(einsum_dot_general, precision=precision)
+        qk_attn_weights_einsum = attn_weights_value_einsum = einsum
+
+    def sow(weights):
+        weights = weights if force_fp32_for_softmax else weights.astype(query.dtype)
+        module.sow("intermediates", "attention_weights", weights)
+
+    return flax_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        implementation=implementation,
+        sow=None if module is None else sow,
+        qk_einsum=qk_attn_weights_einsum,
+        value_einsum=attn_weights_value_einsum,
+        **options,
+    )
+
+
+def _field(default):
+    """A field after all of Flax's, now and later: keyword-only."""
+    return dataclasses.field(default=default, kw_only=True)
+
+
+class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
+    """Attention with shared key/value heads; a drop-in for Flax's class of this name.
+
+    Flax's fields come first and mean what they mean there. Parameters are ``query``, ``key``,
+    ``value`` (kernel [E, N or K, H], bias [N or K, H]) and ``out`` (kernel [N, H, E], bias [E]), so
+    that a checkpoint of Flax's layer loads unchanged. Query head n reads key/value head
+    n // (N / K).
+
+    Attributes:
+      num_kv_heads: K; None means N, that is, multi-head attention. ``axattn.checkpoints`` turns the
+        parameters of one into those of the other.
+      rope: rotates queries and keys by their positions.
+      qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
+        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+      window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
+        for causal models.
+      scale: of the logits; default 1 / sqrt(H).
+      logits_soft_cap: logits become cap * tanh(logits / cap).
+      sinks: learn one logit per query head that takes part in the softmax's denominator;
+        parameter ``sinks`` [N], zeros at first.
+      fused_qkv: one matrix product for those of query, key and value that project the same array.
+        Their kernels are joined at each call and stay separate parameters. Where heads are sharded
+        over devices this can cost a reshard; ``capture_intermediates`` does not see projections.
+      implementation: of `axattn.dot_product_attention`.
+    """
+
+    attention_fn: Callable[..., Array] = dot_product_attention
+    num_kv_heads: int | None = _field(None)
+    rope: RotaryEmbedding | None = _field(None)
+    qk_norm: str | None = _field(None)
+    window: int | tuple[int, int] | None = _field(None)
+    scale: float | None = _field(None)
+    logits_soft_cap: float | None = _field(None)
+    sinks: bool = _field(False)
+    fused_qkv: bool = _field(False)
+    implementation: str | Sequence[str] | None = _field(None)
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S E"] | None = None,
+        inputs_v: Float[Array, "*batch S E"] | None = None,
+        *,
+        inputs_kv: Float[Array, "*batch S E"] | None = None,
+        mask: Array | Mask | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        is_causal: bool = False,
+        positions: Integer[Array, "*batch T"] | None = None,
+        kv_positions: Integer[Array, "*batch S"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = None,
+    ) -> Float[Array, "*batch T D"]:
+        """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
+
+        Args:
+          inputs_q, inputs_k, inputs_v: [..., T, E] and [..., S, E]; what is left out is the one
+            before it.
+          inputs_kv: Flax's former name for both of the latter.
+          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          deterministic: no dropout; to be given here or as a field if ``dropout_rate`` > 0.
+          dropout_rng: in place of the stream ``dropout``.
+          sow_weights: sow the weights [..., N, T, S] in ``intermediates``.
+          is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
+          positions, kv_positions: for ``rope``: integers [T] or [..., T] and [S] or [..., S]. By
+            default tokens are counted from 0, or from the cache's index. The keys' are the
+            queries' where T == S. They do not move masks.
+          segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
+            are the queries' where T == S.
+
+        Returns:
+          [..., T, D], where D is ``out_features`` or E.
+
+        Raises:
+          ValueError: fields or arguments that do not fit together.
+        """
+        inputs_k, inputs_v = self._default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
+        query, key, value = self._project(inputs_q, inputs_k, inputs_v)
+
+        norm = qk_norm_kind(self.normalize_qk, self.qk_norm)
+        if norm is not None:
+            norm_cls = {"layer": functools.partial(nn.LayerNorm, use_bias=False), "rms": nn.RMSNorm}
+            make = functools.partial(norm_cls[norm], dtype=self.dtype, param_dtype=self.param_dtype)
+            query, key = make(name="query_ln")(query), make(name="key_ln")(key)
+
+        index = None
+        if self.decode:
+            # The first call makes the cache, as long as its inputs, and does not use it.
+            filled = self.has_variable("cache", "cached_key")
+            cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
+            cached_value = self.variable(
+                "cache", "cached_value", jnp.zeros, value.shape, value.dtype
+            )
+            cache_index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
+            if filled:
+                index = cache_index.value
+                decode.check_token(query.shape, key.shape, cached_key.value.shape)
+
+        query, key = rotate(
+            self.rope, query, key, positions, kv_positions, 0 if index is None else index
+        )
+        if index is not None:
+            key = cached_key.value = decode.append(cached_key.value, index, key)
+            value = cached_value.value = decode.append(cached_value.value, index, value)
+            cache_index.value = index + 1
+
+        m_deterministic = True
+        if self.dropout_rate > 0.0:
+            m_deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
+            if not m_deterministic and dropout_rng is None:
+                dropout_rng = self.make_rng("dropout")
+
+        sinks = None
+        if self.sinks:
+            sinks = self.param(
+                "sinks", nn.initializers.zeros_init(), (self.num_heads,), self.param_dtype
+            )
+        flax_kwargs = dict(
+            mask=mask,
+            dropout_rng=dropout_rng,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
+            deterministic=m_deterministic,
+            dtype=self.dtype,
+            precision=self.precision,
+            force_fp32_for_softmax=self.force_fp32_for_softmax,
+            qk_attn_weights_einsum=_made(self.qk_attn_weights_einsum_cls),
+            attn_weights_value_einsum=_made(self.attn_weights_value_einsum_cls),
+        )
+        options = requested(
+            scale=self.scale,
+            local_window_size=self.window,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=sinks,
+            query_segment_ids=segment_ids,
+            key_value_segment_ids=kv_segment_ids,
+            implementation=self.implementation,
+            module=self if sow_weights else None,
+        )
+        x = call_attention(
+            self.attention_fn,
+            query,
+            key,
+            value,
+            flax_kwargs,
+            options,
+            is_causal=is_causal,
+            decode_index=index,
+            only_known=True,
+        )
+        return nn.DenseGeneral(
+            features=self.out_features or inputs_q.shape[-1],
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            dot_general=self.out_dot_general,
+            dot_general_cls=self.out_dot_general_cls,
+            name="out",
+        )(x)
+
+    def _default_inputs(self, inputs_q, inputs_k, inputs_v, inputs_kv):
+        if inputs_kv is not None:
+            if inputs_k is not None or inputs_v is not None:
+                raise ValueError(
+                    "If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None. It "
+                    "is their former name: pass `inputs_k` and `inputs_v` only"
+                )
+            warnings.warn(
+                "The inputs_kv arg will be deprecated soon. Pass it as inputs_k.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            return inputs_kv, inputs_kv
+        if inputs_k is None:
+            if inputs_v is not None:
+                raise ValueError(
+                    "`inputs_k` cannot be None if `inputs_v` is not None. Pass one array for both "
+                    "as `inputs_k`"
+                )
+            inputs_k = inputs_q
+        if inputs_v is None:
+            inputs_v = inputs_k
+        elif inputs_v.shape[-1] == inputs_v.shape[-2]:
+            warnings.warn(
+                f"inputs_v has the shape {inputs_v.shape}; was it meant as the mask? In Flax 0.7.4 "
+                "the function signature of MultiHeadDotProductAttention's `__call__` method has "
+                "changed: the mask is the keyword argument `mask`.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+        return inputs_k, inputs_v
+
+    def _project(self, inputs_q, inputs_k, inputs_v):
+        kv_heads, head_dim = head_layout(
+            self.num_heads, self.num_kv_heads, self.qkv_features or inputs_q.shape[-1]
+        )
+        dense = functools.partial(
+            nn.DenseGeneral,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            use_bias=self.use_bias,
+            precision=self.precision,
+            dot_general=None if self.fused_qkv else self.qkv_dot_general,
+            dot_general_cls=None if self.fused_qkv else self.qkv_dot_general_cls,
+        )
+        heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
+        layers = {name: dense(features=(n, head_dim), name=name) for name, n in heads.items()}
+        inputs = {"query": inputs_q, "key": inputs_k, "value": inputs_v}
+        if not self.fused_qkv:
+            return tuple(layers[name](inputs[name]) for name in layers)
+
+        if self.qkv_dot_general_cls is not None:
+            raise ValueError(
+                "fused_qkv=True has one product and cannot make one per projection with "
+                f"qkv_dot_general_cls={self.qkv_dot_general_cls}; use qkv_dot_general"
+            )
+        parameters = [self._parameters(layers[name], inputs[name]) for name in layers]
+        return fused_projections(
+            list(inputs.values()),
+            [kernel for kernel, _ in parameters],
+            [bias for _, bias in parameters] if self.use_bias else None,
+            promote=functools.partial(promote_dtype, dtype=self.dtype),
+            dot_general=self.qkv_dot_general,
+            precision=self.precision,
+        )
+
+    def _parameters(self, layer, inputs):
+        # No tokens, no work; but the layer makes its parameters, by its own rules.
+        layer(inputs[..., :0, :])
+        params = nn.meta.unbox(layer.variables["params"])
+        return params["kernel"], params.get("bias")
+
+
+def _made(cls):
+    return None if cls is None else cls()
+
+
+class MultiHeadAttention(MultiHeadDotProductAttention, nn.MultiHeadAttention):
+    """`MultiHeadDotProductAttention` by another name, which also names its parameters' scope."""
+
+
+class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
+    """`MultiHeadDotProductAttention` of one input, with Flax's order of arguments."""
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        *,
+        is_causal: bool = False,
+        positions: Integer[Array, "*batch T"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+    ) -> Float[Array, "*batch T D"]:
+        """As `MultiHeadDotProductAttention`, [..., T, E] to [..., T, D]."""
+        return MultiHeadDotProductAttention.__call__(
+            self,
+            inputs_q,
+            mask=mask,
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
+            sow_weights=sow_weights,
+            is_causal=is_causal,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+
+
+class GroupedQueryAttention(MultiHeadDotProductAttention):
+    """Each key/value head serves ``num_heads / num_kv_heads`` query heads (arXiv:2305.13245).
+
+    `MultiHeadDotProductAttention` with ``num_kv_heads`` required.
+    """
+
+    num_kv_heads: int = dataclasses.field(kw_only=True)
+
+
+class MultiQueryAttention(MultiHeadDotProductAttention):
+    """One key/value head serves all query heads (arXiv:1911.02150).
+
+    `MultiHeadDotProductAttention` with ``num_kv_heads=1``; another number is a ValueError.
+    """
+
+    num_kv_heads: int = _field(1)
+
+    def __post_init__(self):
+        if self.num_kv_heads != 1:
+            raise ValueError(
+                f"num_kv_heads must be 1 in MultiQueryAttention, got {self.num_kv_heads}; "
+                "GroupedQueryAttention takes others"
+            )
+        super().__post_init__()

@@ -1,0 +1,487 @@
+"""Flax NNX layers over `axattn.dot_product_attention`.
+
+`MultiHeadAttention` is a drop-in for ``flax.nnx.MultiHeadAttention``: the same arguments,
+parameters, initial values, cache and views, with more keyword arguments after Flax's.
+`dot_product_attention` fits ``attention_fn=`` of Flax's own class, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+
+from axattn._typing import Array, Float, Integer
+from axattn.layers import decode as decoding
+from axattn.layers.calling import call_attention
+from axattn.layers.dialect import flax_attention
+from axattn.layers.options import head_layout, qk_norm_kind, requested
+from axattn.layers.positions import rotate
+from axattn.layers.projection import fused_projections
+from axattn.masks import Mask
+from axattn.rotary import RotaryEmbedding
+
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "SelfAttention",
+    "dot_product_attention",
+]
+
+
+def dot_product_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Array | Mask | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = flax_promote_dtype,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    query_segment_ids: Integer[Array, "*batch T"] | None = None,
+    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
+    q_offset: Integer[Array, "..."] | int | None = None,
+    q_positions: Integer[Array, "..."] | None = None,
+    kv_positions: Integer[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch T N h"]:
+    """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
+
+    The positional arguments are those of ``flax.nnx.dot_product_attention``, the others those of
+    `axattn.dot_product_attention`. It differs from Flax's function in that dropout and
+    ``precision`` do not write out the weights, that the softmax is always float32 and that rows
+    with nothing to attend to are zeros.
+
+    Args:
+      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h].
+      bias: added to the logits, broadcastable to [..., N, T, S].
+      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
+        [..., N, T, S].
+      broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      deterministic: no dropout.
+      dtype, promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` brings the three to
+        one dtype.
+      module: sows the weights [..., N, T, S] as ``attention_weights`` (``nnx.Intermediate``) in
+        the dtype of the query. This writes them out, but does not change the result.
+
+    Returns:
+      [..., T, N, h].
+
+    Raises:
+      As `axattn.dot_product_attention`.
+    """
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+
+    def sow(weights):
+        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
+
+    return flax_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        implementation=implementation,
+        sow=None if module is None else sow,
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        q_offset=q_offset,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+    )
+
+
+def _extends(base: Callable[..., None]):
+    """Says of an ``__init__(..., **kwargs)`` that it takes base's parameters, then its own."""
+
+    def decorate(init):
+        own = inspect.signature(init).parameters
+        inherited = inspect.signature(base).parameters
+        parameters = [
+            p.replace(default=own[name].default) if name in own else p
+            for name, p in inherited.items()
+        ]
+        parameters += [
+            p
+            for name, p in own.items()
+            if name not in inherited and p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        init.__signature__ = inspect.Signature(parameters)
+        return init
+
+    return decorate
+
+
+class MultiHeadAttention(nnx.MultiHeadAttention):
+    """Attention with shared key/value heads; a drop-in for Flax's class of this name.
+
+    Flax's arguments come first and mean what they mean there, ``num_kv_heads`` among them.
+    Parameters are ``query``, ``key``, ``value`` (kernel [E, N or K, H], bias [N or K, H]) and
+    ``out`` (kernel [N, H, E], bias [E]), so that a checkpoint of Flax's layer loads unchanged.
+    Query head n reads key/value head n // (N / K).
+
+    Args:
+      rope: rotates queries and keys by their positions.
+      qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
+        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+      window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
+        for causal models.
+      scale: of the logits; default 1 / sqrt(H).
+      logits_soft_cap: logits become cap * tanh(logits / cap).
+      sinks: learn one logit per query head that takes part in the softmax's denominator;
+        parameter ``sinks`` [N], zeros at first.
+      fused_qkv: one matrix product for those of query, key and value that project the same array.
+        Their kernels are joined at each call and stay separate parameters. Where heads are sharded
+        over devices this can cost a reshard.
+      implementation: of `axattn.dot_product_attention`.
+
+    Raises:
+      ValueError: arguments that do not fit together.
+    """
+
+    @_extends(nnx.MultiHeadAttention.__init__)
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        param_dtype: Any = jnp.float32,
+        attention_fn: Callable[..., Array] = dot_product_attention,
+        normalize_qk: bool = False,
+        rngs: nnx.Rngs,
+        rope: RotaryEmbedding | None = None,
+        qk_norm: str | None = None,
+        window: int | tuple[int, int] | None = None,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        sinks: bool = False,
+        fused_qkv: bool = False,
+        implementation: str | Sequence[str] | None = None,
+        **flax_kwargs,
+    ):
+        head_layout(num_heads, num_kv_heads, in_features if qkv_features is None else qkv_features)
+        norm = qk_norm_kind(normalize_qk, qk_norm)
+        if fused_qkv and flax_kwargs.get("qkv_dot_general_cls") is not None:
+            raise ValueError(
+                "fused_qkv=True has one product and cannot make one per projection with "
+                f"qkv_dot_general_cls={flax_kwargs['qkv_dot_general_cls']}; use qkv_dot_general"
+            )
+        super().__init__(
+            num_heads,
+            in_features,
+            qkv_features,
+            out_features,
+            num_kv_heads,
+            in_kv_features,
+            param_dtype=param_dtype,
+            attention_fn=attention_fn,
+            normalize_qk=norm == "layer",
+            rngs=rngs,
+            **flax_kwargs,
+        )
+        self.normalize_qk = norm is not None
+        if norm == "rms":
+            self.query_ln, self.key_ln = (
+                nnx.RMSNorm(
+                    self.head_dim,
+                    dtype=self.dtype,
+                    param_dtype=param_dtype,
+                    promote_dtype=self.ln_promote_dtype,
+                    rngs=rngs,
+                    scale_metadata=flax_kwargs.get(f"{name}_scale_metadata", {}),
+                )
+                for name in ("query_ln", "key_ln")
+            )
+        self.rope = rope
+        self.qk_norm = norm
+        self.window = tuple(window) if isinstance(window, list) else window
+        self.scale = scale
+        self.logits_soft_cap = logits_soft_cap
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
+        self.fused_qkv = fused_qkv
+        self.implementation = (
+            implementation
+            if implementation is None or isinstance(implementation, str)
+            else tuple(implementation)
+        )
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S F"] | None = None,
+        inputs_v: Float[Array, "*batch S F"] | None = None,
+        *,
+        mask: Array | Mask | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: Integer[Array, "*batch T"] | None = None,
+        positions: Integer[Array, "*batch T"] | None = None,
+        kv_positions: Integer[Array, "*batch S"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = None,
+    ) -> Float[Array, "*batch T D"]:
+        """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
+
+        Args:
+          inputs_q, inputs_k, inputs_v: [..., T, E] and [..., S, F]; what is left out is the one
+            before it.
+          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          deterministic: no dropout; to be given here or before if ``dropout_rate`` > 0.
+          rngs: for dropout, in place of those of the constructor.
+          sow_weights: sow the weights [..., N, T, S] as ``nnx.Intermediate``.
+          decode: one token at a time, with the cache of `init_cache`; to be given here or before.
+          is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
+          out_sharding, qkv_sharding: of the results of the projections.
+          input_positions: Flax's name (since 0.12.9) for ``positions``; without a ``rope`` they
+            are handed to ``attention_fn``.
+          positions, kv_positions: for ``rope``: integers [T] or [..., T] and [S] or [..., S]. By
+            default tokens are counted from 0, or from the cache's index. The keys' are the
+            queries' where T == S. They do not move masks.
+          segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
+            are the queries' where T == S.
+
+        Returns:
+          [..., T, D], where D is ``out_features``.
+
+        Raises:
+          ValueError: arguments that do not fit together or with the cache.
+        """
+        if inputs_k is None:
+            if inputs_v is not None:
+                raise ValueError(
+                    "`inputs_k` cannot be None if `inputs_v` is not None. Pass one array for both "
+                    "as `inputs_k`"
+                )
+            inputs_k = inputs_q
+        if inputs_v is None:
+            inputs_v = inputs_k
+        for name, x, features in (
+            ("inputs_q", inputs_q, self.in_features),
+            ("inputs_k", inputs_k, self.in_kv_features),
+            ("inputs_v", inputs_v, self.in_kv_features),
+        ):
+            if x.shape[-1] != features:
+                raise ValueError(
+                    f"Incompatible input dimension, got {x.shape[-1]} but module expects "
+                    f"{features}, for {name} of shape {x.shape}."
+                )
+        if input_positions is not None and self.rope is not None:
+            if positions is not None:
+                raise ValueError("input_positions is another name of positions: give one of them")
+            positions, input_positions = input_positions, None
+
+        query, key, value = self._project((inputs_q, inputs_k, inputs_v), qkv_sharding)
+        if self.normalize_qk:
+            query, key = self.query_ln(query), self.key_ln(key)
+
+        decode = first_from(
+            decode,
+            self.decode,
+            error_msg="No `decode` argument was provided to MultiHeadAttention, neither to its "
+            "constructor nor to its call nor as an attribute.",
+        )
+        index = None
+        if decode:
+            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+                raise ValueError("Autoregressive cache not initialized, call ``init_cache`` first.")
+            index = self.cache_index[...]
+            decoding.check_token(query.shape, key.shape, self.cached_key.shape)
+        query, key = rotate(
+            self.rope, query, key, positions, kv_positions, 0 if index is None else index
+        )
+        if index is not None:
+            key = decoding.append(self.cached_key[...], index, key)
+            value = decoding.append(self.cached_value[...], index, value)
+            self.cached_key[...], self.cached_value[...] = key, value
+            self.cache_index[...] = index + 1
+
+        dropout_rng = None
+        if self.dropout_rate > 0.0:
+            deterministic = first_from(
+                deterministic,
+                self.deterministic,
+                error_msg="No `deterministic` argument was provided to MultiHeadAttention, neither "
+                "to its constructor nor to its call nor as an attribute.",
+            )
+            if not deterministic:
+                dropout_rng = self._dropout_rng(rngs)
+        else:
+            deterministic = True
+
+        flax_kwargs = dict(
+            mask=mask,
+            dropout_rng=dropout_rng,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
+            deterministic=deterministic,
+            dtype=self.dtype,
+            precision=self.precision,
+            module=self if sow_weights else None,
+            is_causal=False,
+        )
+        options = requested(
+            input_positions=input_positions,
+            scale=self.scale,
+            local_window_size=self.window,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
+            query_segment_ids=segment_ids,
+            key_value_segment_ids=kv_segment_ids,
+            implementation=self.implementation,
+        )
+        x = call_attention(
+            self.attention_fn,
+            query,
+            key,
+            value,
+            flax_kwargs,
+            options,
+            is_causal=is_causal,
+            decode_index=index,
+        )
+        return self.out(x, out_sharding=out_sharding)
+
+    def _project(self, inputs, sharding):
+        layers = (self.query, self.key, self.value)
+        if not self.fused_qkv:
+            return tuple(f(x, out_sharding=sharding) for f, x in zip(layers, inputs, strict=True))
+        return fused_projections(
+            inputs,
+            [f.kernel[...] for f in layers],
+            [f.bias[...] for f in layers] if self.use_bias else None,
+            promote=lambda *arrays: self.qkv_promote_dtype(arrays, dtype=self.dtype),
+            dot_general=self.qkv_dot_general,
+            precision=self.precision,
+            out_sharding=sharding,
+        )
+
+    def _dropout_rng(self, rngs):
+        if rngs is None:
+            rngs = self.rngs
+        elif isinstance(rngs, nnx.Rngs):
+            rngs = rngs.dropout
+        if rngs is None:
+            raise ValueError(
+                "'rngs' must be provided to __call__ method if MultiHeadAttention instance is "
+                "defined with keep_rngs=False."
+            )
+        return rngs()
+
+
+class SelfAttention(MultiHeadAttention):
+    """`MultiHeadAttention` of one input."""
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        *,
+        mask: Array | Mask | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        positions: Integer[Array, "*batch T"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+    ) -> Float[Array, "*batch T D"]:
+        """As `MultiHeadAttention`, [..., T, E] to [..., T, D]."""
+        return super().__call__(
+            inputs_q,
+            mask=mask,
+            deterministic=deterministic,
+            rngs=rngs,
+            sow_weights=sow_weights,
+            decode=decode,
+            is_causal=is_causal,
+            out_sharding=out_sharding,
+            qkv_sharding=qkv_sharding,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+
+
+class GroupedQueryAttention(MultiHeadAttention):
+    """Each key/value head serves ``num_heads / num_kv_heads`` query heads (arXiv:2305.13245).
+
+    `MultiHeadAttention` with ``num_kv_heads`` required.
+    """
+
+    @_extends(MultiHeadAttention.__init__)
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        *args,
+        **kwargs,
+    ):
+        if num_kv_heads is None:
+            raise TypeError("num_kv_heads is required in GroupedQueryAttention, got None")
+        super().__init__(
+            num_heads, in_features, qkv_features, out_features, num_kv_heads, *args, **kwargs
+        )
+
+
+class MultiQueryAttention(MultiHeadAttention):
+    """One key/value head serves all query heads (arXiv:1911.02150).
+
+    `MultiHeadAttention` with ``num_kv_heads=1``; another number is a ValueError.
+    """
+
+    @_extends(MultiHeadAttention.__init__)
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int = 1,
+        *args,
+        **kwargs,
+    ):
+        if num_kv_heads != 1:
+            raise ValueError(
+                f"num_kv_heads must be 1 in MultiQueryAttention, got {num_kv_heads}; "
+                "GroupedQueryAttention takes others"
+            )
+        super().__init__(num_heads, in_features, qkv_features, out_features, 1, *args, **kwargs)
