@@ -566,7 +566,8 @@ def _integer(name: str, value: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} takes an int or an integer array, got {value!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} takes an int or an integer array, got {value!r}")
+        got = f"{array.dtype} {array.shape}" if array.ndim else f"{value!r}"
+        raise TypeError(f"{name} takes an int or an integer array, got {got}")
     return array.astype(jnp.int32)
 
 
