@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.attention import dot_product_attention as flax_dot_product_attention
 from flax.linen.dtypes import promote_dtype
 
 from axattn._jax_compat import einsum_by
@@ -73,7 +74,8 @@ def dot_product_attention(
     The positional arguments are those of ``flax.linen.dot_product_attention``, the others those of
     `axattn.dot_product_attention`. It differs from Flax's function in what it can do faster or
     better: K may divide N, the softmax is always float32, rows with nothing to attend to are zeros
-    (Flax: the mean of all values), and the result has the dtype of the query.
+    (Flax: the mean of all values), the result has the dtype of the query, and dropout draws other
+    bits from the same key.
 
     Args:
       query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h]; promoted to ``dtype``
@@ -124,7 +126,7 @@ def dot_product_attention(
         asked = requested(**options, implementation=implementation)
         if asked:
             raise NotImplementedError(f"complex query, key and value do not go with {[*asked]}")
-        return nn.dot_product_attention(
+        return flax_dot_product_attention(
             query,
             key,
             value,

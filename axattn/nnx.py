@@ -66,8 +66,8 @@ def dot_product_attention(
 
     The positional arguments are those of ``flax.nnx.dot_product_attention``, the others those of
     `axattn.dot_product_attention`. It differs from Flax's function in that dropout and
-    ``precision`` do not write out the weights, that the softmax is always float32 and that rows
-    with nothing to attend to are zeros.
+    ``precision`` do not write out the weights, that the softmax is always float32, that rows with
+    nothing to attend to are zeros, and that dropout draws other bits from the same key.
 
     Args:
       query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h].

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
+from axattn.implementations.products import DECODE_ROWS
 from axattn.masks import EMPTY, FULL
 
 
@@ -25,12 +26,12 @@ class Blocks:
 def choose(call: AttentionCall, platform: str) -> Blocks:
     """Block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
     cpu = platform == "cpu"
-    rows = call.q_len * call.num_heads
-    folded = call.num_kv_heads > 1 and rows <= 64 and platform != "tpu"
+    decode = call.q_len * call.num_heads <= DECODE_ROWS
+    folded = decode and platform != "tpu"
     # CPU, measured (2 cores, 1 MiB of L2 each; G = 1, 8, 16; forward and backward): smaller tiles
     # make poor products, larger ones fall out of the cache. Decode reads longer runs of the cache.
     q = min(call.q_len, 128 if cpu else 512)
-    kv = (512 if rows <= 64 else 256) if cpu else 1024
+    kv = (512 if decode else 256) if cpu else 1024
     # Rows whose masks differ would all visit the union of their blocks; done one at a time, each
     # visits its own. Too few query rows make poor products, so decode steps stay together.
     by_row = call.batch > 1 and q * call.group >= 128 and (cpu or call.mask.varies_by_row)

@@ -7,6 +7,7 @@ would have JAX save the residuals of both paths for the backward pass.
 from __future__ import annotations
 
 from axattn.call import AttentionCall
+from axattn.implementations.products import DECODE_ROWS
 
 # CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
 # overtakes the einsum between T=256 (2^20 scores at N=16) and T=512 (2^22), forward and backward;
@@ -16,7 +17,6 @@ CHUNKED_FROM_SCORES = 2**21
 
 # A decode step (few query rows) is a read of the cache, and one einsum reads it best (the chunked
 # path adds a copy of each block), until its logits would take this many bytes.
-DECODE_ROWS = 64
 DECODE_LOGITS_BYTES = 2**27
 
 

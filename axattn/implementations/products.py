@@ -17,6 +17,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+# Up to this many query rows (T * N) a call is a decode step: a read of the cache, and folded.
+DECODE_ROWS = 64
+
 
 class Products(Protocol):
     """Both products for one query tile."""

@@ -16,16 +16,13 @@ from jax import lax
 
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
-from axattn.implementations.products import Folded, Grouped
+from axattn.implementations.products import DECODE_ROWS, Folded, Grouped
 from axattn.implementations.scores import heads_apart, mask_tile, score_tile, zero_unused
-
-# Up to this many query rows (T * N) the key/value heads are folded into one matrix product.
-FOLD_ROWS = 64
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
-    if call.num_kv_heads > 1 and call.q_len * call.num_heads <= FOLD_ROWS:
+    if call.q_len * call.num_heads <= DECODE_ROWS:
         # TPUs tile the two minor dimensions: merging heads and head size would copy the cache.
         return lax.platform_dependent(
             call,
