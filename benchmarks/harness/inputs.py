@@ -1,0 +1,41 @@
+"""Random inputs, drawn on the host: never zeros, on which hardware and some kernels are faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def random_like(tree: Any, seed: int = 0, ints: Mapping[str, int] | None = None) -> Any:
+    """Arrays on the default device for a tree of ``jax.ShapeDtypeStruct``.
+
+    Floating-point leaves are normal, with variance 1, or 1 / fan-in where the path ends in
+    "kernel"; integer leaves are looked up in ``ints`` by the last name of their path. Nothing
+    is drawn on the device, whose allocator would count it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        if np.issubdtype(leaf.dtype, np.integer):
+            return jax.device_put(np.full(leaf.shape, (ints or {})[name], leaf.dtype))
+        fan_in = leaf.shape[0] if name == "kernel" else 1
+        values = rng.standard_normal(leaf.shape, np.float32) / math.sqrt(fan_in)
+        return jax.device_put(values.astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def attention_inputs(
+    batch: int, q_len: int, kv_len: int, heads: int, kv_heads: int, head_dim: int, dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query [B, T, N, H], key and value [B, S, K, H]."""
+    query, kv = (
+        jax.ShapeDtypeStruct((batch, length, n, head_dim), dtype)
+        for length, n in ((q_len, heads), (kv_len, kv_heads))
+    )
+    return random_like((query, kv, kv))

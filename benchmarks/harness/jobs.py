@@ -1,0 +1,224 @@
+"""What a row's own process does: run a case here, or compile it for a chip that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+from benchmarks.harness import environment, rows, units
+from benchmarks.harness.cases import Case
+from benchmarks.harness.rows import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run a case on this machine; see `benchmarks.harness.timing.measure` for the numbers."""
+
+    case: Case
+    min_time: float
+    repetitions: int
+    where: str = "here"
+
+    def __call__(self) -> Row:
+        environment.choose_backend()
+        return _guarded(_run, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """Compile a case for the target ``where``."""
+
+    case: Case
+    where: str
+
+    def __call__(self) -> Row:
+        return _guarded(_compile, self)
+
+
+Job = Run | Compile
+
+
+def _guarded(body, job: Job) -> Row:
+    """The row, or one that says why there is none."""
+    import jax
+
+    try:
+        return body(job)
+    except NotImplementedError as error:
+        return rows.of_case(
+            job.case, job.where, status=rows.UNSUPPORTED, reason=str(error) or repr(error)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        return rows.of_case(job.case, job.where, **_refused(str(error)))
+    except MemoryError as error:
+        return rows.of_case(job.case, job.where, status=rows.OUT_OF_MEMORY, reason=repr(error))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return rows.of_case(job.case, job.where, status=rows.FAILED, reason=reason)
+
+
+def _refused(message: str) -> dict[str, Any]:
+    from axattn import aot
+
+    return _refusal_values(aot.parse_refusal(message))
+
+
+def _refusal_values(refusal) -> dict[str, Any]:
+    known = {"out_of_memory": rows.OUT_OF_MEMORY, "unsupported": rows.UNSUPPORTED}
+    return {
+        "status": known.get(refusal.kind, rows.FAILED),
+        "reason": str(refusal),
+        "requested_bytes": refusal.requested_bytes,
+        "available_bytes": refusal.available_bytes,
+    }
+
+
+def _is_default(case: Case, platform: str) -> bool:
+    from benchmarks.harness import layers
+
+    return case.implementation in ("default", layers.default_implementation(case, platform))
+
+
+def _run(job: Run) -> Row:
+    import jax
+
+    from benchmarks.harness import device_time, inputs, layers, timing
+
+    case, device = job.case, jax.devices()[0]
+    workload = layers.build(case)
+    jitted = jax.jit(workload.fn, donate_argnums=workload.donate_argnums)
+    lowered = jitted.lower(*workload.args)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_seconds = time.perf_counter() - start
+
+    plan = compiled.memory_analysis()
+    memory = plan.argument_size_in_bytes + plan.output_size_in_bytes
+    memory += plan.temp_size_in_bytes - plan.alias_size_in_bytes
+    row = functools.partial(
+        rows.of_case,
+        case,
+        job.where,
+        device=device.device_kind,
+        is_default=_is_default(case, environment.xla_platform(device)),
+        memory_kind="host" if device.platform == "cpu" else "HBM",
+        memory_bytes=memory,
+        temp_bytes=plan.temp_size_in_bytes,
+        compile_seconds=compile_seconds,
+    )
+    notes = workload.notes
+    there = environment.host_bytes() if device.platform == "cpu" else None
+    if there is not None and memory > there:
+        # Trying would have the kernel end some process or other.
+        reason = f"needs {units.size(memory)} of host memory, the machine has {units.size(there)}"
+        return row(
+            status=rows.OUT_OF_MEMORY, reason=reason, requested_bytes=memory, available_bytes=there
+        )
+
+    params, cache, x = inputs.random_like(workload.args, ints=workload.ints)
+    jax.block_until_ready((params, cache, x))
+
+    def step():
+        nonlocal cache
+        out, cache = jax.block_until_ready(compiled(params, cache, x))
+        return out
+
+    try:
+        step()  # warm-up: first touch of memory, autotuning
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        start = time.perf_counter()
+        step()
+        estimate = time.perf_counter() - start
+        device_seconds, note = device_time.cold_timer(step, device.platform)
+        timed = timing.measure(
+            case.name,
+            step,
+            min_time=job.min_time,
+            repetitions=job.repetitions,
+            device_seconds=device_seconds,
+            estimate=estimate,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        return row(**_refused(str(error)))
+    return row(
+        time=timed.median,
+        time_stddev=timed.stddev,
+        cpu_time=timed.cpu,
+        iterations=timed.iterations,
+        repetitions=timed.repetitions,
+        clock=timed.clock,
+        allocator_peak_bytes=peak,
+        notes="; ".join([*notes, *([note] if note else [])]) or None,
+    )
+
+
+def _compile(job: Compile) -> Row:
+    from axattn import aot
+    from benchmarks.harness import layers
+
+    case, chip = job.case, aot.target(job.where)
+    aot.device(chip)  # first of all: it prepares the environment that JAX starts in
+    workload = layers.build(case)
+    report = aot.analyze(
+        workload.fn, *workload.args, target=chip, donate_argnums=workload.donate_argnums
+    )
+    refusal = _refusal_values(report.refusal) if report.refusal is not None else {}
+    return rows.of_case(
+        case,
+        job.where,
+        device=report.device_kind,
+        is_default=_is_default(case, chip.platform),
+        memory_kind="host" if chip.platform == "cpu" else "HBM",
+        memory_bytes=report.total_bytes,
+        temp_bytes=report.temp_bytes,
+        compile_seconds=report.compile_seconds,
+        flops=report.flops,
+        bytes_accessed=report.bytes_accessed,
+        cost_is_lower_bound=report.cost_is_lower_bound,
+        notes="; ".join([*workload.notes, *report.notes]) or None,
+        **refusal,
+    )
+
+
+def target_platform(name: str) -> str:
+    """cpu, cuda or tpu; ValueError for a target that there is not."""
+    from axattn import aot
+
+    return aot.target(name).platform
+
+
+def check_target(name: str) -> None:
+    """ValueError for an unknown target; ImportError, naming the extra, for a missing compiler."""
+    from axattn import aot
+
+    aot.check_installed(aot.target(name))
+
+
+def implementations() -> tuple[str, ...]:
+    """All names that a case may give as its implementation."""
+    from axattn.implementations import registry
+    from benchmarks.harness.baselines import BASELINES
+
+    return (*BASELINES, "default", *registry.NAMES)
+
+
+def implementations_for(platform: str) -> list[str]:
+    """axattn's implementations that exist for a platform: cpu, cuda, rocm or tpu."""
+    from axattn.implementations import registry
+
+    return [
+        name
+        for name, implementation in registry.IMPLEMENTATIONS.items()
+        if platform in implementation.platforms and implementation.attend is not None
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Describe:
+    """Where we are, asked in a process of its own: starting a backend takes hold of the device."""
+
+    def __call__(self) -> environment.Environment:
+        environment.choose_backend()
+        return environment.describe()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import sys
+import types
+
+import jax
+import pytest
+
+from benchmarks.harness import device_time
+
+
+@pytest.fixture
+def profiler(monkeypatch):
+    """Mosaic's profiler, as far as it is used: the kernels that the functions "launch"."""
+    fake = types.ModuleType("jax.experimental.mosaic.gpu.profiler")
+    fake.launched = []
+
+    def measure(fn, *, aggregate):
+        # What the real one asks before it calls a function as it is, without tracing it.
+        assert isinstance(fn, jax.stages.Wrapped)
+        assert not aggregate
+
+        def wrapper():
+            fn()  # warm-up
+            fake.launched.clear()
+            out = fn()
+            return out, list(fake.launched) or None
+
+        return wrapper
+
+    fake.measure = measure
+    package = types.ModuleType("jax.experimental.mosaic.gpu")
+    package.profiler = fake
+    monkeypatch.setitem(sys.modules, "jax.experimental.mosaic.gpu", package)
+    monkeypatch.setitem(sys.modules, "jax.experimental.mosaic.gpu.profiler", fake)
+    monkeypatch.setattr(device_time, "_FLUSH_BYTES", 1 << 10)
+    real = jax.block_until_ready
+
+    def block(tree):
+        fake.launched.append(("flush", 40.0))
+        return real(tree)
+
+    monkeypatch.setattr(device_time.jax, "block_until_ready", block)
+    return fake
+
+
+def test_only_the_steps_kernels_count(profiler):
+    def step():
+        profiler.launched.extend([("flash", 1.5), ("copy", 0.5)])
+
+    seconds, note = device_time.cold_timer(step, "gpu")
+    assert note is None
+    assert seconds() == pytest.approx(2e-3)
+
+
+def test_note_where_there_is_no_profiler(profiler):
+    def measure(fn, *, aggregate):
+        raise RuntimeError("CUPTI profiling is not supported on this platform")
+
+    profiler.measure = measure
+    seconds, note = device_time.cold_timer(lambda: None, "gpu")
+    assert seconds is None
+    assert note.startswith("wall time: CUPTI is not available (RuntimeError: CUPTI profiling")
+
+
+def test_note_where_no_kernels_are_seen(profiler, monkeypatch):
+    profiler.measure = lambda fn, *, aggregate: lambda: (None, None)
+    assert device_time.cold_timer(lambda: None, "gpu") == (None, "wall time: CUPTI saw no kernels")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_others_have_the_wall_clock(platform):
+    assert device_time.cold_timer(lambda: None, platform) == (None, None)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness import plotting
+
+
+def figure_of(monkeypatch, tmp_path, results, environment):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    path = tmp_path / "plot.png"
+    plotting.plot(path, results, environment)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close(figure)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return figure
+
+
+def test_time_and_memory_by_length(monkeypatch, tmp_path, results, environment):
+    figure = figure_of(monkeypatch, tmp_path, results, environment)
+    time_here, time_v5p, memory_here, memory_v5p = figure.axes
+    assert memory_here.get_ylabel() == "host memory"
+    assert memory_v5p.get_ylabel() == "HBM"
+    lines = {line.get_label(): line for line in memory_here.get_lines()}
+    assert lines["xla"].get_xdata().tolist() == [16, 64]
+    assert lines["xla"].get_ydata().tolist() == [16 * 2**20, 64 * 2**20]
+    assert lines["xla"].get_color() != lines["repeat_kv"].get_color()
+    assert lines["xla"].get_marker() != lines["repeat_kv"].get_marker()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:2] == ["repeat_kv", "xla"]
+    # The refusal for want of memory is there, and says so.
+    assert [text.get_text() for text in memory_v5p.texts] == ["refused"]
+
+
+def test_without_times_there_is_no_time(monkeypatch, tmp_path, results, environment):
+    compiled = [row for row in results if row.where == "v5p"]
+    figure = figure_of(monkeypatch, tmp_path, compiled, environment)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["HBM"]
+
+
+def test_refusals_alone(monkeypatch, tmp_path, results, environment):
+    figure_of(monkeypatch, tmp_path, results[-2:], environment)
+
+
+def test_single_lengths_give_way(make_row):
+    rows = [make_row(f"64/4/2/{n}") for n in (16, 32)] + [make_row("32/4/2/16")]
+    assert [len(group) for group in plotting.panels(rows).values()] == [2]
+    assert [len(group) for group in plotting.panels(rows[2:]).values()] == [1]
+
+
+@pytest.mark.parametrize("path", ["plot.jpg", "no/such/folder/plot.png"])
+def test_bad_paths(path):
+    with pytest.raises(ValueError, match="--plot"):
+        plotting.check_path(path)
