@@ -309,7 +309,8 @@ def _mask(
                 f"mask takes a boolean array (True = attend) or an axattn.Mask, got dtype "
                 f"{mask.dtype}; an additive mask is a bias"
             )
-        total = Mask.dense(_scores_shaped("mask", mask, lead, heads, q_len, kv_len))
+        _scores_shaped("mask", mask, lead, heads, q_len, kv_len)  # the check, in these words
+        total = Mask.dense(mask)
     if _flag("is_causal", is_causal):
         total = total & Mask.causal()
     if local_window_size is not None:

@@ -17,7 +17,8 @@ from axattn.masks import Span
 
 def dropout_key(rng: jax.Array) -> jax.Array:
     """Any JAX key (typed or raw, any generator) as the uint32 ``[2]`` key of the counters."""
-    return jax.random.bits(rng, (2,), jnp.uint32)
+    # Folded, so that a user's own draws from the same key share no bits with the counters' key.
+    return jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32)
 
 
 def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:

@@ -37,7 +37,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     call = without_unused(call)
     product = products(call.query, call.num_kv_heads, call.precision, call.accumulator_dtype)
-    weights, total, lse = _softmax(call, product.scores(call.key))
+    weights, total, lse = softmax_weights(call, product.scores(call.key))
     out = product.outputs(weights.astype(call.value.dtype), call.value) / total
     out = out.transpose(0, 3, 1, 2, 4).reshape(
         call.batch, call.q_len, call.num_heads, call.value_head_dim
@@ -58,7 +58,7 @@ def without_unused(call: AttentionCall) -> AttentionCall:
     )
 
 
-def _softmax(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Unnormalized weights ``[B, K, G, T, S]``, their sums ``[..., T, 1]`` and LSE ``[..., T]``.
 
     Dropout is in the weights and not in the sums. An empty row has weights 0, sum 1, LSE -inf.

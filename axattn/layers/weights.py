@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from axattn._typing import Array, Float
 from axattn.arguments import normalize
 from axattn.attention import dot_product_attention
-from axattn.implementations.xla import _softmax
+from axattn.implementations.xla import softmax_weights
 
 Einsum = Callable[..., Array]
 
@@ -54,7 +54,9 @@ def attention_weights(
         query = query.reshape(*query.shape[:-2], call.num_kv_heads, call.group, call.head_dim)
         dots = einsum("...qhgd,...khd->...hgqk", query, key)
     scores_shape = (call.batch, call.num_kv_heads, call.group, call.q_len, call.kv_len)
-    weights, total, _ = _softmax(call, dots.reshape(scores_shape).astype(call.accumulator_dtype))
+    weights, total, _ = softmax_weights(
+        call, dots.reshape(scores_shape).astype(call.accumulator_dtype)
+    )
     return (weights / total).reshape(*lead, call.num_heads, call.q_len, call.kv_len)
 
 
