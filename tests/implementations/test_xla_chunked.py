@@ -1,0 +1,97 @@
+"""xla_chunked in every way that it can cut a call; the features are in tests/test_attention.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import axattn
+from axattn.implementations import blocks
+from axattn.masks import EMPTY, FULL, PARTIAL
+from tests import cases, precision
+
+
+@pytest.mark.parametrize(
+    "name", ["lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"]
+)
+@pytest.mark.parametrize("by_row", [False, True], ids=["together", "by_row"])
+def test_batch_rows(force_blocks, name, by_row):
+    force_blocks(32, 48, by_row=by_row)
+    precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
+
+
+@pytest.mark.parametrize("sizes", [(113, 203), (113, 48), (32, 203), (112, 200), (1, 7), (57, 102)])
+def test_block_sizes(force_blocks, sizes):
+    """One block, one row or column of blocks, tails of one, and blocks that share all but one."""
+    force_blocks(*sizes)
+    precision.check(cases.make("everything", jnp.float32), ("xla_chunked",))
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["grouped", "folded"])
+@pytest.mark.parametrize("name", ["decode_three", "causal_offset", "mqa_16"])
+def test_forms_of_the_products(force_blocks, name, folded):
+    force_blocks(32, 48, folded=folded)
+    precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
+
+
+def test_own_block_sizes_are_used():
+    """Long enough to be cut by the sizes that are chosen by themselves, tails included."""
+    shape = cases.Shape(2, 1100, 1300, 4, 1, 8, 8)
+    arrays = cases.arrays(np.random.default_rng(0), shape, jnp.float32)
+    call = precision.Call(arrays, dict(is_causal=True, local_window_size=(700, None), q_offset=150))
+    precision.check(call, ("xla_chunked",))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 1), (8, 1, 8192, 32, 4), (1, 8192, 8192, 16, 2), (64, 512, 512, 128, 128), (2, 3, 7, 16, 1)],
+    ids=str,
+)  # fmt: skip
+def test_choice_fits(platform, shape):
+    B, T, S, N, K = shape
+    call = _call(B, T, S, N, K)
+    chosen = blocks.choose(call, platform)
+    assert 1 <= chosen.q <= T and 1 <= chosen.kv <= S
+    # The float32 tile of scores is bounded: 32 MiB, or 64 x 128 per row and head.
+    rows = (1 if chosen.by_row else B) * N
+    assert 4 * rows * chosen.q * chosen.kv <= max(2**25, 4 * rows * 64 * 128)
+    assert chosen == blocks.choose(call, platform)
+
+
+def _call(B, T, S, N, K):
+    from axattn.call import AttentionCall
+
+    query, kv = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, T, N, 64), (B, S, K, 64)))
+    return AttentionCall(query, kv, kv)
+
+
+def test_visits():
+    row = np.array([[FULL, EMPTY, PARTIAL, FULL, EMPTY, FULL], [FULL, EMPTY, EMPTY, PARTIAL, EMPTY, FULL]])
+    full, partial = blocks.visits(jnp.asarray(row, jnp.int8), 6, False)
+    assert full.order[: full.count].tolist() == [0, 5]
+    assert partial.order[: partial.count].tolist() == [2, 3]
+    # A last block that overlaps its neighbour is never full.
+    full, partial = blocks.visits(jnp.asarray(row, jnp.int8), 6, True)
+    assert full.order[: full.count].tolist() == [0]
+    assert partial.order[: partial.count].tolist() == [2, 3, 5]
+
+
+def test_two_orders_of_differentiation_say_no():
+    """Its own VJP is not differentiable again; a wrong second derivative would be silent."""
+    q = jnp.ones((1, 4, 2, 8))
+
+    def loss(q):
+        return (axattn.dot_product_attention(q, q, q, implementation="xla_chunked") ** 2).sum()
+
+    with pytest.raises(Exception, match="custom_vjp|while_loop|fori_loop|Reverse-mode|forward-mode"):
+        jax.jvp(jax.grad(loss), (q,), (q,))
+
+
+def test_choice_is_hashable_and_replaceable():
+    chosen = blocks.choose(_call(1, 100, 100, 2, 1), "cpu")
+    assert {chosen: 1}[dataclasses.replace(chosen)] == 1

@@ -1,0 +1,241 @@
+"""The rule for a right result: no more than twice the error of plain attention, and a few ulps.
+
+Plain attention is what one writes without a library: K and V repeated to all heads, one softmax in
+float32 over the whole T x S, matrix products of the inputs as they are. It and the implementations
+run on the same inputs in the same precision; both are compared with float64 on the host
+(the rule of FlashAttention's tests).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import axattn
+from axattn import Mask
+from tests import reference
+
+# Compiling takes most of the time of these tests, and less with these (XLA:CPU's own debug options).
+# The program is the same up to its code generation.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+ULPS = 2
+
+
+def dropout_words(rng) -> np.ndarray:
+    """What dropout draws from a user's key: the two words under which all scores are counted."""
+    return np.asarray(jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32))
+
+
+@functools.cache
+def _quick_options() -> dict:
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=QUICK)(1.0)
+    except Exception:  # an option that this XLA, or this backend, does not have
+        return {}
+    return QUICK
+
+
+def quick_jit(function, **options):
+    return jax.jit(function, compiler_options=_quick_options(), **options)
+
+
+@dataclasses.dataclass(repr=False)
+class Call:
+    """One call: the differentiable inputs, the other arguments, and what the reference is given."""
+
+    inputs: dict[str, jax.Array]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference_options: dict[str, Any] | None = None  # where they differ from the options
+    poison: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # slots that are unused
+    seed: int = 7
+
+    @functools.cached_property
+    def exact(self) -> reference.Reference:
+        options = self.options if self.reference_options is None else self.reference_options
+        options = {name: x for name, x in options.items() if name not in ("precision",)}
+        rng = options.pop("dropout_rng", None)
+        if rng is not None:
+            *lead, q_len, heads, _ = self.inputs["query"].shape
+            options["kept"] = reference.kept(
+                dropout_words(rng),
+                lead,
+                heads,
+                q_len,
+                self.inputs["key"].shape[-3],
+                options["dropout_rate"],
+                broadcast=options.pop("broadcast_dropout", False),
+            )
+        return reference.attend(**self.inputs, **options)
+
+    @functools.cached_property
+    def cotangents(self) -> tuple[jax.Array, jax.Array]:
+        rng = np.random.default_rng(self.seed)
+        query, value = self.inputs["query"], self.inputs["value"]
+        shape = (*query.shape[:-1], value.shape[-1])
+        dout = jnp.asarray(rng.normal(size=shape), query.dtype)
+        return dout, jnp.asarray(rng.normal(size=shape[:-1]), jnp.float32)
+
+    @functools.cached_property
+    def exact_results(self) -> dict[str, np.ndarray]:
+        gradients = self.exact.gradients(*self.cotangents)
+        gradients = {name: gradients[name] for name in self.inputs}
+        return {"out": self.exact.out, "lse": self.exact.lse, **gradients}
+
+    @functools.cached_property
+    def magnitudes(self) -> dict[str, np.ndarray]:
+        """The size of the terms that each gradient sums."""
+        return self.exact.gradients(*self.cotangents, of_magnitudes=True)
+
+    def __repr__(self):
+        shapes = {name: (x.shape, str(x.dtype)) for name, x in self.inputs.items()}
+        return f"Call({shapes}, {self.options})"
+
+    def _repr_pretty_(self, printer, cycle):  # what hypothesis prints
+        printer.text(repr(self))
+
+    def poisoned(self) -> dict[str, jax.Array]:
+        """The inputs with NaN in the slots that must not be read."""
+        return {
+            name: jnp.where(self.poison[name][..., None, None], jnp.nan, x).astype(x.dtype)
+            if name in self.poison
+            else x
+            for name, x in self.inputs.items()
+        }
+
+
+def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str, np.ndarray]]:
+    """Output, LSE and all gradients of each implementation, from one program."""
+    arrays = {k: v for k, v in call.options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
+    static = {k: v for k, v in call.options.items() if k not in arrays}
+
+    def program(inputs, arrays, cotangents):
+        def run(implementation):
+            def attend(inputs):
+                return axattn.dot_product_attention(
+                    **inputs,
+                    **arrays,
+                    **static,
+                    implementation=implementation,
+                    return_residual=True,
+                )
+
+            (out, lse), pull = jax.vjp(attend, inputs)
+            return {"out": out, "lse": lse, **pull(cotangents)[0]}
+
+        return [run(implementation) for implementation in implementations]
+
+    found = jit(program)(call.poisoned(), arrays, call.cotangents)
+    return {name: jax.tree.map(np.asarray, r) for name, r in zip(implementations, found, strict=True)}
+
+
+def plain_results(call: Call) -> dict[str, np.ndarray]:
+    """The same results of plain attention. One program per shape: all options are whole arrays."""
+    exact, heads = call.exact, call.inputs["query"].shape[-2]
+    shape = exact.weights.shape
+    options = call.options
+    added = np.zeros(shape, np.float32)
+    if options.get("alibi_slopes") is not None:
+        positions = reference._positions(
+            *shape[-2:], *(options.get(n) for n in ("q_offset", "q_positions", "kv_positions"))
+        )
+        distance = np.abs(positions[0][..., :, None] - positions[1][..., None, :])
+        slopes = np.asarray(options["alibi_slopes"])[:, None, None]
+        added = added - (slopes * distance[..., None, :, :]).astype(np.float32)
+    if "bias" in call.inputs:
+        added = added + np.asarray(call.inputs["bias"]).astype(np.float32)
+    sinks = np.full(heads, -np.inf, np.float32)
+    if "sinks" in call.inputs:
+        sinks = np.asarray(call.inputs["sinks"]).astype(np.float32)
+    found = _plain(
+        {name: call.inputs[name] for name in ("query", "key", "value")},
+        jnp.asarray(added),
+        jnp.asarray(sinks),
+        np.array(exact.allowed),
+        np.broadcast_to(exact.inputs["kept"], shape).astype(np.float32),
+        jnp.float32(exact.inputs["scale"]),
+        call.cotangents,
+        cap=exact.inputs["cap"],
+    )
+    found = jax.tree.map(np.asarray, found)
+    for name in ("bias", "sinks"):
+        gradient = found.pop(name)
+        if name in call.inputs:
+            array = call.inputs[name]
+            gradient = reference._sum_to(gradient.astype(np.float64), array.shape)
+            found[name] = gradient.astype(array.dtype)
+    return found
+
+
+@functools.partial(quick_jit, static_argnames="cap")
+def _plain(inputs, bias, sinks, allowed, kept, scale, cotangents, *, cap):
+    def attend(inputs, bias, sinks):
+        query, key, value = (inputs[name] for name in ("query", "key", "value"))
+        group = query.shape[-2] // key.shape[-2]
+        key, value = (jnp.repeat(x, group, axis=-2) for x in (key, value))
+        scores = scale * jnp.einsum(
+            "...tnh,...snh->...nts", query, key, preferred_element_type=jnp.float32
+        )
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores = jnp.where(allowed, scores + bias, -jnp.inf)
+        sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], -1)
+        empty = (scores == -jnp.inf).all(-1, keepdims=True)
+        scores = jnp.where(empty, 0.0, scores)
+        lse = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
+        weights = jnp.where(empty, 0.0, jax.nn.softmax(scores, axis=-1))[..., :-1] * kept
+        out = jnp.einsum(
+            "...nts,...snh->...tnh",
+            weights.astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
+        return out.astype(query.dtype), lse.swapaxes(-1, -2)
+
+    (out, lse), pull = jax.vjp(attend, inputs, bias, sinks)
+    gradients, dbias, dsinks = pull(cotangents)
+    return {"out": out, "lse": lse, **gradients, "bias": dbias, "sinks": dsinks}
+
+
+def assert_right(call: Call, found: dict, plain: dict, label: object = "") -> None:
+    """Output, LSE and gradients obey the rule, and are finite where they should be."""
+    exact = call.exact_results
+    assert set(found) == set(exact)
+    for name, want in exact.items():
+        got, dtype = found[name], found[name].dtype
+        where = f"{label} {name}"
+        assert got.shape == want.shape, where
+        assert dtype == plain[name].dtype, where
+        got, baseline = got.astype(np.float64), plain[name].astype(np.float64)
+        infinite = np.isneginf(want)
+        np.testing.assert_array_equal(np.isneginf(got), infinite, err_msg=where)
+        assert np.isfinite(got[~infinite]).all(), f"{where}: not finite"
+        got, baseline, want = (np.where(infinite, 0.0, x) for x in (got, baseline, want))
+        few = ULPS * float(jnp.finfo(dtype).eps) * np.abs(want).max()
+        if name in call.inputs:
+            few += ULPS * float(jnp.finfo(jnp.float32).eps) * call.magnitudes[name].max()
+        error, allowed = np.abs(got - want).max(), 2 * np.abs(baseline - want).max() + few
+        assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+        size = np.sqrt(np.mean(want**2))
+        if size > 0:
+            error = _one_minus_cosine(got, want)
+            allowed = 2 * _one_minus_cosine(baseline, want) + 0.5 * (few / size) ** 2
+            assert error <= allowed, f"{where}: 1 - cosine {error:.3g}, allowed {allowed:.3g}"
+
+
+def _one_minus_cosine(a, b):
+    """Without cancellation: half the square of the distance of the unit vectors."""
+    lengths = np.linalg.norm(a), np.linalg.norm(b)
+    return 0.5 * np.linalg.norm(a / max(lengths[0], 1e-300) - b / lengths[1]) ** 2
+
+
+def check(call: Call, implementations=("xla", "xla_chunked"), *, jit=quick_jit) -> None:
+    plain = plain_results(call)
+    for name, found in results(call, implementations, jit=jit).items():
+        assert_right(call, found, plain, name)

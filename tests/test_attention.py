@@ -1,0 +1,318 @@
+"""dot_product_attention against float64: every feature, implementation and precision."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import axattn
+from axattn import Mask
+from tests import cases, precision, reference
+from tests.cases import Shape
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+# Cases that run in a short type by default, too, in turn in bfloat16 and float16.
+SHORT = (
+    *("lengths", "causal", "decode", "mqa_16", "soft_cap", "sinks", "bias_NTS", "dropout"),
+    *("mask_BNTS", "segments_unsorted", "alibi_causal_rows", "bias_infinite", "lengths_zero"),
+    *("head_192_128", "everything", "everything"),
+)
+
+
+def table():
+    """Every case in float32, some in a short type; the rest of the product is slow."""
+    quick = {(name, "float32") for name in cases.CASES}
+    quick |= {(name, ("bfloat16", "float16")[n % 2]) for n, name in enumerate(SHORT)}
+    return [
+        pytest.param(name, dtype, marks=() if (name, dtype) in quick else pytest.mark.slow)
+        for name in cases.CASES
+        for dtype in DTYPES
+    ]
+
+
+@pytest.mark.parametrize("name, dtype", table())
+def test_features(small_blocks, name, dtype):
+    precision.check(cases.make(name, DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers(dtype):
+    # As users run it: fully optimized, with the block sizes and the choice that come by default.
+    call = cases.make("causal_offset", DTYPES[dtype], outliers=True)
+    precision.check(call, ("xla", "xla_chunked", None), jit=jax.jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases.CASES)
+def test_optimized(small_blocks, name):
+    precision.check(cases.make(name, jnp.float32), jit=jax.jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1023, 1024), (799, 3), (64, 2048)], ids=str)
+def test_long(shape, dtype):
+    T, S = shape
+    rng = np.random.default_rng(T)
+    arrays = cases.arrays(rng, Shape(1, T, S, 8, 2, 64, 64), DTYPES[dtype], outliers=True)
+    call = precision.Call(arrays, dict(is_causal=True, q_offset=S - min(S, T)))
+    precision.check(call, ("xla", "xla_chunked", None), jit=jax.jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [64, 80, 128, 256])
+@pytest.mark.parametrize("G", [1, 2, 4, 8, 16])
+def test_groups_and_head_sizes(small_blocks, G, H):
+    rng = np.random.default_rng(G * H)
+    arrays = cases.arrays(rng, Shape(2, 113, 203, 16, 16 // G, H, H), jnp.bfloat16)
+    precision.check(precision.Call(arrays, dict(is_causal=True, q_offset=90)))
+
+
+def test_plain_is_jax_nn():
+    # The yardstick is not made long by us: jax.nn errs as plain attention does.
+    call = cases.make("causal", jnp.bfloat16)
+    inputs = [np.asarray(x[..., :48]) for x in call.inputs.values()]
+    call = precision.Call(dict(zip(call.inputs, map(jnp.asarray, inputs), strict=True)), call.options)
+    exact = call.exact.out
+    theirs = jax.nn.dot_product_attention(**call.inputs, is_causal=True)
+    error = np.abs(np.asarray(theirs, np.float64) - exact).max()
+    plain = np.abs(np.asarray(precision.plain_results(call)["out"], np.float64) - exact).max()
+    assert plain < 1.5 * error
+
+
+class TestDropIn:
+    """The import is all that changes from jax.nn.dot_product_attention."""
+
+    B, T, S, N, K, H = 2, 20, 28, 4, 2, 16
+
+    CALLS = {
+        "nothing": {},
+        "causal": dict(is_causal=True),
+        "scale": dict(scale=0.5),
+        "scale_zero": dict(scale=0.0),
+        "window": dict(local_window_size=3),
+        "window_pair": dict(local_window_size=(4, 2)),
+        "causal_window": dict(local_window_size=(4, 0), is_causal=True),
+        "query_lengths": dict(query_seq_lengths=np.array([20, 7])),
+        "kv_lengths": dict(key_value_seq_lengths=np.array([28, 9])),
+        "both_lengths": dict(
+            query_seq_lengths=np.array([20, 7]), key_value_seq_lengths=np.array([5, 28])
+        ),
+        "mask": dict(mask="mask"),
+        "bias": dict(bias="bias"),
+        "mask_of_heads": dict(mask="mask_of_heads", bias="bias_of_rows", is_causal=True),
+        "one_batch_row": dict(mask="one_batch_row", bias="bias_of_heads"),
+        "all": dict(
+            mask="mask",
+            bias="bias",
+            scale=0.7,
+            is_causal=True,
+            local_window_size=(9, 9),
+            query_seq_lengths=np.array([20, 7]),
+            key_value_seq_lengths=np.array([17, 28]),
+        ),
+    }
+
+    def arrays(self, dtype=jnp.float32):
+        B, T, S, N, K, H = self.B, self.T, self.S, self.N, self.K, self.H
+        rng = np.random.default_rng(0)
+        q, k, v = cases.arrays(rng, Shape(B, T, S, N, K, H, H), dtype).values()
+        named = {
+            "mask": (B, 1, T, S),
+            "mask_of_heads": (1, N, T, S),
+            "one_batch_row": (1, 1, T, S),
+            "bias": (B, N, T, S),
+            "bias_of_rows": (B, 1, 1, S),
+            "bias_of_heads": (1, N, T, S),
+        }
+        extra = {}
+        for name, size in named.items():
+            extra[name] = rng.normal(size=size).astype(dtype)
+            if not name.startswith("bias"):
+                extra[name] = rng.random(size) < 0.8
+                extra[name][..., 0] = True  # jax.nn gives a mean of values for a row without keys
+        return q, k, v, extra
+
+    def test_signature(self):
+        theirs = inspect.signature(jax.nn.dot_product_attention).parameters
+        ours = inspect.signature(axattn.dot_product_attention).parameters
+        for name, parameter in theirs.items():
+            assert name in ours, name
+            assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+        assert list(ours)[:5] == list(theirs)[:5]
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_same_numbers(self, name):
+        q, k, v, extra = self.arrays()
+        options = {n: extra.get(x, x) if isinstance(x, str) else x for n, x in self.CALLS[name].items()}
+        arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+        static = {n: x for n, x in options.items() if n not in arrays}
+
+        def program(q, k, v, arrays):
+            theirs = jax.nn.dot_product_attention(q, k, v, **arrays, **static, return_residual=True)
+            return theirs, [
+                axattn.dot_product_attention(
+                    q, k, v, **arrays, **static, implementation=i, return_residual=True
+                )
+                for i in (None, "xla", "xla_chunked")
+            ]
+
+        (out, lse), all_ours = precision.quick_jit(program)(q, k, v, arrays)
+        rows = np.ones((self.B, self.T), bool)
+        if "query_seq_lengths" in options:
+            rows &= np.arange(self.T) < options["query_seq_lengths"][:, None]
+        if "key_value_seq_lengths" in options and "all" == name:
+            # Windows and lengths can leave rows of jax.nn's with nothing to attend to.
+            seen = reference.visible(
+                self.T, self.S, **{n: x for n, x in options.items() if n not in ("bias", "scale")}
+            )
+            rows &= seen.any(-1)[:, 0]
+            assert rows.sum() > 20
+        for ours, ours_lse in all_ours:
+            np.testing.assert_allclose(ours[rows], out[rows], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(ours_lse[rows], lse[rows], rtol=2e-5, atol=2e-6)
+            assert np.all(ours[~rows] == 0)
+
+    def test_three_dimensions_and_short_types(self):
+        q, k, v, _ = self.arrays(jnp.bfloat16)
+        theirs = jax.nn.dot_product_attention(q[0], k[0], v[0])
+        ours = axattn.dot_product_attention(q[0], k[0], v[0])
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=0.02
+        )
+
+    def test_positional(self):
+        q, k, v, extra = self.arrays()
+        bias, mask = extra["bias"], extra["mask"]
+        theirs = jax.nn.dot_product_attention(q, k, v, bias, mask)
+        np.testing.assert_allclose(
+            axattn.dot_product_attention(q, k, v, bias, mask), theirs, rtol=2e-5, atol=2e-6
+        )
+
+    def test_documented_difference_window_never_sees_the_future(self):
+        # jax-ml/jax#39576: theirs with (L, 0) and without is_causal attends to later keys.
+        q, k, v, _ = self.arrays()
+        ours = axattn.dot_product_attention(q, k, v, local_window_size=(4, 0))
+        causal = axattn.dot_product_attention(q, k, v, local_window_size=(4, 0), is_causal=True)
+        np.testing.assert_array_equal(ours, causal)
+
+    def test_documented_difference_rows_without_keys(self):
+        q, k, v, _ = self.arrays()
+        mask = np.ones((1, 1, self.T, self.S), bool)
+        mask[:, :, 3] = False
+        out, lse = axattn.dot_product_attention(q, k, v, mask=mask, return_residual=True)
+        assert np.all(out[:, 3] == 0)
+        assert np.all(np.isneginf(lse[:, 3]))
+        assert np.all(np.isfinite(np.delete(lse, 3, axis=1)))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize("T", [40, 4], ids=["grouped", "folded"])
+def test_head_order(small_blocks, implementation, T):
+    """Query head n reads key/value head n // G: what repeating K and V along the heads means."""
+    N, K = 12, 3
+    rng = np.random.default_rng(0)
+    q, k, v = cases.arrays(rng, Shape(2, T, 50, N, K, 16, 24), jnp.float32).values()
+
+    @precision.quick_jit
+    def program(q, k, v):
+        def shared(q, k, v):
+            return axattn.dot_product_attention(q, k, v, implementation=implementation)
+
+        def repeated(q, k, v):
+            k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+            return axattn.dot_product_attention(q, k, v, implementation=implementation)
+
+        out, pull = jax.vjp(shared, q, k, v)
+        expected, expected_pull = jax.vjp(repeated, q, k, v)
+        return (out, pull(out)), (expected, expected_pull(out))
+
+    got, expected = program(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+def test_deterministic(small_blocks, implementation):
+    call = cases.make("everything", jnp.bfloat16)
+    first, second = (
+        precision.results(call, (implementation,))[implementation] for _ in range(2)
+    )
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+class TestScale:
+    Q, K, V = cases.arrays(np.random.default_rng(1), Shape(2, 24, 30, 4, 2, 16, 16), jnp.float32).values()
+
+    @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+    def test_traced_scale_has_a_gradient(self, small_blocks, implementation):
+        def loss(scale, q):
+            out = axattn.dot_product_attention(
+                q, self.K, self.V, scale=scale, logits_soft_cap=3.0, implementation=implementation
+            )
+            return (out**2).sum() / 2
+
+        value, (dscale, dq) = precision.quick_jit(jax.value_and_grad(loss, (0, 1)))(
+            jnp.float32(0.4), self.Q
+        )
+        exact = reference.attend(self.Q, self.K, self.V, scale=0.4, logits_soft_cap=3.0)
+        gradients = exact.gradients(exact.out)
+        np.testing.assert_allclose(value, (exact.out**2).sum() / 2, rtol=1e-5)
+        np.testing.assert_allclose(dscale, gradients["scale"], rtol=1e-5)
+        np.testing.assert_allclose(dq, gradients["query"], rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("scale", [0.25, np.float32(0.25), np.array(0.25), jnp.array(0.25)])
+    def test_kinds_of_numbers(self, scale):
+        out = axattn.dot_product_attention(self.Q, self.K, self.V, scale=scale)
+        np.testing.assert_array_equal(out, axattn.dot_product_attention(self.Q, self.K, self.V))
+
+    def test_traced_scale_in_a_short_type_is_no_worse(self):
+        call = precision.Call(
+            {n: x.astype(jnp.bfloat16) for n, x in zip(("query", "key", "value"), (self.Q, self.K, self.V), strict=True)},
+            dict(scale=jnp.float32(0.31)),
+        )
+        plain = precision.plain_results(call)
+        # The options are arguments of the jitted program, so this scale is traced.
+        found = precision.results(call, ("xla", "xla_chunked"))
+        for name, result in found.items():
+            precision.assert_right(call, result, plain, name)
+
+
+class TestTypes:
+    def test_float64(self):
+        with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+            call = cases.make("causal", jnp.float64)
+            for name, found in precision.results(call, ("xla", "xla_chunked")).items():
+                assert found["out"].dtype == np.float64
+                assert found["lse"].dtype == np.float32
+                for part in ("out", "query", "key", "value"):
+                    np.testing.assert_allclose(
+                        found[part], call.exact_results[part], rtol=1e-6, atol=1e-6, err_msg=name
+                    )
+
+    def test_numpy_and_lists(self):
+        q, k, v = (np.asarray(x) for x in (TestScale.Q, TestScale.K, TestScale.V))
+        expected = axattn.dot_product_attention(*map(jnp.asarray, (q, k, v)))
+        np.testing.assert_array_equal(axattn.dot_product_attention(q, k, v), expected)
+        out = axattn.dot_product_attention(q, k, v, key_value_seq_lengths=[30, 30])
+        np.testing.assert_array_equal(out, expected)
+
+    def test_residual_is_float32_natural_log(self):
+        q, k, v = (x.astype(jnp.bfloat16) for x in (TestScale.Q, TestScale.K, TestScale.V))
+        out, lse = axattn.dot_product_attention(q, 0 * k, v, return_residual=True)
+        assert (out.dtype, lse.dtype, lse.shape) == (jnp.bfloat16, jnp.float32, q.shape[:-1])
+        np.testing.assert_allclose(lse, np.log(30), rtol=1e-6)
+
+
+def test_scalar_lengths_serve_every_row():
+    q, k, v = TestScale.Q, TestScale.K, TestScale.V
+    one = axattn.dot_product_attention(q, k, v, mask=Mask.lengths(kv=11))
+    per_row = axattn.dot_product_attention(q, k, v, key_value_seq_lengths=np.array([11, 11]))
+    np.testing.assert_array_equal(one, per_row)
+    np.testing.assert_allclose(one, axattn.dot_product_attention(q, k[:, :11], v[:, :11]), atol=1e-6)
