@@ -52,7 +52,7 @@ def arrays(rng, shape: Shape, dtype, *, outliers: bool = False) -> dict[str, jax
 CASES = {}
 
 
-def case(shape: Shape = Shape(), *, name: str | None = None):  # noqa: B008 - immutable
+def case(shape: Shape = Shape(), *, name: str | None = None):
     def add(function):
         CASES[name or function.__name__] = (shape, function)
         return function
@@ -73,7 +73,7 @@ def make(name: str, dtype, *, outliers: bool = False) -> Call:
     return call
 
 
-def simple(name, shape=Shape(), **options):  # noqa: B008 - immutable
+def simple(name, shape=Shape(), **options):
     case(shape, name=name)(lambda rng, s, call: dict(options))
 
 
@@ -144,7 +144,9 @@ def decode_three(rng, s, call):
     kv = np.array([100, 20, 64])
     call.poison = dict(key=behind(s.S, kv), value=behind(s.S, kv))
     offset = kv - 3
-    return dict(key_value_seq_lengths=kv, is_causal=True, q_offset=offset, local_window_size=(31, 0))
+    return dict(
+        key_value_seq_lengths=kv, is_causal=True, q_offset=offset, local_window_size=(31, 0)
+    )
 
 
 @case()

@@ -131,7 +131,9 @@ def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str
         return [run(implementation) for implementation in implementations]
 
     found = jit(program)(call.poisoned(), arrays, call.cotangents)
-    return {name: jax.tree.map(np.asarray, r) for name, r in zip(implementations, found, strict=True)}
+    return {
+        name: jax.tree.map(np.asarray, r) for name, r in zip(implementations, found, strict=True)
+    }
 
 
 def plain_results(call: Call) -> dict[str, np.ndarray]:

@@ -77,7 +77,9 @@ def test_plain_is_jax_nn():
     # The yardstick is not made long by us: jax.nn errs as plain attention does.
     call = cases.make("causal", jnp.bfloat16)
     inputs = [np.asarray(x[..., :48]) for x in call.inputs.values()]
-    call = precision.Call(dict(zip(call.inputs, map(jnp.asarray, inputs), strict=True)), call.options)
+    call = precision.Call(
+        dict(zip(call.inputs, map(jnp.asarray, inputs), strict=True)), call.options
+    )
     exact = call.exact.out
     theirs = jax.nn.dot_product_attention(**call.inputs, is_causal=True)
     error = np.abs(np.asarray(theirs, np.float64) - exact).max()
@@ -143,13 +145,17 @@ class TestDropIn:
         ours = inspect.signature(axattn.dot_product_attention).parameters
         for name, parameter in theirs.items():
             assert name in ours, name
-            assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+            assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), (
+                name
+            )
         assert list(ours)[:5] == list(theirs)[:5]
 
     @pytest.mark.parametrize("name", CALLS)
     def test_same_numbers(self, name):
         q, k, v, extra = self.arrays()
-        options = {n: extra.get(x, x) if isinstance(x, str) else x for n, x in self.CALLS[name].items()}
+        options = {
+            n: extra.get(x, x) if isinstance(x, str) else x for n, x in self.CALLS[name].items()
+        }
         arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
         static = {n: x for n, x in options.items() if n not in arrays}
 
@@ -240,15 +246,15 @@ def test_head_order(small_blocks, implementation, T):
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 def test_deterministic(small_blocks, implementation):
     call = cases.make("everything", jnp.bfloat16)
-    first, second = (
-        precision.results(call, (implementation,))[implementation] for _ in range(2)
-    )
+    first, second = (precision.results(call, (implementation,))[implementation] for _ in range(2))
     for name in first:
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
 class TestScale:
-    Q, K, V = cases.arrays(np.random.default_rng(1), Shape(2, 24, 30, 4, 2, 16, 16), jnp.float32).values()
+    Q, K, V = cases.arrays(
+        np.random.default_rng(1), Shape(2, 24, 30, 4, 2, 16, 16), jnp.float32
+    ).values()
 
     @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
     def test_traced_scale_has_a_gradient(self, small_blocks, implementation):
@@ -274,7 +280,10 @@ class TestScale:
 
     def test_traced_scale_in_a_short_type_is_no_worse(self):
         call = precision.Call(
-            {n: x.astype(jnp.bfloat16) for n, x in zip(("query", "key", "value"), (self.Q, self.K, self.V), strict=True)},
+            {
+                n: x.astype(jnp.bfloat16)
+                for n, x in zip(("query", "key", "value"), (self.Q, self.K, self.V), strict=True)
+            },
             dict(scale=jnp.float32(0.31)),
         )
         plain = precision.plain_results(call)
@@ -315,4 +324,6 @@ def test_scalar_lengths_serve_every_row():
     one = axattn.dot_product_attention(q, k, v, mask=Mask.lengths(kv=11))
     per_row = axattn.dot_product_attention(q, k, v, key_value_seq_lengths=np.array([11, 11]))
     np.testing.assert_array_equal(one, per_row)
-    np.testing.assert_allclose(one, axattn.dot_product_attention(q, k[:, :11], v[:, :11]), atol=1e-6)
+    np.testing.assert_allclose(
+        one, axattn.dot_product_attention(q, k[:, :11], v[:, :11]), atol=1e-6
+    )

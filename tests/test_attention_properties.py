@@ -99,7 +99,10 @@ def test_any_call(small_blocks, call):
 
 @pytest.mark.slow
 @THOROUGH
-@given(call=calls(dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)), blocks=st.sampled_from([(8, 8), (5, 7), (32, 16)]))
+@given(
+    call=calls(dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)),
+    blocks=st.sampled_from([(8, 8), (5, 7), (32, 16)]),
+)
 def test_any_call_in_any_blocks(force_blocks, call, blocks):
     force_blocks(*blocks)
     check_any(call)
@@ -134,7 +137,11 @@ def test_parts_of_the_keys_combine_by_their_lse(data):
     whole = axattn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
     parts = [
         axattn.dot_product_attention(
-            q, k[:, s], v[:, s], mask=Mask.lengths(kv=np.clip(lengths - s.start, 0, 7)), return_residual=True
+            q,
+            k[:, s],
+            v[:, s],
+            mask=Mask.lengths(kv=np.clip(lengths - s.start, 0, 7)),
+            return_residual=True,
         )
         for s in (slice(0, 7), slice(7, 14))
     ]

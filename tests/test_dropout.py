@@ -25,9 +25,9 @@ def pattern(rng=KEY, implementation="xla", *, lead=(B,), heads=N, q_len=T, kv_le
     q = jnp.ones((*lead, q_len, heads, 4))
     k = jnp.zeros((*lead, kv_len, K, 4))
     v = jnp.broadcast_to(jnp.eye(kv_len)[:, None], (*lead, kv_len, K, kv_len))
-    out = quick_jit(
-        lambda *x: attend(*x[:-1], rng=x[-1], implementation=implementation, **kwargs)
-    )(q, k, v, rng)
+    out = quick_jit(lambda *x: attend(*x[:-1], rng=x[-1], implementation=implementation, **kwargs))(
+        q, k, v, rng
+    )
     rate = kwargs.get("rate", RATE)
     out = np.asarray(out).swapaxes(-3, -2)
     kept = out > 0.5 / kv_len

@@ -150,12 +150,12 @@ class TestCudnn:
         for word in words:
             assert word in why["cudnn"]
         with pytest.raises(NotImplementedError) as caught:
-            axattn.dot_product_attention(
-                *half(Q, KV, KV), implementation="cudnn", **kwargs
-            )
+            axattn.dot_product_attention(*half(Q, KV, KV), implementation="cudnn", **kwargs)
         assert why["cudnn"] in str(caught.value) and "cudnn" in str(caught.value)
 
-    @pytest.mark.parametrize("sizes, word", [((12, 12), "12"), ((264, 264), "264"), ((8, 16), "h=16")])
+    @pytest.mark.parametrize(
+        "sizes, word", [((12, 12), "12"), ((264, 264), "264"), ((8, 16), "h=16")]
+    )
     def test_head_sizes(self, sizes, word):
         H, h = sizes
         q, k, v = half(np.zeros((1, 5, 4, H)), np.zeros((1, 5, 4, H)), np.zeros((1, 5, 4, h)))
@@ -201,7 +201,9 @@ class TestPlatforms:
             registry.Implementation("mosaic_tpu", attend, lambda call: None, ("tpu",)),
         )
         monkeypatch.setattr(
-            attention, "_attend", jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
+            attention,
+            "_attend",
+            jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan"),
         )
 
     def lowered(self, platform, **kwargs):
@@ -227,7 +229,9 @@ class TestPlatforms:
 
     def test_none_by_platform(self, fake_tpu_kernel, monkeypatch):
         monkeypatch.setattr(
-            preference, "choose", lambda call, platform, reasons: "mosaic_tpu" if platform == "tpu" else "xla"
+            preference,
+            "choose",
+            lambda call, platform, reasons: "mosaic_tpu" if platform == "tpu" else "xla",
         )
         why = explain()
         assert why.by_platform["tpu"] == "mosaic_tpu" and why.by_platform["cpu"] == "xla"
@@ -237,14 +241,18 @@ class TestPlatforms:
 
     def test_none_may_differ_between_platforms_under_grad_and_vmap(self, monkeypatch):
         monkeypatch.setattr(
-            preference, "choose", lambda call, platform, reasons: "xla_chunked" if platform == "tpu" else "xla"
+            preference,
+            "choose",
+            lambda call, platform, reasons: "xla_chunked" if platform == "tpu" else "xla",
         )
 
         def loss(q):
             return (axattn.dot_product_attention(q, KV + 0.1, KV + 1) ** 2).sum()
 
         def strict(q):
-            return (axattn.dot_product_attention(q, KV + 0.1, KV + 1, implementation="xla") ** 2).sum()
+            return (
+                axattn.dot_product_attention(q, KV + 0.1, KV + 1, implementation="xla") ** 2
+            ).sum()
 
         np.testing.assert_allclose(jax.grad(loss)(Q), jax.grad(strict)(Q), atol=1e-6)
         twice = np.stack([Q, Q + 1])

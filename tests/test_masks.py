@@ -123,7 +123,9 @@ def per_block(array, block_q, block_kv):
     return (np.stack(x, 1).reshape(shape) for x in (some, every))
 
 
-def assert_sound(states, options, positions, q_len, kv_len, block_q, block_kv, *, tight=False, label=""):
+def assert_sound(
+    states, options, positions, q_len, kv_len, block_q, block_kv, *, tight=False, label=""
+):
     states = np.asarray(states)
     some, every = per_block(expected(options, positions, q_len, kv_len), block_q, block_kv)
     assert states.dtype == np.int8
@@ -240,17 +242,23 @@ class TestPytree:
         assert len(traces) == 1
 
     def test_vmap(self):
-        masks = Mask.lengths(kv=jnp.array([3, 9])) & Mask.causal(jnp.array([0, 2])) & Mask.window(9, 9)
+        masks = (
+            Mask.lengths(kv=jnp.array([3, 9])) & Mask.causal(jnp.array([0, 2])) & Mask.window(9, 9)
+        )
         got = jax.vmap(lambda mask: mask.materialize(T, S)[0, 0])(masks)
         want = (masks).materialize(T, S)[:, 0]
         np.testing.assert_array_equal(got, want)
         # in_axes as a tree of the same structure
-        got = jax.vmap(lambda m: m.materialize(T, S)[0, 0], in_axes=(jax.tree.map(lambda _: 0, masks),))(masks)
+        got = jax.vmap(
+            lambda m: m.materialize(T, S)[0, 0], in_axes=(jax.tree.map(lambda _: 0, masks),)
+        )(masks)
         np.testing.assert_array_equal(got, want)
 
     def test_donation(self):
         array = jnp.asarray(DENSE[0, 0])
-        flipped = jax.jit(lambda m: jax.tree.map(jnp.logical_not, m), donate_argnums=0)(Mask.dense(array))
+        flipped = jax.jit(lambda m: jax.tree.map(jnp.logical_not, m), donate_argnums=0)(
+            Mask.dense(array)
+        )
         np.testing.assert_array_equal(flipped.materialize(T, S)[0, 0], ~DENSE[0, 0])
         assert array.is_deleted()
 
@@ -319,6 +327,4 @@ def test_mask_and_arguments_say_the_same():
         q, k, v, is_causal=True, local_window_size=(4, 1), key_value_seq_lengths=lengths
     )
     mask = Mask.causal() & Mask.window(4, 1) & Mask.lengths(kv=lengths)
-    np.testing.assert_array_equal(
-        by_arguments, axattn.dot_product_attention(q, k, v, mask=mask)
-    )
+    np.testing.assert_array_equal(by_arguments, axattn.dot_product_attention(q, k, v, mask=mask))

@@ -75,9 +75,7 @@ FEATURES = {
     "nothing": {},
     "causal_sinks": dict(is_causal=True, sinks=np.ones(N, np.float32)),
     "lengths": dict(key_value_seq_lengths=np.array([100, 3]), logits_soft_cap=2.0),
-    "mask_bias": dict(
-        mask=np.ones((B, 1, 1, S), bool), bias=np.zeros((1, N, 1, S), np.float32)
-    ),
+    "mask_bias": dict(mask=np.ones((B, 1, 1, S), bool), bias=np.zeros((1, N, 1, S), np.float32)),
     "dropout": dict(dropout_rate=0.1, dropout_rng=jax.random.key(0)),
 }
 
@@ -141,7 +139,9 @@ STRUCTURED = {
         key_value_seq_lengths=np.array([3000]), alibi_slopes=np.ones(2, np.float32)
     ),
     "prefix_dropout": dict(
-        mask=Mask.prefix(1000) & Mask.window(2000, None), dropout_rate=0.1, dropout_rng=jax.random.key(0)
+        mask=Mask.prefix(1000) & Mask.window(2000, None),
+        dropout_rate=0.1,
+        dropout_rng=jax.random.key(0),
     ),
     "everything": dict(
         is_causal=True,
@@ -222,9 +222,7 @@ class TestSkipping:
             arrays = [jnp.ones(x.shape) for x in shapes]
 
             def attend(q, k, v):
-                return axattn.dot_product_attention(
-                    q, k, v, implementation="xla_chunked", **kwargs
-                )
+                return axattn.dot_product_attention(q, k, v, implementation="xla_chunked", **kwargs)
 
             jax.block_until_ready(quick_jit(with_gradients(attend))(*arrays))
             jax.effects_barrier()

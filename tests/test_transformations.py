@@ -213,9 +213,7 @@ class TestShardMap:
             loss = loss_of(attend, **self.KWARGS)(q, k, v, extra)
             return jax.lax.psum(loss, "x")
 
-        loss = jax.shard_map(
-            local, mesh=mesh, in_specs=(*specs, extra_specs), out_specs=P()
-        )
+        loss = jax.shard_map(local, mesh=mesh, in_specs=(*specs, extra_specs), out_specs=P())
         arrays = [
             jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)
         ]

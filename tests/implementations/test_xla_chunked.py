@@ -16,7 +16,8 @@ from tests import cases, precision
 
 
 @pytest.mark.parametrize(
-    "name", ["lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"]
+    "name",
+    ["lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"],
 )
 @pytest.mark.parametrize("by_row", [False, True], ids=["together", "by_row"])
 def test_batch_rows(force_blocks, name, by_row):
@@ -71,7 +72,9 @@ def _call(B, T, S, N, K):
 
 
 def test_visits():
-    row = np.array([[FULL, EMPTY, PARTIAL, FULL, EMPTY, FULL], [FULL, EMPTY, EMPTY, PARTIAL, EMPTY, FULL]])
+    row = np.array(
+        [[FULL, EMPTY, PARTIAL, FULL, EMPTY, FULL], [FULL, EMPTY, EMPTY, PARTIAL, EMPTY, FULL]]
+    )
     full, partial = blocks.visits(jnp.asarray(row, jnp.int8), 6, False)
     assert full.order[: full.count].tolist() == [0, 5]
     assert partial.order[: partial.count].tolist() == [2, 3]
@@ -88,7 +91,9 @@ def test_two_orders_of_differentiation_say_no():
     def loss(q):
         return (axattn.dot_product_attention(q, q, q, implementation="xla_chunked") ** 2).sum()
 
-    with pytest.raises(Exception, match="custom_vjp|while_loop|fori_loop|Reverse-mode|forward-mode"):
+    with pytest.raises(
+        Exception, match="custom_vjp|while_loop|fori_loop|Reverse-mode|forward-mode"
+    ):
         jax.jvp(jax.grad(loss), (q,), (q,))
 
 
