@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn.masks import Layout, Mask, Span, positions_or_default
+from axattn.mask_parts import Layout, Span
+from axattn.masks import Mask, positions_or_default
 
 
 @functools.partial(

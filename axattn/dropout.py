@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from axattn._jax_compat import threefry_2x32
 from axattn.call import AttentionCall
-from axattn.masks import Span
+from axattn.mask_parts import Span
 
 
 def dropout_key(rng: jax.Array) -> jax.Array:

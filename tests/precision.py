@@ -34,11 +34,15 @@ def dropout_words(rng) -> np.ndarray:
 
 @functools.cache
 def _quick_options() -> dict:
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=QUICK)(1.0)
-    except Exception:  # an option that this XLA, or this backend, does not have
-        return {}
-    return QUICK
+    """Those of the options that this version of XLA, and this backend, have."""
+    known = {}
+    for name, value in QUICK.items():
+        try:
+            jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
+            known[name] = value
+        except jax.errors.JaxRuntimeError:
+            pass
+    return known
 
 
 def quick_jit(function, **options):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn import Mask
-from axattn.masks import EMPTY, FULL, PARTIAL
+from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests.precision import quick_jit
 from tests.reference import visible
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from axattn.call import AttentionCall
 from axattn.implementations.products import DECODE_ROWS
-from axattn.masks import EMPTY, FULL
+from axattn.mask_parts import EMPTY, FULL
 
 
 @dataclasses.dataclass(frozen=True)

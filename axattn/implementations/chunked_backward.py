@@ -20,7 +20,7 @@ from axattn.implementations.blocks import Blocks
 from axattn.implementations.chunked_forward import heads_together, write_rows
 from axattn.implementations.products import Grouped
 from axattn.implementations.tiles import Cut
-from axattn.masks import Span
+from axattn.mask_parts import Span
 
 
 class Gradients(NamedTuple):

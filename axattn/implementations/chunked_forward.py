@@ -18,7 +18,7 @@ from axattn.implementations.blocks import Blocks
 from axattn.implementations.products import Folded, Grouped, Products
 from axattn.implementations.scores import heads_apart
 from axattn.implementations.tiles import Cut
-from axattn.masks import Span
+from axattn.mask_parts import Span
 
 
 def forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]:

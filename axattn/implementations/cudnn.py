@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
-from axattn.masks import Causal, Dense, Lengths, Window
+from axattn.mask_parts import Causal, Dense, Lengths, Window
 
 
 def refuses(call: AttentionCall) -> str | None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
-from axattn.masks import Span
+from axattn.mask_parts import Span
 
 
 def heads_apart(array: jax.Array, call: AttentionCall) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 from axattn.call import AttentionCall
 from axattn.implementations.blocks import Blocks, visits
 from axattn.implementations.scores import bias_tile, capped_tile, mask_tile, zero_unused
-from axattn.masks import PARTIAL, Layout, Span
+from axattn.mask_parts import PARTIAL, Layout, Span
 
 
 @dataclasses.dataclass(frozen=True)

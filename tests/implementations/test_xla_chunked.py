@@ -11,7 +11,7 @@ import pytest
 
 import axattn
 from axattn.implementations import blocks
-from axattn.masks import EMPTY, FULL, PARTIAL
+from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests import cases, precision
 
 
