@@ -25,24 +25,26 @@ def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     return jex_random.threefry2x32_p.bind(key0, key1, high, low)[0]
 
 
-def with_auto_axes(function, array: jax.Array, specs):
-    """``function`` with the mesh axes that are Explicit for ``array`` handed to the partitioner.
+def with_auto_axes(function, arrays, specs):
+    """``function`` with the mesh axes that are Explicit for ``arrays`` handed to the partitioner.
 
     In JAX's Explicit sharding mode (the default of ``jax.make_mesh``) every operation must say how
-    its result is sharded. ``specs`` is a function of the array's PartitionSpec (a tuple, one entry
-    per dimension) that gives the specs of the results; they come back Explicit again.
+    its result is sharded. ``specs`` is a function of the first array's PartitionSpec (a tuple, one
+    entry per dimension) that gives the specs of the results; they come back Explicit again.
     """
-    sharding = jax.typeof(array).sharding
-    types = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    mesh = next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in types if kind == jax.sharding.AxisType.Explicit)
     if not axes:
         return function
-    spec = tuple(sharding.spec) + (None,) * (array.ndim - len(sharding.spec))
+    spec = tuple(jax.typeof(arrays[0]).sharding.spec)
+    spec += (None,) * (arrays[0].ndim - len(spec))
     function = jax.sharding.auto_axes(function, axes=axes, out_sharding=specs(spec))
 
     def call(*args):
         # auto_axes takes the mesh from the context, which holds none unless the user set one.
-        with jax.sharding.use_abstract_mesh(sharding.mesh):
+        with jax.sharding.use_abstract_mesh(mesh):
             return function(*args)
 
     return call

@@ -12,7 +12,7 @@ from jax import lax
 
 from axattn.call import AttentionCall
 from axattn.dropout import dropout_key
-from axattn.masks import Mask, flatten_lead
+from axattn.masks import Mask, flatten_lead, int32_array
 
 
 def normalize(
@@ -138,9 +138,12 @@ def _scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
     """The factor that is known while tracing, and the one that is not (it has a gradient)."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, jax.Array):
+        # An array (traced or not) is data: another value compiles nothing anew.
         if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
             raise TypeError(f"scale takes a floating-point scalar, got {scale.dtype} {scale.shape}")
+        if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
+            raise ValueError(f"scale takes a finite number, got {scale!r}")
         return 1.0, scale.astype(jnp.float32)
     number = _number("scale", scale)
     if not math.isfinite(number):
@@ -187,7 +190,7 @@ def _precision(precision: Any) -> Any:
         return tuple(_precision(side) for side in precision)
     try:
         return lax.Precision(precision)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
         raise ValueError(
             f"precision takes None, a jax.lax.Precision or its name ({names}), a pair of them or "
@@ -219,7 +222,7 @@ def _per_head(name: str, values: Any, heads: int) -> jax.Array | None:
         raise TypeError(f"{name} takes floating-point values [N], got dtype {values.dtype}")
     if values.shape != (heads,):
         raise ValueError(f"{name} takes [N] = [{heads}], got shape {values.shape}")
-    return values.astype(jnp.float32)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _constant(values: jax.Array | None) -> jax.Array | None:
@@ -230,6 +233,8 @@ def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int)
     if bias is None:
         return None
     bias = _as_array("bias", bias, "that broadcasts to [..., N, T, S]")
+    if jnp.issubdtype(bias.dtype, jnp.integer):
+        bias = bias.astype(jnp.float32)  # as jax.nn does
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
             f"bias takes floating-point values, got dtype {bias.dtype}; a boolean array is a mask"
@@ -264,27 +269,24 @@ def _positions(
         raise ValueError("q_offset and q_positions say the same thing: give one of them, got both")
     if q_offset is not None:
         offset = _integers("q_offset", q_offset, "an int or an int array [...]")
-        q_positions = offset[..., None] + jnp.arange(q_len, dtype=jnp.int32)
+        offset = flatten_lead("q_offset", offset, lead, 0, ())
+        q_positions = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)
     result = []
     for name, positions, length in (
         ("q_positions", q_positions, q_len),
         ("kv_positions", kv_positions, kv_len),
     ):
-        if positions is not None:
+        if positions is not None and (name == "kv_positions" or q_offset is None):
             positions = _integers(name, positions, f"int [..., {length}]")
             if positions.ndim < 1:
                 raise ValueError(f"{name} takes int [..., {length}], got shape {positions.shape}")
-            label = "q_offset" if name == "q_positions" and q_offset is not None else name
-            positions = flatten_lead(label, positions, lead, 1, (length,))
+            positions = flatten_lead(name, positions, lead, 1, (length,))
         result.append(positions)
     return result[0], result[1]
 
 
 def _integers(name: str, values: Any, takes: str) -> jax.Array:
-    values = _as_array(name, values, takes)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} takes {takes}, got dtype {values.dtype}")
-    return values.astype(jnp.int32)
+    return int32_array(name, values, takes)
 
 
 def _mask(

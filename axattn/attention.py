@@ -51,8 +51,10 @@ def dot_product_attention(
 
     with the softmax and its sums in float32. It takes what ``jax.nn.dot_product_attention`` takes,
     with the same meanings and defaults, and more, keyword-only. K and V are never copied per query
-    head, forward or backward. Differentiable in query, key, value, bias and sinks, and in the LSE;
-    forward mode (``jax.jvp``) needs ``implementation="xla"``.
+    head, forward or backward. Differentiable in query, key, value, bias, sinks and an array
+    ``scale``, and in the LSE; forward mode and second derivatives need ``implementation="xla"``.
+    On CPU and GPU a decode step (T * N <= 64) multiplies all key/value heads at once: an infinity
+    or NaN in one head (in a slot that is in use) reaches the others.
 
     Letters: B batch, T query length, S key/value length, N query heads, K key/value heads,
     G = N // K, H key head size, h value head size; ``...`` any number of batch dimensions.
@@ -66,7 +68,7 @@ def dot_product_attention(
       bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
       mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an
         :class:`axattn.Mask`, whose structure lets implementations skip blocks.
-      scale: factor on the dot products; 1 / sqrt(H) by default. A traced scalar has a gradient.
+      scale: factor on the dot products; 1 / sqrt(H) by default. A scalar array has a gradient.
       is_causal: key position <= query position; top-left aligned (see ``q_offset``).
       query_seq_lengths, key_value_seq_lengths: int, one per batch row: the leading slots that are
         real. Query rows behind the length give zeros; key/value slots behind it may hold NaN.
@@ -81,7 +83,8 @@ def dot_product_attention(
       query_segment_ids, key_value_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend
         within their own segment (packing). The keys' default to the queries' when T == S.
       dropout_rate, dropout_rng: drop that share of the softmax weights, in [0, 1), with this JAX
-        key. The pattern depends on the key and the indices alone, not on the implementation.
+        key. The pattern depends on the key and the indices alone, not on the implementation; in
+        ``shard_map`` or ``vmap`` fold the index of the shard into the key.
       broadcast_dropout: one ``[T, S]`` pattern for all batch rows and heads (Flax's default).
       alibi_slopes: ``[N]``: adds -slope * abs(query position - key position)
         (https://arxiv.org/abs/2108.12409). Taken as constants: no gradient.

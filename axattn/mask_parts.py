@@ -138,7 +138,7 @@ def _tile_scalar(per_row: Any) -> Any:
     return per_row if jnp.ndim(per_row) == 0 else jnp.asarray(per_row)[:, None, None, None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Causal(Part):
     offset: Any  # int, or int32 [B]
 
@@ -156,7 +156,7 @@ class Causal(Part):
         return {"offset": 0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Window(Part):
     left: int | None
     right: int | None
@@ -192,7 +192,7 @@ class Window(Part):
         return {}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Part):
     length: Any  # int, or int32 [B]
 
@@ -213,7 +213,7 @@ class Prefix(Part):
         return {"length": 0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Lengths(Part):
     q: Any  # None, int, or int32 [B]
     kv: Any  # None, int, or int32 [B]
@@ -250,7 +250,7 @@ class Lengths(Part):
         return {"q": 0, "kv": 0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Part):
     q_ids: jax.Array  # int32 [B or 1, T]
     kv_ids: jax.Array  # int32 [B or 1, S]
@@ -279,7 +279,7 @@ class Segments(Part):
         return {"q_ids": 1, "kv_ids": 1}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Part):
     array: jax.Array  # bool [B or 1, N or 1, T or 1, S or 1]
 

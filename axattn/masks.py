@@ -40,7 +40,7 @@ from axattn.mask_parts import (
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
     """What each query may attend to: a conjunction of structured parts, combined with ``&``.
 
@@ -93,12 +93,10 @@ class Mask:
         kv_ids = q_ids if kv_ids is None else kv_ids
         ids = []
         for name, value in (("q_ids", q_ids), ("kv_ids", kv_ids)):
-            value = jnp.asarray(value)
-            if not jnp.issubdtype(value.dtype, jnp.integer) or value.ndim < 1:
-                raise TypeError(
-                    f"{name} takes an integer array [..., length], got {value.dtype} {value.shape}"
-                )
-            ids.append(value.astype(jnp.int32))
+            value = int32_array(name, value, "an integer array [..., length]")
+            if value.ndim < 1:
+                raise TypeError(f"{name} takes an integer array [..., length], got a scalar")
+            ids.append(value)
         return Mask((Segments(*ids),))
 
     @staticmethod
@@ -131,8 +129,20 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
-            return NotImplemented
+            raise TypeError(
+                f"& takes another Mask, got {type(other).__name__}; Mask.dense makes one of it"
+            )
         return Mask(self.parts + other.parts)
+
+    def __eq__(self, other: object) -> bool:
+        """Same parts in the same order, with equal numbers and arrays (traced: the same ones)."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        (mine, structure), (theirs, other_structure) = map(jax.tree.flatten, (self, other))
+        return structure == other_structure and all(map(_same, mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
 
     # ---- answers ------------------------------------------------------------------------------
 
@@ -176,6 +186,8 @@ class Mask:
         ``EMPTY`` (0) and ``FULL`` (2) are promises, ``PARTIAL`` (1) is "look inside". Positions are
         int32 ``[T]`` or ``[B, T]`` (``[S]``, ``[B, S]``), by default 0, 1, 2...
         """
+        if block_q < 1 or block_kv < 1:
+            raise ValueError(f"block_q and block_kv take ints >= 1, got {block_q}, {block_kv}")
         layout = Layout(
             q_len,
             kv_len,
@@ -244,6 +256,11 @@ class Mask:
         return _least(part.q for part in self.parts if isinstance(part, Lengths))
 
 
+def _same(a: Any, b: Any) -> bool:
+    traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
+    return a is b or (not traced and np.array_equal(a, b))
+
+
 def _least(lengths) -> Any:
     least = None
     for length in lengths:
@@ -266,20 +283,34 @@ def _is_int(value: Any) -> bool:
 
 def _bound(value: int | None) -> Static | None:
     # Farther than any int32 position reaches is no bound, and would overflow as one.
-    return None if value is None or value >= 2**30 else Static(value)
+    return None if value is None or value >= _FAR else Static(value)
+
+
+# No array has an int32 slot or position this large; beyond it, sums of two would overflow.
+_FAR = 2**30
 
 
 def _integer(name: str, value: Any) -> Any:
     """A Python int (static), or an int32 array; anything else is refused by name."""
     if _is_int(value):
-        return Static(value)
+        return Static(max(-_FAR, min(_FAR, int(value))))
+    return int32_array(name, value, "an int or an integer array")
+
+
+def int32_array(name: str, value: Any, takes: str) -> jax.Array:
+    """``value`` as an int32 array; what is not integer, or does not fit, is refused by name."""
+    host = np.asarray(value) if isinstance(value, (int, list, tuple, np.ndarray)) else None
+    if host is not None and host.dtype.kind in "iu" and host.size:
+        least, most = host.min(), host.max()
+        if least < -(2**31) or most >= 2**31:
+            raise ValueError(f"{name} takes values that fit int32, got {least} to {most}")
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} takes an int or an integer array, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} takes {takes}, got {value!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        got = f"{array.dtype} {array.shape}" if array.ndim else f"{value!r}"
-        raise TypeError(f"{name} takes an int or an integer array, got {got}")
+        got = f"{array.dtype} {array.shape}" if array.ndim else f"{value!r} ({array.dtype})"
+        raise TypeError(f"{name} takes {takes}, got {got}")
     return array.astype(jnp.int32)
 
 

@@ -327,3 +327,13 @@ def test_scalar_lengths_serve_every_row():
     np.testing.assert_allclose(
         one, axattn.dot_product_attention(q, k[:, :11], v[:, :11]), atol=1e-6
     )
+
+
+def test_integer_bias_counts_as_floating_point():
+    """As in jax.nn."""
+    q, k = np.ones((1, 3, 2, 8), np.float32), np.eye(5, 8, dtype=np.float32).reshape(1, 5, 1, 8)
+    bias = np.arange(15).reshape(3, 5)
+    np.testing.assert_allclose(
+        axattn.dot_product_attention(q, k, k, bias),
+        axattn.dot_product_attention(q, k, k, bias.astype(np.float32)),
+    )

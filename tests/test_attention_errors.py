@@ -54,7 +54,6 @@ TABLE = [
     bad("no_value_size", ValueError, ["value", "h >= 1", "(2, 7, 2, 0)"], v=KV[..., :0]),
     # ---- bias
     bad("bias_bool", TypeError, ["bias", "floating", "bool", "mask"], bias=np.ones((T, S), bool)),
-    bad("bias_int", TypeError, ["bias", "floating", "int32"], bias=zeros(T, S, dtype=np.int32)),
     bad("bias_shape", ValueError, ["bias", "4, 5, 7", "(5, 6)"], bias=zeros(T, 6)),
     bad("bias_heads", ValueError, ["bias", "4, 5, 7", "(2, 2, 5, 7)"], bias=zeros(B, K, T, S)),
     bad("bias_batch", ValueError, ["bias", "(2,)", "(3, 1, 1, 7)"], bias=zeros(3, 1, 1, S)),

@@ -59,13 +59,15 @@ def backward(
 ) -> Gradients:
     dtype = call.accumulator_dtype
     delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
-    lse = lse.astype(dtype)
+    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
+    # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).
+    empty = lse == -jnp.inf
+    lse, delta = (jnp.where(empty, 0.0, x) for x in (lse, delta))
     dsinks = None
     if call.sinks is not None:
         share = jnp.exp(call.sinks.astype(dtype) - lse)
         dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
-    # Rows with nothing to attend to: any finite shift leaves their weights at exp(-inf) = 0.
-    given = _Given(dout, jnp.where(lse == -jnp.inf, 0.0, lse), delta)
+    given = _Given(dout, lse, delta)
     shared = _Shared(
         None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
         None if call.traced_scale is None else jnp.zeros((), dtype),
@@ -226,6 +228,7 @@ def _add_bias_tile(
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
     tile = tile.sum(summed, keepdims=True)
     start = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
+    start = tuple(jnp.asarray(first, jnp.int32) for first in start)  # alike under x64, too
     return lax.dynamic_update_slice(
         total, tile + lax.dynamic_slice(total, start, tile.shape), start
     )

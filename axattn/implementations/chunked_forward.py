@@ -22,7 +22,7 @@ from axattn.mask_parts import Span
 
 
 def forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
+    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` in the accumulator's."""
     if not blocks.by_row:
         return _forward(call, blocks)
     out, lse = lax.map(lambda b: _forward(call.row(b), blocks), jnp.arange(call.batch))
@@ -43,7 +43,11 @@ def _forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
     axes = varying_axes(*jax.tree.leaves(call))
     results = vary_over(
-        (jnp.zeros(out_shape, call.query.dtype), jnp.zeros(out_shape[:3], jnp.float32)), axes
+        (
+            jnp.zeros(out_shape, call.query.dtype),
+            jnp.zeros(out_shape[:3], call.accumulator_dtype),
+        ),
+        axes,
     )
 
     def query_block(i, results):
@@ -113,7 +117,7 @@ def _finished(call: AttentionCall, state: _State) -> tuple[jax.Array, jax.Array]
     total = jnp.where(empty, 1.0, state.total)
     lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
     out = (state.values / total).astype(call.query.dtype)
-    return heads_together(out), heads_together(lse)[..., 0].astype(jnp.float32)
+    return heads_together(out), heads_together(lse)[..., 0]
 
 
 def heads_together(tile: jax.Array) -> jax.Array:

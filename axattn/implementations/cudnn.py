@@ -39,6 +39,14 @@ def refuses(call: AttentionCall) -> str | None:
 
 def _mask_refusal(call: AttentionCall) -> str | None:
     kinds = [type(part) for part in call.mask.parts]
+    arrays = [("mask", part.array) for part in call.mask.parts if isinstance(part, Dense)]
+    if call.bias is not None:
+        arrays.append(("bias", call.bias))
+    for name, array in arrays:
+        if array.shape[2:] != (call.q_len, call.kv_len):
+            return f"does not support a {name} array that broadcasts along T or S"
+        if call.q_len % 2 or call.kv_len % 2:
+            return f"does not support a {name} array with odd T or S (training refuses it)"
     for part in call.mask.parts:
         if type(part) not in (Causal, Window, Lengths, Dense):
             return f"does not support a {type(part).__name__.lower()} mask"
@@ -48,10 +56,8 @@ def _mask_refusal(call: AttentionCall) -> str | None:
             return "does not support a window open to one side"
         if isinstance(part, Window) and part.right != 0 and Causal not in kinds:
             return "does not support a window to the right without causal"
-        if isinstance(part, Dense) and (
-            part.array.shape[2] != call.q_len or part.array.shape[3] != call.kv_len
-        ):
-            return "does not support a mask array that broadcasts along T or S"
+        if isinstance(part, Window) and call.q_len > call.kv_len + part.left:
+            return "does not support a window that leaves rows without keys"
     if len(set(kinds)) != len(kinds):
         return "does not support two masks of one kind"
     if Window in kinds and (Lengths in kinds or Dense in kinds):
@@ -108,7 +114,7 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
 
 
 def _per_row(length, default: int, call: AttentionCall) -> jax.Array:
-    length = default if length is None else length
+    length = default if length is None else jnp.clip(jnp.asarray(length, jnp.int32), 0, default)
     return jnp.broadcast_to(jnp.asarray(length, jnp.int32), (call.batch,))
 
 

@@ -1,8 +1,8 @@
 """``"xla_chunked"``: flash attention in plain XLA, O(T + S) memory, empty blocks never computed.
 
 The forward and backward passes are in ``chunked_forward`` and ``chunked_backward``; here they are
-joined into one differentiable function. The derivative is a custom VJP, so forward mode
-(``jax.jvp``) raises JAX's error for custom VJPs: use ``"xla"`` for it.
+joined into one differentiable function. The derivative is a custom VJP: forward mode (``jax.jvp``)
+raises JAX's error for custom VJPs, second derivatives one of ours. Both are for ``"xla"``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
@@ -29,7 +30,8 @@ def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     # lets JAX sum the gradients of those that are shared.
     call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
     inputs = Gradients(*(getattr(call, name) for name in _INPUTS))
-    return _flash(inputs, _without_inputs(call))
+    out, lse = _flash(inputs, _without_inputs(call))
+    return out, lse.astype(jnp.float32)
 
 
 @jax.custom_vjp
@@ -44,8 +46,19 @@ def _flash_forward(inputs: Gradients, rest: AttentionCall):
 
 def _flash_backward(residuals, cotangents):
     inputs, rest, out, lse = residuals
-    grads = _per_platform(backward, _with_inputs(rest, inputs), out, lse, *cotangents)
-    return grads, None
+    return _gradients(_with_inputs(rest, inputs), out, lse, *cotangents), None
+
+
+@jax.custom_jvp
+def _gradients(call: AttentionCall, *arrays: jax.Array) -> Gradients:
+    return _per_platform(backward, call, *arrays)
+
+
+@_gradients.defjvp
+def _no_second_derivative(primals, tangents):
+    raise NotImplementedError(
+        'implementation "xla_chunked" has no second derivative and no forward mode: ask for "xla"'
+    )
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -92,6 +92,8 @@ def call_attention(
                 f"{layer_name} was asked for, but attention_fn={_name_of(attention_fn)} takes no "
                 f"argument {name!r}; use axattn's dot_product_attention, or a function that does"
             )
+    if flax_kwargs.get("deterministic") and "deterministic" not in parameters and not takes_any:
+        flax_kwargs["dropout_rate"] = 0.0  # said in the words that the function does take
     if only_known:
         flax_kwargs = {name: v for name, v in flax_kwargs.items() if name in parameters}
     return attention_fn(query, key, value, **{**flax_kwargs, **options})

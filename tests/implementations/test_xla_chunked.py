@@ -19,21 +19,21 @@ from tests import cases, precision
     "name",
     ["lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"],
 )
-@pytest.mark.parametrize("by_row", [False, True], ids=["together", "by_row"])
-def test_batch_rows(force_blocks, name, by_row):
-    force_blocks(32, 48, by_row=by_row)
+def test_batch_rows_together(force_blocks, name):
+    """These sizes would take the rows one at a time by themselves."""
+    force_blocks(32, 48, by_row=False)
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
 
 
-@pytest.mark.parametrize("sizes", [(113, 203), (113, 48), (32, 203), (112, 200), (1, 7), (57, 102)])
+@pytest.mark.parametrize("sizes", [(113, 203), (32, 203), (112, 200), (57, 102)])
 def test_block_sizes(force_blocks, sizes):
-    """One block, one row or column of blocks, tails of one, and blocks that share all but one."""
+    """One block, a column of blocks, blocks that share all but one slot, and tails of one."""
     force_blocks(*sizes)
     precision.check(cases.make("everything", jnp.float32), ("xla_chunked",))
 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["grouped", "folded"])
-@pytest.mark.parametrize("name", ["decode_three", "causal_offset", "mqa_16"])
+@pytest.mark.parametrize("name", ["decode_three", "causal_offset"])
 def test_forms_of_the_products(force_blocks, name, folded):
     force_blocks(32, 48, folded=folded)
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
@@ -41,9 +41,11 @@ def test_forms_of_the_products(force_blocks, name, folded):
 
 def test_own_block_sizes_are_used():
     """Long enough to be cut by the sizes that are chosen by themselves, tails included."""
-    shape = cases.Shape(2, 1100, 1300, 4, 1, 8, 8)
+    shape = cases.Shape(2, 300, 700, 4, 1, 8, 8)
     arrays = cases.arrays(np.random.default_rng(0), shape, jnp.float32)
-    call = precision.Call(arrays, dict(is_causal=True, local_window_size=(700, None), q_offset=150))
+    call = precision.Call(arrays, dict(is_causal=True, local_window_size=(300, None), q_offset=400))
+    chosen = blocks.choose(_call(2, 300, 700, 4, 1), "cpu")
+    assert 300 > chosen.q and 700 > chosen.kv and 300 % chosen.q and 700 % chosen.kv
     precision.check(call, ("xla_chunked",))
 
 
