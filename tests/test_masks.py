@@ -203,6 +203,17 @@ def test_block_map_is_sound(data):
     assert_sound(states, options, positions, q_len, kv_len, block_q, block_kv)
 
 
+@pytest.mark.parametrize("huge", [2**31 - 1, 2**31, 2**40])
+def test_huge_windows_are_open(huge):
+    """Callers write "no bound" as a large number; int32 arithmetic must not wrap around."""
+    mask = Mask.window(huge, huge) & Mask.causal()
+    positions = dict(q_positions=np.arange(T) + 2**30, kv_positions=np.arange(S) + 2**30)
+    want = visible(T, S, is_causal=True)[None]
+    np.testing.assert_array_equal(mask.materialize(T, S, **positions), want)
+    states = mask.block_map(T, S, 4, 4, **positions)
+    assert_sound(states, dict(is_causal=True), {}, T, S, 4, 4, tight=True)
+
+
 def test_later_masks_narrow():
     a, b = Mask.causal(), Mask.window(2, 1)
     np.testing.assert_array_equal(
