@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -12,6 +13,17 @@ from axattn.implementations import blocks, registry
 
 # Before any backend starts: shard_map is tested on simulated devices.
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """JAX keeps thousands of compiled programs alive; these tests would take gigabytes."""
+    yield
+    if next(_tests) % 50 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_outliers(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", SHORT[:-1])
 def test_optimized(small_blocks, name):
     precision.check(cases.make(name, jnp.float32), jit=jax.jit)
 
@@ -65,8 +65,9 @@ def test_long(shape, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("H", [64, 80, 128, 256])
-@pytest.mark.parametrize("G", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    "G, H", [(1, 64), (1, 256), (2, 80), (4, 128), (8, 64), (16, 64), (16, 128), (16, 256)]
+)
 def test_groups_and_head_sizes(small_blocks, G, H):
     rng = np.random.default_rng(G * H)
     arrays = cases.arrays(rng, Shape(2, 113, 203, 16, 16 // G, H, H), jnp.bfloat16)

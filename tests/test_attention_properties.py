@@ -22,7 +22,7 @@ QUICK = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(QUICK, max_examples=150)
+THOROUGH = settings(QUICK, max_examples=60)
 
 
 @st.composite

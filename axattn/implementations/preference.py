@@ -1,10 +1,12 @@
 """What ``implementation=None`` takes: the measured crossovers, in one place.
 
-The XLA paths are chosen by shape and mask alone, the same for every platform: a choice by platform
-would have JAX save the residuals of both paths for the backward pass.
+Training shapes are chosen by shape and mask alone, the same for every platform: a choice by
+platform would have JAX save the residuals of both paths for the backward pass.
 """
 
 from __future__ import annotations
+
+import jax.numpy as jnp
 
 from axattn.call import AttentionCall
 from axattn.implementations.products import DECODE_ROWS
@@ -26,10 +28,14 @@ RAGGED_FROM_KEYS = 1024
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
-    del platform, reasons  # Until a kernel joins, every platform takes the same of the XLA paths.
+    del reasons  # Both XLA paths take every call.
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:
         return "xla_chunked"
     if call.q_len * call.num_heads <= DECODE_ROWS:
-        return "xla_chunked" if 4 * scores > DECODE_LOGITS_BYTES else "xla"
+        # On CPU the chunked path skips what the mask empties, and XLA copies a cache that was just
+        # updated for the einsum (8 times slower in a layer at S=8192). In bfloat16 XLA before jax
+        # 0.11 widens the whole cache for the loop, and on TPU it copies it into another layout.
+        skips = platform == "cpu" and call.mask.parts and call.query.dtype == jnp.float32
+        return "xla_chunked" if skips or 4 * scores > DECODE_LOGITS_BYTES else "xla"
     return "xla_chunked" if scores >= CHUNKED_FROM_SCORES else "xla"

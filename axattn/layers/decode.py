@@ -29,6 +29,8 @@ def append(
     token: Float[Array, "*batch 1 K H"],
 ) -> Float[Array, "*batch S K H"]:
     """The cache with ``token`` at ``index``; it keeps its dtype."""
-    return lax.dynamic_update_slice_in_dim(
+    cached = lax.dynamic_update_slice_in_dim(
         cached, token.astype(cached.dtype), index, axis=cached.ndim - 3
     )
+    # Else XLA on CPU fuses the update into each reader of the cache, and copies it for each.
+    return lax.optimization_barrier(cached)
