@@ -63,6 +63,9 @@ def compare(
             break
         # Every other round backwards: whoever goes first finds the caches warm from itself.
         for name in names if done % 2 == 0 else names[::-1]:
+            # Untimed: what another function freed (gigabytes, for full logits) goes back to the
+            # system during the call after it, which took twice as long for that.
+            _seconds(functions[name], 1)
             samples[name].append(_seconds(functions[name], calls[name]))
     return Paired({name: tuple(times) for name, times in samples.items()})
 
