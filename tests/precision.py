@@ -223,18 +223,13 @@ def assert_right(call: Call, found: dict, plain: dict, label: object = "") -> No
         np.testing.assert_array_equal(np.isneginf(got), infinite, err_msg=where)
         assert np.isfinite(got[~infinite]).all(), f"{where}: not finite"
         got, baseline, want = (np.where(infinite, 0.0, x) for x in (got, baseline, want))
-        # Rounding of the result, and of what is summed in float32 on the way to a gradient.
-        ulp, ulp32 = (float(jnp.finfo(t).eps) * np.abs(want).max() for t in (dtype, jnp.float32))
+        few = ULPS * float(jnp.finfo(dtype).eps) * np.abs(want).max()
         if name in call.inputs:
-            terms = float(jnp.finfo(jnp.float32).eps) * call.magnitudes[name].max()
-            ulp, ulp32 = ulp + terms, ulp32 + terms
-        few = ULPS * ulp
+            few += ULPS * float(jnp.finfo(jnp.float32).eps) * call.magnitudes[name].max()
         error, allowed = np.abs(got - want).max(), 2 * np.abs(baseline - want).max() + few
         assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
         size = np.sqrt(np.mean(want**2))
         if size > 0:
-            # The rounding of a short type averages out over many elements, for plain attention too.
-            few = ULPS * (ulp32 if want.size >= 1000 else ulp)
             error = _one_minus_cosine(got, want)
             allowed = 2 * _one_minus_cosine(baseline, want) + 0.5 * (few / size) ** 2
             assert error <= allowed, f"{where}: 1 - cosine {error:.3g}, allowed {allowed:.3g}"
