@@ -80,7 +80,10 @@ def calls(draw, dtypes=(jnp.float32, jnp.bfloat16)):
         options["dropout_rate"] = draw(st.sampled_from([0.1, 0.9]))
         options["dropout_rng"] = jax.random.key(draw(st.integers(0, 100)))
         options["broadcast_dropout"] = draw(st.booleans())
-    if some():
+    if some() and dtype == jnp.float32:
+        # Where a bias broadcasts along the keys (or there is one key) its gradient is 0: softmax
+        # does not see a shift. In short types only rounding would be left to compare; their
+        # biases are in test_attention.py.
         call.inputs["bias"] = jnp.asarray(rng.normal(size=broadcast_shape()), dtype)
     if some():
         call.inputs["sinks"] = jnp.asarray(rng.normal(size=shape.N), dtype)
