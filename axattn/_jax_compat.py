@@ -69,6 +69,21 @@ def vary_over(tree, axes: frozenset):
     return jax.tree.map(mark, tree) if axes else tree
 
 
+def cpu_moves_bfloat16() -> bool:
+    """Whether this process updates and slices bfloat16 arrays in place.
+
+    XLA:CPU before jax 0.11 converts the whole array to float32 and back, in every iteration.
+    """
+    return jax.__version_info__ >= (0, 11) or jax.default_backend() != "cpu"
+
+
+def debug_check(ok: jax.Array, message: str) -> None:
+    """An error where ``ok`` is False under ``checkify.checkify``, nothing without it."""
+    from jax.experimental import checkify
+
+    checkify.debug_check(ok, message)
+
+
 # --- ahead-of-time compilation for absent devices (axattn.aot) ---
 
 

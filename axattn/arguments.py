@@ -13,6 +13,7 @@ from jax import lax
 from axattn.call import AttentionCall
 from axattn.dropout import dropout_key
 from axattn.masks import Mask, flatten_lead, int32_array
+from axattn.stored import Stored
 
 
 def normalize(
@@ -42,11 +43,14 @@ def normalize(
     precision: Any,
 ) -> tuple[AttentionCall, tuple[int, ...]]:
     """The call, and its leading dimensions ``(...)`` as the user gave them."""
-    query, key, value = _arrays(query, key, value)
-    lead = query.shape[:-3]
-    q_len, kv_len, heads = query.shape[-3], key.shape[-3], query.shape[-2]
-    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    batch = query.shape[0]
+    if isinstance(key, Stored):
+        query, stored = _query_of_stored(query, key), key
+        lead, kv_len, key = query.shape[:-3], stored.kv_len, None
+    else:
+        query, key, value = _arrays(query, key, value)
+        lead, kv_len, stored = query.shape[:-3], key.shape[-3], None
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    batch, q_len, heads, _ = query.shape
 
     scale, traced_scale = _scale(scale, query.shape[-1])
     rate, drop_key = _dropout(dropout_rate, dropout_rng)
@@ -55,6 +59,7 @@ def normalize(
         query=query,
         key=key,
         value=value,
+        stored=stored,
         bias=_bias(bias, lead, heads, q_len, kv_len),
         mask=_mask(
             mask,
@@ -125,6 +130,24 @@ def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax
     if 0 in query.shape:
         raise ValueError(f"query takes a batch of at least one, got shape {query.shape}")
     return query, key, value
+
+
+def _query_of_stored(query: Any, stored: Stored) -> jax.Array:
+    query = _as_array("query", query, "[B, T, N, H]")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query takes a floating-point array [B, T, N, H], got dtype {query.dtype}")
+    batch, head_dim, kv_heads = stored.batch, stored.head_dim, stored.num_kv_heads
+    if query.ndim != 4 or query.shape[0] != batch or query.shape[3] != head_dim or 0 in query.shape:
+        raise ValueError(
+            f"query takes [B, T, N, H] = [{batch}, T, N, {head_dim}] for this cache, got shape "
+            f"{query.shape}"
+        )
+    if query.shape[2] % kv_heads:
+        raise ValueError(
+            f"query takes a multiple of the cache's {kv_heads} key/value heads, got "
+            f"{query.shape[2]} heads (shape {query.shape})"
+        )
+    return query
 
 
 def _as_array(name: str, x: Any, takes: str) -> jax.Array:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn import quantization
 from axattn.mask_parts import Layout, Span
 from axattn.masks import Mask, positions_or_default
+from axattn.stored import Stored
 
 
 @functools.partial(
@@ -20,6 +22,7 @@ from axattn.masks import Mask, positions_or_default
         "query",
         "key",
         "value",
+        "stored",
         "bias",
         "mask",
         "sinks",
@@ -48,8 +51,9 @@ class AttentionCall:
     """
 
     query: jax.Array  # [B, T, N, H]
-    key: jax.Array  # [B, S, K, H]
-    value: jax.Array  # [B, S, K, h]
+    key: jax.Array | None  # [B, S, K, H]
+    value: jax.Array | None  # [B, S, K, h]
+    stored: Stored | None = None  # a cache, instead of key and value
     bias: jax.Array | None = None  # [B or 1, N or 1, T or 1, S or 1]
     mask: Mask = Mask()  # normalized
     sinks: jax.Array | None = None  # float32 [N]
@@ -77,7 +81,7 @@ class AttentionCall:
 
     @property
     def kv_len(self) -> int:
-        return self.key.shape[1]
+        return self.key.shape[1] if self.stored is None else self.stored.kv_len
 
     @property
     def num_heads(self) -> int:
@@ -85,7 +89,7 @@ class AttentionCall:
 
     @property
     def num_kv_heads(self) -> int:
-        return self.key.shape[2]
+        return self.key.shape[2] if self.stored is None else self.stored.num_kv_heads
 
     @property
     def group(self) -> int:
@@ -98,7 +102,14 @@ class AttentionCall:
 
     @property
     def value_head_dim(self) -> int:
-        return self.value.shape[3]
+        return self.value.shape[3] if self.stored is None else self.stored.value_head_dim
+
+    @property
+    def product_dtype(self) -> Any:
+        """The dtype in which keys and values enter the matrix products."""
+        if self.stored is None:
+            return self.query.dtype
+        return quantization.product_dtype(self.stored.dtype, self.query.dtype)
 
     @property
     def accumulator_dtype(self) -> Any:
@@ -136,6 +147,7 @@ class AttentionCall:
             query=take(self.query),
             key=take(self.key),
             value=take(self.value),
+            stored=None if self.stored is None else self.stored.row(b),
             bias=take(self.bias),
             mask=self.mask.row(b),
             q_positions=take(self.q_positions),

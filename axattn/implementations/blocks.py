@@ -25,9 +25,9 @@ class Blocks:
 
 def choose(call: AttentionCall, platform: str) -> Blocks:
     """Block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
-    cpu = platform == "cpu"
+    cpu, cached = platform == "cpu", call.stored is not None
     decode = call.q_len * call.num_heads <= DECODE_ROWS
-    folded = decode and platform != "tpu"
+    folded = decode and platform != "tpu" and not cached
     # CPU, measured (2 cores, 1 MiB of L2 each; G = 1, 8, 16; forward and backward): smaller tiles
     # make poor products, larger ones fall out of the cache. Decode reads longer runs of the cache.
     q = min(call.q_len, 128 if cpu else 512)
@@ -35,6 +35,9 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
     # Rows whose masks differ would all visit the union of their blocks; done one at a time, each
     # visits its own. Too few query rows make poor products, so decode steps stay together.
     by_row = call.batch > 1 and q * call.group >= 128 and (cpu or call.mask.varies_by_row)
+    if cached and cpu and call.batch > 1:
+        # Head-major keys make good products of one row; rows of many lengths each end at their own.
+        by_row = True
     if not cpu:
         # Accelerators have the room; the tile of scores is bounded to keep memory O(T + S).
         batch = 1 if by_row else call.batch
@@ -42,7 +45,10 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
             q //= 2
         while kv > 128 and 4 * batch * call.num_heads * q * kv > 2**25:
             kv //= 2
-    return Blocks(q, min(call.kv_len, kv), by_row, folded)
+    kv = min(call.kv_len, kv)
+    if cached and call.stored.block_table is not None:
+        kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
+    return Blocks(q, kv, by_row, folded)
 
 
 class Visits(NamedTuple):

@@ -15,7 +15,7 @@ from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
 from axattn.implementations.blocks import Blocks
-from axattn.implementations.products import Folded, Grouped, Products
+from axattn.implementations.readers import Reader, reader
 from axattn.implementations.scores import heads_apart
 from axattn.implementations.tiles import Cut
 from axattn.mask_parts import Span
@@ -79,21 +79,18 @@ def _initial(call: AttentionCall, blocks: Blocks) -> _State:
 
 
 def _over_keys(cut: Cut, i, q: Span, row: jax.Array, state: _State) -> _State:
-    call = cut.call
-    product = (Folded if cut.blocks.folded else Grouped)(
-        cut.query_rows(call.query, q), call.num_kv_heads, call.precision, call.accumulator_dtype
-    )
+    keys_and_values = reader(cut.call, cut.query_rows(cut.call.query, q), folded=cut.blocks.folded)
 
     def step(j, state, partial):
-        return _step(cut, product, i, j, q, state, partial=partial)
+        return _step(cut, keys_and_values, i, j, q, state, partial=partial)
 
     return cut.sweep(i, row, step, state, fresh_rows=False)
 
 
-def _step(cut: Cut, product: Products, i, j, q: Span, state: _State, *, partial: bool) -> _State:
+def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool) -> _State:
     """One key/value block; the mask is evaluated in partial blocks only."""
     call, kv = cut.call, cut.kv_span(j)
-    scores, _ = cut.scores(product.scores(cut.kv_rows(call.key, kv, clean=False)), q, kv)
+    scores, _ = cut.scores(read.dots(kv), q, kv)
     if partial:
         allowed = cut.allowed(i, j, q, kv, fresh_rows=False)
         if allowed is not None:
@@ -106,8 +103,7 @@ def _step(cut: Cut, product: Products, i, j, q: Span, state: _State, *, partial:
     total = state.total * decay + weights.sum(-1, keepdims=True)
     if call.dropout_key is not None:
         weights = jnp.where(keep_tile(call, q, kv), weights / (1.0 - call.dropout_rate), 0.0)
-    value = cut.kv_rows(call.value, kv, clean=partial)
-    values = state.values * decay + product.outputs(weights.astype(value.dtype), value)
+    values = state.values * decay + read.outputs(weights, kv, clean=partial)
     return _State(values, top, total)
 
 

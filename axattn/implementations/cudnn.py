@@ -17,6 +17,7 @@ from axattn.mask_parts import Causal, Dense, Lengths, Window
 def refuses(call: AttentionCall) -> str | None:
     """Why this call cannot go to cuDNN, or None."""
     for what, present in (
+        ("a cache", call.stored is not None),
         ("logits_soft_cap", call.logits_soft_cap is not None),
         ("sinks", call.sinks is not None),
         ("alibi_slopes", call.alibi_slopes is not None),

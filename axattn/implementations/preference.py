@@ -30,6 +30,8 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
     del reasons  # Both XLA paths take every call.
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
+    if call.stored is not None:
+        return _over_cache(call, platform, scores)
     if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:
         return "xla_chunked"
     if call.q_len * call.num_heads <= DECODE_ROWS:
@@ -39,3 +41,11 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
         skips = platform == "cpu" and call.mask.parts and call.query.dtype == jnp.float32
         return "xla_chunked" if skips or 4 * scores > DECODE_LOGITS_BYTES else "xla"
     return "xla_chunked" if scores >= CHUNKED_FROM_SCORES else "xla"
+
+
+def _over_cache(call: AttentionCall, platform: str, scores: int) -> str:
+    """A cache is longer than what it holds, and the chunked path ends where that ends."""
+    if call.stored.block_table is not None or platform != "tpu":
+        return "xla_chunked"
+    # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.
+    return "xla" if 4 * scores <= DECODE_LOGITS_BYTES else "xla_chunked"

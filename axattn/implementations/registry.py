@@ -113,7 +113,7 @@ def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
     """
     function = with_auto_axes(
         functools.partial(_attend, plan=plan),
-        (call.query, call.key, call.value),
+        (call.query, call.key, call.value) if call.stored is None else (call.query,),
         lambda spec: _out_specs(spec, call.return_residual),
     )
     return function(call)

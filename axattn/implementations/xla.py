@@ -16,29 +16,28 @@ from jax import lax
 
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
-from axattn.implementations.products import DECODE_ROWS, Folded, Grouped
+from axattn.implementations.products import DECODE_ROWS
+from axattn.implementations.readers import reader
 from axattn.implementations.scores import heads_apart, mask_tile, score_tile, zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
-    if call.q_len * call.num_heads <= DECODE_ROWS:
+    if call.stored is None and call.q_len * call.num_heads <= DECODE_ROWS:
         # TPUs tile the two minor dimensions: merging heads and head size would copy the cache.
         return lax.platform_dependent(
             call,
-            tpu=functools.partial(_attend, products=Grouped),
-            default=functools.partial(_attend, products=Folded),
+            tpu=functools.partial(_attend, folded=False),
+            default=functools.partial(_attend, folded=True),
         )
-    return _attend(call, Grouped)
+    return _attend(call, folded=False)
 
 
-def _attend(
-    call: AttentionCall, products: type[Grouped] | type[Folded]
-) -> tuple[jax.Array, jax.Array]:
+def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
     call = without_unused(call)
-    product = products(call.query, call.num_kv_heads, call.precision, call.accumulator_dtype)
-    weights, total, lse = softmax_weights(call, product.scores(call.key))
-    out = product.outputs(weights.astype(call.value.dtype), call.value) / total
+    read, (_, kv) = reader(call, call.query, folded=folded), call.spans()
+    weights, total, lse = softmax_weights(call, read.dots(kv))
+    out = read.outputs(weights, kv, clean=True) / total
     out = out.transpose(0, 3, 1, 2, 4).reshape(
         call.batch, call.q_len, call.num_heads, call.value_head_dim
     )
@@ -47,12 +46,17 @@ def _attend(
 
 
 def without_unused(call: AttentionCall) -> AttentionCall:
-    """The call with the slots behind its lengths set to zero, whatever they held."""
+    """The call with the slots behind its lengths set to zero, whatever they held.
+
+    Those of a cache stay as they are: it is cleaned where it is read.
+    """
     q, kv = call.spans()
     q_length, kv_length = call.mask.q_lengths(), call.mask.kv_lengths()
+    call = dataclasses.replace(call, query=zero_unused(call.query, q.slots, q_length))
+    if call.stored is not None or kv_length is None:
+        return call
     return dataclasses.replace(
         call,
-        query=zero_unused(call.query, q.slots, q_length),
         key=zero_unused(call.key, kv.slots, kv_length),
         value=zero_unused(call.value, kv.slots, kv_length),
     )

@@ -29,9 +29,24 @@ def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     # Inside shard_map all inputs of the custom VJP must vary alike: marking them here, outside,
     # lets JAX sum the gradients of those that are shared.
     call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+    if call.stored is not None:
+        out, lse = _over_cache(call)
+        return out, lse.astype(jnp.float32)
     inputs = Gradients(*(getattr(call, name) for name in _INPUTS))
     out, lse = _flash(inputs, _without_inputs(call))
     return out, lse.astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _over_cache(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    return _per_platform(forward, call)
+
+
+@_over_cache.defjvp
+def _no_derivative(primals, tangents):
+    raise NotImplementedError(
+        'implementation "xla_chunked" has no derivative over a cache: ask for "xla"'
+    )
 
 
 @jax.custom_vjp

@@ -1,0 +1,128 @@
+"""Where both XLA paths get keys and values from: arrays as the caller has them, or a cache.
+
+A reader holds one tile of queries and answers, for a span of key/value slots, with its dot products
+and with the weighted sum of its values. Scores and weights are ``[B, K, G, t, s]``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn.call import AttentionCall
+from axattn.implementations.products import DECODE_ROWS, Folded, Grouped
+from axattn.implementations.scores import zero_unused
+from axattn.mask_parts import Span
+from axattn.stored import NEVER
+
+
+class Reader(Protocol):
+    def dots(self, kv: Span) -> jax.Array:
+        """Query times keys, in the accumulator's dtype. Unused slots give anything, NaN too."""
+        ...
+
+    def outputs(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+        """Weights times values, ``[B, K, G, t, h]``; ``clean`` where ``kv`` has unused slots."""
+        ...
+
+
+def reader(call: AttentionCall, query: jax.Array, *, folded: bool) -> Reader:
+    """The reader of ``call`` for the rows ``query [B, t, N, H]``."""
+    if call.stored is None:
+        return _OfArrays(call, query, folded=folded)
+    return _OfCache(call, query)
+
+
+class _OfArrays:
+    """Keys and values ``[B, S, K, size]``."""
+
+    def __init__(self, call: AttentionCall, query: jax.Array, *, folded: bool):
+        self.call = call
+        self.product = (Folded if folded else Grouped)(
+            query, call.num_kv_heads, call.precision, call.accumulator_dtype
+        )
+
+    def dots(self, kv):
+        return self.product.scores(_rows(self.call.key, kv))
+
+    def outputs(self, weights, kv, *, clean):
+        value = _rows(self.call.value, kv)
+        if clean:
+            value = zero_unused(value, kv.slots, self.call.mask.kv_lengths())
+        return self.product.outputs(weights.astype(value.dtype), value)
+
+
+def _rows(array: jax.Array, kv: Span) -> jax.Array:
+    if kv.size == array.shape[1]:
+        return array
+    return lax.dynamic_slice_in_dim(array, kv.start, kv.size, 1)
+
+
+class _OfCache:
+    """Keys and values ``[B, K, s, size]``, whose scales are folded into scores and weights.
+
+    With the center c of the keys, q . k = q . (k - c) + q . c, so the scores are those of the keys.
+    """
+
+    def __init__(self, call: AttentionCall, query: jax.Array):
+        self.call, self.stored, self.dtype = call, call.stored, call.product_dtype
+        self.options = {
+            "precision": call.precision,
+            "preferred_element_type": call.accumulator_dtype,
+        }
+        batch, rows, heads, size = query.shape
+        query = query.reshape(batch, rows, call.num_kv_heads, heads // call.num_kv_heads, size)
+        query = query.transpose(0, 2, 3, 1, 4)
+        self.query = query.astype(self.dtype)
+        self.from_center = None
+        if self.stored.key_center is not None:
+            # Few products, which shift whole rows of scores: in full precision.
+            self.from_center = jnp.einsum(
+                "bkgth,kh->bkgt",
+                query.astype(call.accumulator_dtype),
+                self.stored.key_center.astype(call.accumulator_dtype),
+                precision=lax.Precision.HIGHEST,
+            )[..., None]
+
+    def dots(self, kv):
+        dots = self._products(self.stored.keys(kv, self.dtype))
+        scales = self.stored.key_scales(kv)
+        if scales is not None:
+            dots = dots * scales[:, :, None, None].astype(dots.dtype)
+        return dots if self.from_center is None else dots + self.from_center
+
+    def _products(self, key: jax.Array) -> jax.Array:
+        batch, kv_heads, group, rows, size = self.query.shape
+        if group * rows > DECODE_ROWS:
+            return jnp.einsum("bkgth,bksh->bkgts", self.query, key, **self.options)
+        # For a few rows the keys come first: XLA:CPU would else transpose them (3 to 10 times
+        # slower), and what is transposed after is small.
+        query = self.query.reshape(batch, kv_heads, group * rows, size)
+        dots = jnp.einsum("bksh,bkrh->bksr", key, query, **self.options).swapaxes(2, 3)
+        return dots.reshape(batch, kv_heads, group, rows, -1)
+
+    def outputs(self, weights, kv, *, clean):
+        value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
+        used = self._used(kv) if clean else None
+        if scales is not None:
+            if used is not None:
+                scales = jnp.where(used[:, None], scales, 0.0)
+            weights = weights * scales[:, :, None, None].astype(weights.dtype)
+        if used is not None and self.stored.dtype not in ("int8", "int4"):  # which have no NaN
+            value = jnp.where(used[:, None, :, None], value, jnp.zeros((), value.dtype))
+        return jnp.einsum("bkgts,bksh->bkgth", weights.astype(self.dtype), value, **self.options)
+
+    def _used(self, kv: Span) -> jax.Array | None:
+        """Which slots hold a token, bool ``[B or 1, s]``, or None for all."""
+        used = None
+        length = self.call.mask.kv_lengths()
+        if length is not None:
+            length = jnp.asarray(length)
+            used = kv.slots[None] < (length[:, None] if length.ndim else length)
+        if self.call.kv_positions is not None:
+            held = kv.positions < NEVER
+            used = held if used is None else used & held
+        return used
