@@ -1,0 +1,76 @@
+"""A cache with room for a fixed number of tokens in each row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from axattn._typing import ArrayLike
+from axattn.cache.base import Cache, empty_fields, host, positive, register
+from axattn.cache.write import Places
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class DenseCache(Cache):
+    """Token p of a row is in slot p; arrays ``[B, K, length, size]``."""
+
+    @staticmethod
+    def create(
+        batch: int,
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        values_in_keys: bool = False,
+        dtype: Any = jnp.bfloat16,
+        key_center: ArrayLike | None = None,
+    ) -> DenseCache:
+        """An empty cache for ``batch`` rows of at most ``length`` tokens.
+
+        Args:
+          batch, length, num_kv_heads, head_dim: B, S, K and H.
+          value_head_dim: h; H by default.
+          values_in_keys: store one array only: values are the first h features of the keys (latent
+            attention, arXiv:2405.04434).
+          dtype: ``float32``, ``bfloat16``, ``float16``; or ``int8``, ``float8_e4m3fn``, ``int4``
+            with one float32 scale per token and head.
+          key_center: float ``[K, H]``, subtracted from keys before they are stored and allowed for
+            in the scores: see `axattn.quantization.key_center`.
+
+        Raises:
+          ValueError, TypeError: an argument that cannot be.
+        """
+        positive("length", length)
+        return DenseCache(
+            **empty_fields(
+                batch,
+                batch,
+                length,
+                num_kv_heads,
+                head_dim,
+                value_head_dim=value_head_dim,
+                values_in_keys=values_in_keys,
+                dtype=dtype,
+                key_center=key_center,
+            )
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.arrays.keys.shape[2]
+
+    def _fits(self, counts):
+        lengths, counts = host(self.lengths, counts)
+        message = f"the cache holds {self.capacity} tokens per row"
+        fits = lengths + counts <= self.capacity
+        if lengths is not self.lengths:
+            message += f": lengths {lengths.tolist()} and {counts.tolist()} more do not fit"
+        return fits, message
+
+    def _places(self, counts, length):
+        rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
+        return Places(self.lengths, counts, rows)

@@ -1,0 +1,189 @@
+"""A cache in pages: rows share one pool, and a page can be in several rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from axattn._typing import Array, ArrayLike, Integer
+from axattn.cache.base import Cache, _counts, empty_fields, host, is_concrete, positive, register
+from axattn.cache.write import Places, runs_of
+
+
+@lambda cls: register(cls, data=("block_table",))
+@dataclasses.dataclass(frozen=True)
+class PagedCache(Cache):
+    """Token p of row b is in slot p % page_size of page ``block_table[b, p // page_size]``.
+
+    Arrays are ``[num_pages, K, page_size, size]``. The table is made on the host, by
+    :class:`axattn.cache.PagePool` or by anything else, and handed over with `with_table` whenever
+    it changes; all shapes are static. PagedAttention: arXiv:2309.06180.
+
+    Attributes:
+      block_table: int32 ``[B, pages_per_row]``. Entries for tokens that are not there may be
+        anything; -1 means none.
+    """
+
+    block_table: Integer[Array, "B pages"]
+
+    @staticmethod
+    def create(
+        batch: int,
+        num_pages: int,
+        page_size: int,
+        pages_per_row: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        values_in_keys: bool = False,
+        dtype: Any = jnp.bfloat16,
+        key_center: ArrayLike | None = None,
+    ) -> PagedCache:
+        """An empty pool of ``num_pages`` pages and a table of -1 for ``batch`` rows.
+
+        Args:
+          batch, num_kv_heads, head_dim: B, K and H.
+          num_pages, page_size: pages in the pool and tokens per page.
+          pages_per_row: most pages that a row can have.
+          value_head_dim, values_in_keys, dtype, key_center: as in `DenseCache.create`.
+        """
+        for name, count in (
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+            ("pages_per_row", pages_per_row),
+        ):
+            positive(name, count)
+        fields = empty_fields(
+            batch,
+            num_pages,
+            page_size,
+            num_kv_heads,
+            head_dim,
+            value_head_dim=value_head_dim,
+            values_in_keys=values_in_keys,
+            dtype=dtype,
+            key_center=key_center,
+        )
+        return PagedCache(**fields, block_table=jnp.full((batch, pages_per_row), -1, jnp.int32))
+
+    @property
+    def num_pages(self) -> int:
+        return self.arrays.keys.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.arrays.keys.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row's part of the table can name."""
+        return self.block_table.shape[1] * self.page_size
+
+    def stored(self):
+        return dataclasses.replace(super().stored(), block_table=self.block_table)
+
+    def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> PagedCache:
+        """The cache with another table ``[B, pages_per_row]`` and, where given, other lengths.
+
+        Lengths are those of the tokens that are stored already: after a prefix was found in the
+        pool, or where a row now is another sequence. Their ``overflowed`` is then cleared.
+        """
+        block_table = jnp.array(block_table, copy=True)
+        if not jnp.issubdtype(block_table.dtype, jnp.integer):
+            raise TypeError(f"block_table takes integers, got {block_table.dtype}")
+        if block_table.shape != self.block_table.shape:
+            raise ValueError(
+                f"block_table takes [B, pages_per_row] = {list(self.block_table.shape)}, got "
+                f"shape {block_table.shape}"
+            )
+        changes: dict[str, Any] = {"block_table": block_table.astype(jnp.int32)}
+        if lengths is not None:
+            lengths = _counts("lengths", lengths, self.batch, at_most=self.capacity)
+            changes["lengths"] = jnp.array(lengths, jnp.int32)
+            changes["overflowed"] = jnp.zeros((self.batch,), bool)
+        return dataclasses.replace(self, **changes)
+
+    def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> PagedCache:
+        """The cache with page ``targets[i]`` a copy of page ``sources[i]``, in this order.
+
+        What copy-on-write asks for. int ``[n]`` both; a pair with -1 is left out.
+        """
+        sources, targets = (jnp.asarray(x) for x in (sources, targets))
+        for name, x in (("sources", sources), ("targets", targets)):
+            if not jnp.issubdtype(x.dtype, jnp.integer) and x.size:
+                raise TypeError(f"{name} takes int [n], got {x.dtype}")
+            if x.ndim != 1 or x.shape != sources.shape:
+                raise ValueError(f"{name} takes int [n] like the other, got shape {x.shape}")
+            if (
+                is_concrete(x)
+                and x.size
+                and not -1 <= int(x.min()) <= int(x.max()) < self.num_pages
+            ):
+                raise ValueError(f"{name} takes pages 0 to {self.num_pages - 1} or -1, got {x}")
+        if sources.size == 0:
+            return self
+        arrays = _copy_pages(self.arrays, sources.astype(jnp.int32), targets.astype(jnp.int32))
+        return dataclasses.replace(self, arrays=arrays)
+
+    def fork(self, rows: ArrayLike) -> PagedCache:
+        """A cache whose row i has the pages of row ``rows[i]``; nothing is copied.
+
+        Rows that share a page that is not full must not both append to it: give each its own copy
+        first (`PagePool.fork` says which).
+        """
+        return super().fork(rows)
+
+    def _per_row(self):
+        return ("block_table", "lengths", "overflowed")
+
+    def _fits(self, counts):
+        lengths, counts, table = host(self.lengths, counts, self.block_table)
+        np_ = np if is_concrete(lengths) else jnp
+        total = lengths + counts
+        # Every page that the new tokens touch has to be there.
+        page = np_.arange(table.shape[1])[None]
+        touched = (page >= (lengths // self.page_size)[:, None]) & (
+            page * self.page_size < total[:, None]
+        )
+        touched &= (counts > 0)[:, None]
+        assigned = (table >= 0) & (table < self.num_pages)
+        fits = (total <= self.capacity) & (assigned | ~touched).all(1)
+        message = (
+            f"a row's block_table has room for {self.capacity} tokens, and needs a page of the "
+            f"pool ({self.num_pages} pages of {self.page_size}) for each token"
+        )
+        if np_ is np:
+            rows = np.nonzero(~fits)[0].tolist()
+            message += (
+                f": rows {rows} with lengths {lengths[rows].tolist()} and {counts[rows].tolist()} "
+                f"more tokens do not have them"
+            )
+        return fits, message
+
+    def _places(self, counts, length):
+        first = self.lengths // self.page_size
+        run = first[:, None] + jnp.arange(runs_of(length, self.page_size), dtype=jnp.int32)
+        rows = jnp.take_along_axis(self.block_table, run, axis=1, mode="clip")
+        return Places(self.lengths, counts, rows)
+
+
+@jax.jit
+def _copy_pages(arrays: Any, sources: Array, targets: Array) -> Any:
+    def copy(i, arrays):
+        ok = (sources[i] >= 0) & (targets[i] >= 0)
+        source = jnp.maximum(sources[i], 0)
+        target = jnp.where(ok, targets[i], source)  # onto itself
+
+        def one(array):
+            page = lax.dynamic_slice_in_dim(array, source, 1, 0)
+            return lax.dynamic_update_slice_in_dim(array, page, target, 0)
+
+        return jax.tree.map(one, arrays)
+
+    return lax.fori_loop(0, sources.shape[0], copy, arrays)

@@ -1,0 +1,78 @@
+"""What a `PagePool` raises, and what it says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+class PoolExhaustedError(RuntimeError):
+    """A request needs more pages than can be had. The pool is as it was before the request.
+
+    Attributes:
+      request: what was asked for.
+      needed: pages that it takes, besides those that it would share.
+      free: pages that hold nothing.
+      evictable: pages that hold published tokens which no live sequence, nor this one, uses.
+      in_use: all other pages.
+    """
+
+    def __init__(self, request: str, needed: int, free: int, evictable: int, in_use: int):
+        super().__init__(request, needed, free, evictable, in_use)
+        self.request = request
+        self.needed = needed
+        self.free = free
+        self.evictable = evictable
+        self.in_use = in_use
+
+    def __str__(self) -> str:
+        return (
+            f"{self.request} needs {self.needed} pages and the pool has "
+            f"{self.free + self.evictable}: {self.free} free, {self.evictable} evictable; "
+            f"{self.in_use} are in use"
+        )
+
+
+class UnknownSequenceError(KeyError):
+    """A sequence that was freed or never allocated. The pool is as it was before the call.
+
+    Attributes:
+      sequence: the id.
+    """
+
+    def __init__(self, sequence: Any):
+        super().__init__(sequence)
+        self.sequence = sequence
+
+    def __str__(self) -> str:
+        return f"sequence {self.sequence!r} is unknown: freed before, or never allocated"
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStatistics:
+    """What a pool holds. Pages that are free, cached and in use add up to all of them.
+
+    Attributes:
+      num_pages: pages of the pool.
+      page_size: tokens per page.
+      pages_free: pages that hold nothing.
+      pages_cached: published pages that no live sequence holds: found by prefix, or evicted.
+      pages_in_use: pages of live sequences, each counted once, and sources of pending copies.
+      tokens_stored: tokens in pages of live sequences; those in a shared page count once.
+      tokens_logical: the lengths of all live sequences added up.
+    """
+
+    num_pages: int
+    page_size: int
+    pages_free: int
+    pages_cached: int
+    pages_in_use: int
+    tokens_stored: int
+    tokens_logical: int
+
+    @property
+    def overhead(self) -> float:
+        """Token slots in use per token stored: 1.0 where every page is full, or none is used."""
+        if not self.tokens_stored:
+            return 1.0
+        return self.pages_in_use * self.page_size / self.tokens_stored

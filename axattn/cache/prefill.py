@@ -1,0 +1,76 @@
+"""Prompts in chunks: memory does not grow with the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._typing import Array, ArrayLike
+from axattn.cache.base import _counts, positive
+
+Step = Callable[[Any, Array, Array], tuple[Any, Any]]
+
+
+def prefill(
+    step: Step,
+    cache: Any,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    chunk_size: int,
+) -> tuple[Any, Any]:
+    """Runs prompts through a model chunk by chunk, and returns what it says of their last tokens.
+
+    One compiled step serves any prompt: chunks have one shape, and rows that ended are padded.
+    Only as many chunks are run as the longest row needs.
+
+    Args:
+      step: ``step(cache, tokens [B, C, ...], lengths [B]) -> (outputs [B, C, ...], cache)``: the
+        model on the next C tokens of each row, of which ``lengths`` are real. Its output may be a
+        pytree.
+      cache: whatever ``step`` takes and returns: a cache, or a tuple of one per layer.
+      tokens: ``[B, T, ...]``, right-padded: token ids, or embeddings.
+      lengths: int ``[B]``, real tokens per row; T by default. A row without tokens gives zeros.
+      chunk_size: C.
+
+    Returns:
+      ``(last, cache)``: outputs ``[B, ...]`` at the last token of each row.
+    """
+    positive("chunk_size", chunk_size)
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim < 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens takes [B, T, ...] with B, T >= 1, got shape {tokens.shape}")
+    batch, length = tokens.shape[:2]
+    lengths = _counts("lengths", length if lengths is None else lengths, batch, at_most=length)
+    lengths = jnp.asarray(lengths)
+    chunk = min(chunk_size, length)
+    count = -(-length // chunk)
+    tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - length), *[(0, 0)] * (tokens.ndim - 2)))
+
+    def run(i, cache):
+        here = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
+        real = jnp.clip(lengths - i * chunk, 0, chunk)
+        return real, *step(cache, here, real)
+
+    def body(i, carry):
+        last, cache = carry
+        real, outputs, cache = run(i, cache)
+        at = jnp.maximum(real - 1, 0)
+
+        def pick(output, last):
+            newest = jax.vmap(lambda x, n: lax.dynamic_index_in_dim(x, n, 0, keepdims=False))(
+                output, at
+            )
+            here = (real > 0).reshape(batch, *(1 for _ in newest.shape[1:]))
+            return jnp.where(here, newest, last)
+
+        return jax.tree.map(pick, outputs, last), cache
+
+    shapes = jax.eval_shape(lambda cache: run(0, cache)[1], cache)
+    last = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[2:]), x.dtype), shapes)
+    needed = jnp.minimum(-(-lengths.max() // chunk), count)
+    return lax.fori_loop(0, needed, body, (last, cache))

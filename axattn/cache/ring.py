@@ -1,0 +1,205 @@
+"""A cache for sliding-window attention: its memory is bounded by the window."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from axattn import _jax_compat
+from axattn._typing import Array, ArrayLike, Integer
+from axattn.cache.base import (
+    Cache,
+    _counts,
+    empty_fields,
+    host,
+    is_concrete,
+    positive,
+    register,
+)
+from axattn.cache.write import Places, runs_of
+from axattn.stored import NEVER
+
+# These speak of slots, and a ring's slots hold other tokens every time around.
+_OF_SLOTS = ("mask", "bias", "query_segment_ids", "key_value_segment_ids")
+
+
+@lambda cls: register(cls, data=("positions",), static=("window",))
+@dataclasses.dataclass(frozen=True)
+class RingCache(Cache):
+    """Token p of a row is in slot p % slots; arrays ``[B, K, slots, size]``.
+
+    Attributes:
+      positions: int32 ``[B, slots]``, of the token in each slot; 2**30 where there is none.
+      window: tokens to the left that a query sees besides itself.
+    """
+
+    positions: Integer[Array, "B S"]
+    window: int
+
+    @staticmethod
+    def create(
+        batch: int,
+        window: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_append: int = 1,
+        value_head_dim: int | None = None,
+        values_in_keys: bool = False,
+        dtype: Any = jnp.bfloat16,
+        key_center: ArrayLike | None = None,
+    ) -> RingCache:
+        """An empty cache of ``window + max_append`` slots per row.
+
+        Args:
+          batch, num_kv_heads, head_dim: B, K and H.
+          window: tokens to the left that a query sees besides itself, as in
+            ``local_window_size=(window, 0)``.
+          max_append: most tokens that one `append` takes: the first of them still needs a window of
+            tokens before it. `extend` takes any number and goes in steps of this many. It is also
+            how many of the newest tokens `truncate` can take back.
+          value_head_dim, values_in_keys, dtype, key_center: as in `DenseCache.create`.
+        """
+        positive("max_append", max_append)
+        if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
+            raise ValueError(f"window takes an int >= 0, got {window!r}")
+        slots = int(window) + max_append
+        fields = empty_fields(
+            batch,
+            batch,
+            slots,
+            num_kv_heads,
+            head_dim,
+            value_head_dim=value_head_dim,
+            values_in_keys=values_in_keys,
+            dtype=dtype,
+            key_center=key_center,
+        )
+        positions = jnp.full((batch, slots), NEVER, jnp.int32)
+        return RingCache(**fields, positions=positions, window=int(window))
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row; there is no limit to the tokens of a row."""
+        return self.positions.shape[1]
+
+    @property
+    def max_append(self) -> int:
+        return self.capacity - self.window
+
+    def extend(self, query, key, value=None, *, lengths=None, **options):
+        if jnp.shape(query)[1:2] != jnp.shape(key)[1:2]:
+            raise ValueError(
+                f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}"
+            )
+        step, length = self.max_append, jnp.shape(key)[1]
+        if length <= step:
+            return super().extend(query, key, value, lengths=lengths, **options)
+        if options.get("return_residual") or options.get("q_positions") is not None:
+            raise ValueError(
+                f"extend takes return_residual and q_positions for at most max_append = {step} "
+                f"tokens, got {length}"
+            )
+        _, counts = self._tokens(key, value, lengths)
+        chunks = -(-length // step)
+
+        def in_chunks(x):
+            x = jnp.pad(x, ((0, 0), (0, chunks * step - length), (0, 0), (0, 0)))
+            return jnp.moveaxis(x.reshape(x.shape[0], chunks, step, *x.shape[2:]), 1, 0)
+
+        def body(cache, chunk):
+            i, *tokens = chunk
+            here = jnp.clip(counts - i * step, 0, step)
+            out, cache = Cache.extend(cache, *tokens, lengths=here, **options)
+            return cache, out
+
+        tokens = (query, key) if value is None else (query, key, value)
+        cache, out = lax.scan(body, self, (jnp.arange(chunks), *map(in_chunks, tokens)))
+        out = jnp.moveaxis(out, 0, 1)
+        return out.reshape(out.shape[0], chunks * step, *out.shape[3:])[:, :length], cache
+
+    def truncate(self, lengths: ArrayLike) -> RingCache:
+        """The cache without the tokens at and after ``lengths`` (int or int ``[B]``).
+
+        Raises:
+          ValueError: tokens within the window before the new end were overwritten: at most
+            ``max_append`` can be taken back. Under ``jit`` the row is left as it was and
+            ``overflowed`` set.
+        """
+        lengths = _counts("lengths", lengths, self.batch)
+        mine, positions, new = host(self.lengths, self.positions, lengths)
+        new = (np if is_concrete(mine) else jnp).minimum(mine, new)
+        # The next query, at position new, sees what is at new - window and after.
+        oldest = positions.min(1)
+        there = (oldest <= new - self.window) | (oldest == 0) | (new == mine) | (new == 0)
+        message = f"tokens of the window before lengths {new} are no longer in the ring"
+        if is_concrete(there):
+            if not there.all():
+                raise ValueError(message)
+        else:
+            _jax_compat.debug_check(there.all(), "truncate: the ring no longer has the window")
+        new = jnp.where(there, new, mine).astype(jnp.int32)
+        return dataclasses.replace(
+            self,
+            lengths=new,
+            positions=jnp.where(self.positions < new[:, None], self.positions, NEVER),
+            overflowed=self.overflowed | ~jnp.asarray(there),
+        )
+
+    def reset(self, rows: ArrayLike | None = None) -> RingCache:
+        cache = super().reset(rows)
+        positions = jnp.where(self.positions < cache.lengths[:, None], self.positions, NEVER)
+        return dataclasses.replace(cache, positions=positions)
+
+    def _per_row(self):
+        return (*super()._per_row(), "positions")
+
+    def _append(self, tokens, counts):
+        length = tokens.keys.shape[1]
+        if length > self.max_append:
+            raise ValueError(
+                f"key takes at most max_append = {self.max_append} tokens at a time in this ring, "
+                f"got {length}; extend takes any number"
+            )
+        cache = super()._append(tokens, counts)
+        # The newest token that belongs into each slot: if it is one of the new ones, it is there.
+        slots = jnp.arange(self.capacity, dtype=jnp.int32)
+        last = cache.lengths[:, None] - 1
+        newest = last - (last - slots) % self.capacity
+        fresh = newest >= self.lengths[:, None]
+        return dataclasses.replace(cache, positions=jnp.where(fresh, newest, self.positions))
+
+    def _fits(self, counts):
+        (counts,) = host(counts)
+        # Positions are int32, and those from NEVER on are no positions.
+        lengths, counts = host(self.lengths, counts)
+        return lengths + counts < NEVER, f"a row takes fewer than {NEVER} tokens"
+
+    def _places(self, counts, length):
+        rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
+        return Places(self.lengths, counts, jnp.tile(rows, (1, runs_of(length, self.capacity))))
+
+    def _mask_options(self):
+        return {"kv_positions": self.positions, "local_window_size": (self.window, 0)}
+
+    def _check_options(self, options, is_causal):
+        super()._check_options(options, is_causal)
+        if not is_causal:
+            raise ValueError("is_causal takes True: a ring holds the window before each query")
+        for name in _OF_SLOTS:
+            if options.get(name) is not None:
+                raise ValueError(f"{name} speaks of slots, which a ring uses again; it takes None")
+        window = options.get("local_window_size")
+        if window is None:
+            options.pop("local_window_size", None)
+            return
+        left = window[0] if isinstance(window, (tuple, list)) else window
+        if left is None or left > self.window:
+            raise ValueError(
+                f"local_window_size takes at most (window, 0) = ({self.window}, 0) in this ring, "
+                f"got {window!r}"
+            )

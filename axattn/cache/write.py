@@ -1,0 +1,90 @@
+"""Putting new tokens into the arrays of a cache, in place where they are donated."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn.stored import KeyValueArrays
+
+
+class Places(NamedTuple):
+    """Where tokens go: token t of batch row b, for t < count, to position start + t.
+
+    Position p is slot ``p % C`` of a row of the arrays. Positions of one batch row lie in runs that
+    end where C slots end; ``rows`` names the row of the arrays for each run.
+    """
+
+    start: jax.Array  # int32 [B]
+    count: jax.Array  # int32 [B]
+    rows: jax.Array  # int32 [B, runs]; of a run without tokens, anything
+
+
+def runs_of(tokens: int, page_size: int) -> int:
+    """How many runs so many consecutive positions can touch."""
+    return 1 if tokens == 1 else (tokens - 2) // page_size + 2
+
+
+def write(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> KeyValueArrays:
+    """The arrays with the tokens in their places.
+
+    ``tokens`` has the same entries as ``arrays``, with ``[B, T]`` where those have rows and slots:
+    keys ``[B, T, K, H]``, scales ``[B, T, K]``.
+    """
+    # A loop of slices is in place everywhere. On GPUs it would be a kernel launch for each, and
+    # there a scatter is one kernel; on TPUs a scatter into int8 copies the whole cache.
+    on_gpu = _slices if arrays.keys.dtype == jnp.int4 else _scatter  # not two threads to a byte
+    return lax.platform_dependent(arrays, tokens, places, cuda=on_gpu, rocm=on_gpu, default=_slices)
+
+
+def _scatter(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> KeyValueArrays:
+    num_rows, _, page_size = arrays.keys.shape[:3]
+    order = jnp.arange(tokens.keys.shape[1], dtype=jnp.int32)[None]
+    positions = places.start[:, None] + order
+    run = positions // page_size - (places.start // page_size)[:, None]
+    rows = jnp.take_along_axis(
+        places.rows, jnp.clip(run, 0, places.rows.shape[1] - 1), axis=1, mode="clip"
+    )
+    rows = jnp.where(order < places.count[:, None], rows, num_rows)  # out of bounds: dropped
+    slots = positions % page_size
+
+    def put(array, new):
+        return array.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, arrays, tokens)
+
+
+def _slices(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> KeyValueArrays:
+    num_rows, _, page_size = arrays.keys.shape[:3]
+    batch, length = tokens.keys.shape[:2]
+    runs = places.rows.shape[1]
+    width = min(length, page_size)
+    tokens = jax.tree.map(lambda new: new.swapaxes(1, 2), tokens)  # [B, K, T, ...]
+
+    def put_run(i, arrays):
+        b, r = i // runs, i % runs
+        start, count = places.start[b], places.count[b]
+        row = jnp.clip(places.rows[b, r], 0, num_rows - 1)
+        # Positions of slot 0 of this run, of the window that is rewritten, and its tokens.
+        origin = (start // page_size + r) * page_size
+        first = jnp.clip(start - origin, 0, page_size - width)
+        order = origin + first - start + jnp.arange(width, dtype=jnp.int32)
+        fresh = (order >= 0) & (order < count)
+
+        def put(array, new):
+            window_start = (row, 0, first, *(0 for _ in array.shape[3:]))
+            window_start = tuple(jnp.asarray(n, jnp.int32) for n in window_start)
+            window = lax.dynamic_slice(
+                array, window_start, (1, array.shape[1], width, *array.shape[3:])
+            )
+            new = lax.dynamic_slice_in_dim(new, b, 1, 0)
+            new = jnp.take(new, order, axis=2, mode="clip")
+            fresh_here = fresh.reshape(1, 1, -1, *(1 for _ in array.shape[3:]))
+            return lax.dynamic_update_slice(array, jnp.where(fresh_here, new, window), window_start)
+
+        return jax.tree.map(put, arrays, tokens)
+
+    return lax.fori_loop(0, batch * runs, put_run, arrays)

@@ -1,0 +1,424 @@
+"""Caches as values: shapes, sizes, overflow, truncation, forks, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+from axattn import _jax_compat
+from axattn.cache import Cache, DenseCache, PagedCache, RingCache, bytes_per_token
+from axattn.stored import NEVER
+from tests import caches
+from tests.caches import FLOATS, KINDS, PAGE, QUANTIZED, B, H, K, h
+
+append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def grown(kind, lengths, **kwargs):
+    """A cache with so many tokens per row, and those tokens."""
+    _, k, v = caches.tokens(40)
+    cache = caches.make(kind, **kwargs)
+    for at in range(0, 40, 8):
+        cache = append(cache, *(x[:, at : at + 8] for x in (k, v)), np.clip(lengths - at, 0, 8))
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    return cache, k, v
+
+
+# ---- what is stored, and what it takes ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *QUANTIZED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes(kind, dtype):
+    cache = caches.make(kind, dtype=dtype)
+    size = {"float32": 4, "int8": 1, "float8_e4m3fn": 1, "int4": 0.5}.get(dtype, 2)
+    scale = 4 if dtype in QUANTIZED else 0
+    per_token = K * ((H + h) * size + 2 * scale)
+    assert cache.bytes_per_token == per_token == bytes_per_token(K, H, h, dtype=dtype)
+    slots = {"dense": B * 48, "ring": B * (47 + 16), "paged": (B * 6 + 2) * PAGE}[kind]
+    assert cache.nbytes == slots * per_token
+    assert isinstance(cache, Cache)
+    assert (cache.batch, cache.num_kv_heads, cache.dtype) == (B, K, dtype)
+    assert cache.capacity == {"dense": 48, "ring": 63, "paged": 48}[kind]
+
+
+def test_published_sizes():
+    assert bytes_per_token(1, 128) == 512
+    assert bytes_per_token(1, 128, dtype="int8") == 264
+    assert bytes_per_token(1, 128, dtype="int4") == 136
+    assert bytes_per_token(1, 576, 512, values_in_keys=True) == 1152
+    assert bytes_per_token(1, 128, dtype="int8") / bytes_per_token(1, 128) <= 0.52
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_a_pytree(kind):
+    cache, _, _ = grown(kind, np.array([5, 40, 0]))
+    leaves, structure = jax.tree.flatten(cache)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(cache)
+    same(again, cache)
+    assert jax.eval_shape(lambda: caches.make(kind)).nbytes == caches.make(kind).nbytes
+    assert hash(structure) == hash(jax.tree.structure(caches.make(kind)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_where_they_belong(kind, dtype):
+    lengths = np.array([39, 17, 0])
+    _, k, v = caches.tokens(40, dtype=caches.float_dtype(dtype))
+    cache = caches.make(kind, dtype=dtype)
+    done = 0
+    for step in (1, 16, 3, 16, 4):
+        cache = append(
+            cache,
+            k[:, done : done + step],
+            v[:, done : done + step],
+            np.clip(lengths - done, 0, step),
+        )
+        done += step
+    exact = {"int8": 0.02, "int4": 0.3}.get(dtype, 0)
+    for got, want in zip(caches.contents(cache), (k, v), strict=True):
+        for b, n in enumerate(lengths):
+            np.testing.assert_allclose(got[b, :n], np.asarray(want, np.float64)[b, :n], atol=exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scatter_of_gpus_writes_the_same(kind, monkeypatch):
+    from axattn.cache import write
+
+    lengths, (_, k, v) = np.array([7, 3, 0]), caches.tokens(16)
+    cache, _, _ = grown(kind, np.array([31, 40, 0]), capacity=64)
+    tokens, counts = cache._tokens(k, v, lengths)
+    places = cache._places(jnp.asarray(counts), 16)
+    same(write._scatter(cache.arrays, tokens, places), write._slices(cache.arrays, tokens, places))
+
+
+def test_append_is_in_place():
+    for kind in KINDS:
+        for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn"):
+            cache = caches.make(kind, capacity=4096, dtype=dtype)
+            _, k, v = caches.tokens(1, dtype=caches.float_dtype(dtype))
+            step = jax.jit(lambda c, k, v: c.append(k, v), donate_argnums=0)
+            memory = step.lower(cache, k, v).compile().memory_analysis()
+            assert memory.alias_size_in_bytes >= cache.nbytes
+            assert memory.temp_size_in_bytes < cache.nbytes / 8, (kind, dtype)
+
+
+# ---- overflow -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_overflow_is_an_error_where_it_can_be_known(kind):
+    cache, k, v = grown(kind, np.array([40, 3, 0]))
+    before = jax.tree.map(np.array, cache)
+    with pytest.raises(ValueError, match=r"40.*(16|9)|48 tokens") as error:
+        cache.append(k[:, :9], v[:, :9])
+    assert "48 tokens" in str(error.value)
+    same(before, cache)
+    fine = cache.append(k[:, :9], v[:, :9], lengths=[8, 9, 9])
+    assert not fine.overflowed.any()
+    np.testing.assert_array_equal(fine.lengths, [48, 12, 9])
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_overflow_under_jit_is_flagged_and_changes_nothing(kind):
+    cache, k, v = grown(kind, np.array([40, 3, 0]))
+    full = append(cache, k[:, :9], v[:, :9], np.array([9, 9, 9]))
+    np.testing.assert_array_equal(full.overflowed, [True, False, False])
+    np.testing.assert_array_equal(full.lengths, [40, 12, 9])
+    stored = caches.contents(cache)
+    for got, want in zip(caches.contents(full), stored, strict=True):
+        np.testing.assert_array_equal(got[0, :40], want[0, :40])
+    q, _, _ = caches.tokens(9)
+    out, again = jax.jit(lambda c, q, k, v: c.extend(q, k, v))(cache, q, k[:, :9], v[:, :9])
+    assert (np.asarray(out)[0] == 0).all() and (np.asarray(out)[1:] != 0).any()
+    np.testing.assert_array_equal(again.overflowed, full.overflowed)
+    # It stays until it is reset.
+    later = append(full, k[:, :1], v[:, :1], np.array([1, 1, 1]))
+    np.testing.assert_array_equal(later.overflowed, [True, False, False])
+    np.testing.assert_array_equal(later.reset().overflowed, [False] * 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_checkify_raises(kind):
+    cache, k, v = grown(kind, np.array([40, 3, 0]))
+    checked = jax.jit(checkify.checkify(lambda c, k, v: c.append(k, v)))
+    error, _ = checked(cache, k[:, :9], v[:, :9])
+    with pytest.raises(checkify.JaxRuntimeError, match="48 tokens"):
+        error.throw()
+    error, _ = checked(cache, k[:, :8], v[:, :8])
+    error.throw()
+
+
+def test_a_page_that_is_not_there_is_overflow():
+    cache, k, v = grown("paged", np.array([8, 3, 0]))
+    table = np.array(cache.block_table)
+    table[0, 1], table[1, 1:], table[2, 5] = -1, 10**6, -1
+    cache = cache.with_table(table)
+    with pytest.raises(ValueError, match=r"rows \[0\] with lengths \[8\]"):
+        cache.append(k[:, :1], v[:, :1])
+    flagged = append(cache, k[:, :6], v[:, :6], np.array([1, 6, 6]))
+    np.testing.assert_array_equal(flagged.overflowed, [True, True, False])
+    np.testing.assert_array_equal(flagged.lengths, [8, 3, 6])
+    np.testing.assert_array_equal(
+        append(cache, k[:, :5], v[:, :5], np.array([0, 5, 5])).lengths, [8, 8, 5]
+    )
+
+
+# ---- truncate, reset, fork ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncate_takes_tokens_back(kind, jit):
+    """A speculative block of 8 is written, part of it rejected, and other tokens follow."""
+    lengths = np.array([32, 17, 8])
+    cache, k, v = grown(kind, lengths, capacity=64)
+    _, other_k, other_v = caches.tokens(8, seed=9)
+    grown_by_8 = append(cache, other_k, other_v, np.array([8, 8, 8]))
+    keep = lengths + np.array([0, 3, 8])
+    truncate = jax.jit(lambda c, n: c.truncate(n)) if jit else (lambda c, n: c.truncate(n))
+    back = truncate(grown_by_8, keep)
+    np.testing.assert_array_equal(back.lengths, keep)
+    want = append(cache, other_k, other_v, np.array([0, 3, 8]))
+    for a, b in zip(caches.contents(back), caches.contents(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+    q, new_k, new_v = caches.tokens(5, seed=11)
+    extend = jax.jit(lambda c, q, k, v: c.extend(q, k, v))
+    np.testing.assert_allclose(
+        extend(back, q, new_k, new_v)[0], extend(want, q, new_k, new_v)[0], atol=1e-6
+    )
+    assert not back.overflowed.any()
+    same(cache.truncate(1000).lengths, cache.lengths)
+
+
+def test_a_ring_cannot_go_back_behind_its_window():
+    lengths = np.array([40, 17, 0])
+    cache, _, _ = grown("ring", lengths, window=9, max_append=8)
+    np.testing.assert_array_equal(cache.truncate([32, 17, 0]).lengths, [32, 17, 0])
+    with pytest.raises(ValueError, match="no longer in the ring"):
+        cache.truncate([31, 17, 0])
+    with pytest.raises(ValueError, match="no longer in the ring"):
+        cache.truncate(3)
+    back = jax.jit(lambda c: c.truncate(np.array([31, 9, 0])))(cache)
+    np.testing.assert_array_equal(back.overflowed, [True, False, False])
+    np.testing.assert_array_equal(back.lengths, [40, 9, 0])
+    np.testing.assert_array_equal(cache.truncate(np.array([40, 0, 0])).lengths, [40, 0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset(kind):
+    cache, k, v = grown(kind, np.array([32, 17, 3]))
+    np.testing.assert_array_equal(cache.reset().lengths, [0, 0, 0])
+    one = cache.reset(np.array([False, True, False]))
+    np.testing.assert_array_equal(one.lengths, [32, 0, 3])
+    if kind == "ring":
+        assert (np.asarray(one.positions)[1] == NEVER).all()
+    q, _, _ = caches.tokens(8)
+    out, _ = one.extend(q, k[:, :8], v[:, :8])
+    fresh, _ = caches.make(kind).extend(q, k[:, :8], v[:, :8])
+    np.testing.assert_allclose(out[1], fresh[1], atol=1e-6)
+    with pytest.raises(ValueError, match="rows takes bool"):
+        cache.reset(np.array([1]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fork(kind, dtype):
+    cache, k, v = grown(kind, np.array([32, 17, 3]), dtype=dtype)
+    rows = np.array([2, 0, 0, 1])
+    forked = cache.fork(rows)
+    assert forked.batch == 4
+    np.testing.assert_array_equal(forked.lengths, np.asarray(cache.lengths)[rows])
+    for got, want in zip(caches.contents(forked), caches.contents(cache), strict=True):
+        np.testing.assert_array_equal(got, want[rows])
+    if kind == "paged":
+        assert forked.arrays.keys is cache.arrays.keys
+    else:  # rows of their own
+        _, k4, v4 = caches.tokens(4, batch=4, seed=3)
+        grown_apart = append(forked, k4, v4, np.array([4, 4, 4, 4]))
+        got = caches.contents(grown_apart)[0]
+        assert not np.array_equal(got[1, 32:36], got[2, 32:36])
+        np.testing.assert_array_equal(got[1, :32], got[2, :32])
+    for bad in ([], [3], [-1], [0.5], [[0]]):
+        with pytest.raises(ValueError, match="rows takes"):
+            cache.fork(np.array(bad))
+
+
+# ---- pages ----------------------------------------------------------------------------------
+
+
+def test_copy_pages():
+    cache, _, _ = grown("paged", np.array([32, 17, 3]))
+    keys = np.asarray(cache.arrays.keys)
+    copied = jax.jit(lambda c, s, t: c.copy_pages(s, t))(
+        cache, np.array([4, -1, 7]), np.array([0, 3, 1])
+    )
+    want = keys.copy()
+    want[0], want[1] = keys[4], keys[7]
+    np.testing.assert_array_equal(copied.arrays.keys, want)
+    assert cache.copy_pages(np.array([], int), np.array([], int)) is cache
+    for sources, targets in (([99], [0]), ([0], [-2]), ([0, 1], [0]), ([0.5], [0])):
+        with pytest.raises((ValueError, TypeError), match="sources|targets"):
+            cache.copy_pages(np.array(sources), np.array(targets))
+
+
+def test_with_table():
+    cache, _, _ = grown("paged", np.array([32, 17, 3]))
+    table = np.asarray(cache.block_table)
+    swapped = cache.with_table(table[[1, 0, 2]], lengths=[17, 32, 3])
+    for got, want in zip(caches.contents(swapped), caches.contents(cache), strict=True):
+        np.testing.assert_array_equal(got, want[[1, 0, 2]])
+    kept = jax.jit(lambda c, t: c.with_table(t))(cache, table)
+    np.testing.assert_array_equal(kept.lengths, cache.lengths)
+    with pytest.raises(ValueError, match="block_table takes"):
+        cache.with_table(table[:, :2])
+    with pytest.raises(TypeError, match="block_table takes integers"):
+        cache.with_table(table.astype(np.float32))
+    with pytest.raises(ValueError, match="lengths takes"):
+        cache.with_table(table, lengths=[49, 0, 0])
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+_, KEY, VALUE = caches.tokens(4)
+QUERY = caches.tokens(4)[0]
+
+REFUSED = {
+    "head_dim": (ValueError, "key takes", lambda c: c.append(KEY[..., :8], VALUE)),
+    "value_head_dim": (ValueError, "value takes", lambda c: c.append(KEY, KEY)),
+    "heads": (ValueError, "key takes", lambda c: c.append(KEY[:, :, :1], VALUE[:, :, :1])),
+    "batch": (ValueError, "key takes", lambda c: c.append(KEY[:2], VALUE[:2])),
+    "tokens": (ValueError, "as many tokens", lambda c: c.append(KEY, VALUE[:, :3])),
+    "no tokens": (ValueError, "T >= 1", lambda c: c.append(KEY[:, :0], VALUE[:, :0])),
+    "no value": (ValueError, "value takes", lambda c: c.append(KEY)),
+    "dtype": (
+        TypeError,
+        "dtype of the cache, float32",
+        lambda c: c.append(KEY.astype(jnp.bfloat16), VALUE.astype(jnp.bfloat16)),
+    ),
+    "integers": (TypeError, "dtype", lambda c: c.append(KEY.astype(int), VALUE)),
+    "lengths above T": (ValueError, "lengths takes", lambda c: c.append(KEY, VALUE, lengths=5)),
+    "negative": (ValueError, "lengths takes", lambda c: c.append(KEY, VALUE, lengths=[-1, 0, 0])),
+    "lengths shape": (ValueError, "lengths takes", lambda c: c.append(KEY, VALUE, lengths=[1, 1])),
+    "lengths dtype": (TypeError, "lengths takes", lambda c: c.append(KEY, VALUE, lengths=1.5)),
+    "query heads": (ValueError, "multiple", lambda c: c.attend(QUERY[:, :, :5])),
+    "query size": (ValueError, "query takes", lambda c: c.attend(QUERY[..., :8])),
+    "query batch": (ValueError, "query takes", lambda c: c.attend(QUERY[:1])),
+    "query dtype": (TypeError, "query takes", lambda c: c.attend(QUERY.astype(int))),
+    "own": (TypeError, "the cache knows", lambda c: c.attend(QUERY, kv_positions=np.arange(48))),
+    "unknown": (TypeError, "whatever", lambda c: c.attend(QUERY, whatever=1)),
+    "implementation": (
+        NotImplementedError,
+        "cudnn",
+        lambda c: c.attend(QUERY, implementation="cudnn"),
+    ),
+    "truncate": (ValueError, "lengths takes", lambda c: c.truncate(-1)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_refused(kind, case):
+    error, message, call = REFUSED[case]
+    cache = caches.make(kind).append(KEY, VALUE)
+    before = jax.tree.map(np.array, cache)
+    with pytest.raises(error, match=message):
+        call(cache)
+    same(before, cache)
+
+
+def test_a_ring_refuses_more():
+    cache = caches.make("ring", window=9, max_append=4)
+    cases = [
+        (lambda: cache.append(*caches.tokens(5)[1:]), "max_append = 4"),
+        (lambda: cache.attend(QUERY, is_causal=False), "is_causal takes True"),
+        (lambda: cache.attend(QUERY, local_window_size=(10, 0)), "local_window_size takes at most"),
+        (
+            lambda: cache.attend(QUERY, local_window_size=(None, 0)),
+            "local_window_size takes at most",
+        ),
+        (lambda: cache.attend(QUERY, mask=np.ones((4, 13), bool)), "mask speaks of slots"),
+        (lambda: cache.extend(*caches.tokens(9), return_residual=True), "return_residual"),
+        (lambda: cache.extend(QUERY[:, :3], *caches.tokens(9)[1:]), "as many tokens"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    smaller = cache.append(KEY, VALUE).attend(QUERY, local_window_size=(3, 0))
+    assert np.isfinite(smaller).all()
+
+
+@pytest.mark.parametrize(
+    "create, message",
+    [
+        (lambda: DenseCache.create(0, 8, 1, 8), "batch takes"),
+        (lambda: DenseCache.create(1, 8.5, 1, 8), "length takes"),
+        (lambda: DenseCache.create(1, 8, True, 8), "num_kv_heads takes"),
+        (lambda: DenseCache.create(1, 8, 1, 0), "head_dim takes"),
+        (lambda: DenseCache.create(1, 8, 1, 8, value_head_dim=0), "value_head_dim takes"),
+        (
+            lambda: DenseCache.create(1, 8, 1, 8, value_head_dim=9, values_in_keys=True),
+            "value_head_dim takes at most",
+        ),
+        (lambda: DenseCache.create(1, 8, 2, 8, key_center=np.zeros(8)), "key_center takes"),
+        (
+            lambda: DenseCache.create(1, 8, 1, 8, key_center=np.zeros((1, 8)), values_in_keys=True),
+            "key_center takes None",
+        ),
+        (lambda: RingCache.create(1, -1, 1, 8), "window takes"),
+        (lambda: RingCache.create(1, 4, 1, 8, max_append=0), "max_append takes"),
+        (lambda: PagedCache.create(1, 0, 8, 4, 1, 8), "num_pages takes"),
+        (lambda: PagedCache.create(1, 4, 0, 4, 1, 8), "page_size takes"),
+        (lambda: PagedCache.create(1, 4, 8, 0, 1, 8), "pages_per_row takes"),
+    ],
+)
+def test_caches_that_cannot_be(create, message):
+    with pytest.raises(ValueError, match=message):
+        create()
+
+
+def test_next_positions():
+    cache, _, _ = grown("dense", np.array([5, 17, 0]))
+    np.testing.assert_array_equal(cache.next_positions(2), [[5, 6], [17, 18], [0, 1]])
+    assert cache.next_positions(2).dtype == jnp.int32
+
+
+def test_bfloat16_is_bits_where_xla_would_widen_it(monkeypatch):
+    """Both ways of storing bfloat16 give the same numbers, whatever this jax does."""
+    q, k, v = caches.tokens(16, dtype="bfloat16")
+    results = []
+    for moves in (True, False):
+        monkeypatch.setattr(_jax_compat, "cpu_moves_bfloat16", lambda moves=moves: moves)
+        cache = caches.make("paged", dtype="bfloat16")
+        assert cache.arrays.keys.dtype == ("bfloat16" if moves else "uint16")
+        out, cache = cache.extend(q, k, v)
+        results.append((out, caches.contents(cache), cache.nbytes))
+    same(*results)
+
+
+def test_donating_one_does_not_take_another():
+    """Tables, lengths and centers are the cache's own buffers."""
+    center, table = jnp.ones((K, H)), jnp.arange(12).reshape(2, 6)
+    made = [
+        PagedCache.create(2, 12, PAGE, 6, K, H, dtype="float32", key_center=center).with_table(
+            table, lengths=np.array([3, 4])
+        )
+        for _ in range(2)
+    ]
+    _, k, _ = caches.tokens(1, batch=2)
+    step = jax.jit(lambda cs: tuple(c.append(k, k) for c in cs), donate_argnums=0)
+    for _ in range(2):
+        made = step(tuple(made))
+    assert not (center.is_deleted() or table.is_deleted())
+    np.testing.assert_array_equal(made[1].lengths, [5, 6])
+    assert dataclasses.is_dataclass(made[0])
