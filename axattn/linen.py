@@ -20,7 +20,9 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn._jax_compat import einsum_by
 from axattn._typing import Array, Float, Integer
+from axattn.cache import Cache
 from axattn.layers import decode
+from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
 from axattn.layers.dialect import flax_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested
@@ -230,7 +232,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         kv_positions: Integer[Array, "*batch S"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         kv_segment_ids: Integer[Array, "*batch S"] | None = None,
-    ) -> Float[Array, "*batch T D"]:
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
@@ -247,9 +251,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             queries' where T == S. They do not move masks.
           segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
             are the queries' where T == S.
+          cache: one of ``axattn.cache``, to which the tokens of ``inputs_q`` are appended and which
+            they then attend over, causally: prefill, decoding and anything between. Positions for
+            ``rope`` are the cache's next ones. The result is then ``(output, cache)``.
+          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, D], where D is ``out_features`` or E.
+          [..., T, D], where D is ``out_features`` or E; with ``cache`` also the cache.
 
         Raises:
           ValueError: fields or arguments that do not fit together.
@@ -264,7 +272,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             query, key = make(name="query_ln")(query), make(name="key_ln")(key)
 
         index = None
-        if self.decode:
+        if self.decode and cache is None:
             # The first call makes the cache, as long as its inputs, and does not use it.
             filled = self.has_variable("cache", "cached_key")
             cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
@@ -276,9 +284,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
                 index = cache_index.value
                 decode.check_token(query.shape, key.shape, cached_key.value.shape)
 
-        query, key = rotate(
-            self.rope, query, key, positions, kv_positions, 0 if index is None else index
-        )
+        if cache is None:
+            query, key = rotate(
+                self.rope, query, key, positions, kv_positions, 0 if index is None else index
+            )
         if index is not None:
             key = cached_key.value = decode.append(cached_key.value, index, key)
             value = cached_value.value = decode.append(cached_value.value, index, value)
@@ -317,18 +326,42 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             implementation=self.implementation,
             module=self if sow_weights else None,
         )
-        x = call_attention(
-            self.attention_fn,
-            query,
-            key,
-            value,
-            flax_kwargs,
-            options,
-            is_causal=is_causal,
-            decode_index=index,
-            only_known=True,
-        )
-        return nn.DenseGeneral(
+        if cache is not None:
+            x, cache = attend_over_cache(
+                cache,
+                query,
+                key,
+                value,
+                rope=self.rope,
+                positions=positions,
+                lengths=lengths,
+                mask=mask,
+                options={**options, **requested(precision=self.precision)},
+                excluded={
+                    "decode=True": self.decode,
+                    "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
+                    "kv_positions": kv_positions is not None,
+                    "segment_ids": segment_ids is not None or kv_segment_ids is not None,
+                    "sow_weights": sow_weights,
+                    "dropout": not m_deterministic,
+                    "an attention_fn or einsum of your own": self._own_functions(),
+                },
+            )
+        elif lengths is not None:
+            raise ValueError("lengths takes None without a cache: use a mask")
+        else:
+            x = call_attention(
+                self.attention_fn,
+                query,
+                key,
+                value,
+                flax_kwargs,
+                options,
+                is_causal=is_causal,
+                decode_index=index,
+                only_known=True,
+            )
+        y = nn.DenseGeneral(
             features=self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
@@ -341,6 +374,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             dot_general_cls=self.out_dot_general_cls,
             name="out",
         )(x)
+        return y if cache is None else (y, cache)
+
+    def _own_functions(self) -> bool:
+        classes = (self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
+        return not reads_caches(self.attention_fn, dot_product_attention) or any(classes)
 
     def _default_inputs(self, inputs_q, inputs_k, inputs_v, inputs_kv):
         if inputs_kv is not None:
@@ -440,7 +478,9 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         is_causal: bool = False,
         positions: Integer[Array, "*batch T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-    ) -> Float[Array, "*batch T D"]:
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
         """As `MultiHeadDotProductAttention`, [..., T, E] to [..., T, D]."""
         return MultiHeadDotProductAttention.__call__(
             self,
@@ -452,6 +492,8 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
             is_causal=is_causal,
             positions=positions,
             segment_ids=segment_ids,
+            cache=cache,
+            lengths=lengths,
         )
 
 

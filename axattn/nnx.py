@@ -17,7 +17,9 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from axattn._typing import Array, Float, Integer
+from axattn.cache import Cache
 from axattn.layers import decode as decoding
+from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
 from axattn.layers.dialect import flax_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested
@@ -255,7 +257,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         kv_positions: Integer[Array, "*batch S"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         kv_segment_ids: Integer[Array, "*batch S"] | None = None,
-    ) -> Float[Array, "*batch T D"]:
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
@@ -275,9 +279,13 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             queries' where T == S. They do not move masks.
           segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
             are the queries' where T == S.
+          cache: one of ``axattn.cache``, to which the tokens of ``inputs_q`` are appended and which
+            they then attend over, causally: prefill, decoding and anything between. Positions for
+            ``rope`` are the cache's next ones. The result is then ``(output, cache)``.
+          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, D], where D is ``out_features``.
+          [..., T, D], where D is ``out_features``; with ``cache`` also the cache.
 
         Raises:
           ValueError: arguments that do not fit together or with the cache.
@@ -310,7 +318,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if self.normalize_qk:
             query, key = self.query_ln(query), self.key_ln(key)
 
-        decode = first_from(
+        asked_to_decode = decode
+        decode = cache is None and first_from(
             decode,
             self.decode,
             error_msg="No `decode` argument was provided to MultiHeadAttention, neither to its "
@@ -322,9 +331,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 raise ValueError("Autoregressive cache not initialized, call ``init_cache`` first.")
             index = self.cache_index[...]
             decoding.check_token(query.shape, key.shape, self.cached_key.shape)
-        query, key = rotate(
-            self.rope, query, key, positions, kv_positions, 0 if index is None else index
-        )
+        if cache is None:
+            query, key = rotate(
+                self.rope, query, key, positions, kv_positions, 0 if index is None else index
+            )
         if index is not None:
             key = decoding.append(self.cached_key[...], index, key)
             value = decoding.append(self.cached_value[...], index, value)
@@ -365,6 +375,32 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             key_value_segment_ids=kv_segment_ids,
             implementation=self.implementation,
         )
+        if cache is not None:
+            x, cache = attend_over_cache(
+                cache,
+                query,
+                key,
+                value,
+                rope=self.rope,
+                positions=positions,
+                lengths=lengths,
+                mask=mask,
+                options={**options, **requested(precision=self.precision)},
+                excluded={
+                    "decode=True": bool(asked_to_decode),
+                    "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
+                    "kv_positions": kv_positions is not None,
+                    "segment_ids": segment_ids is not None or kv_segment_ids is not None,
+                    "sow_weights": sow_weights,
+                    "dropout": not deterministic,
+                    "an attention_fn of your own": not reads_caches(
+                        self.attention_fn, dot_product_attention
+                    ),
+                },
+            )
+            return self.out(x, out_sharding=out_sharding), cache
+        if lengths is not None:
+            raise ValueError("lengths takes None without a cache: use a mask")
         x = call_attention(
             self.attention_fn,
             query,
@@ -421,7 +457,9 @@ class SelfAttention(MultiHeadAttention):
         qkv_sharding: Any = None,
         positions: Integer[Array, "*batch T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-    ) -> Float[Array, "*batch T D"]:
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
         """As `MultiHeadAttention`, [..., T, E] to [..., T, D]."""
         return super().__call__(
             inputs_q,
@@ -435,6 +473,8 @@ class SelfAttention(MultiHeadAttention):
             qkv_sharding=qkv_sharding,
             positions=positions,
             segment_ids=segment_ids,
+            cache=cache,
+            lengths=lengths,
         )
 
 
