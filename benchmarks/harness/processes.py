@@ -14,6 +14,7 @@ _PRELOADED = (
     "jax",
     "axattn.aot",
     "axattn.linen",
+    "axattn.nnx",
     "google_benchmark",
     "benchmarks.harness.jobs",
     "benchmarks.harness.layers",

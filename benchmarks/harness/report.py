@@ -43,19 +43,19 @@ class Session:
 
     def run(self, todo: Sequence[jobs.Job], timeout: float | None) -> bool:
         """Runs the jobs; False after Ctrl-C, with the rows until then in `rows`."""
-        with _progress(len(todo)) as progress:
+        with progress(len(todo)) as bar:
             try:
                 for job in todo:
-                    progress.show(f"{job.case.name} {job.case.implementation} {job.case.direction}")
+                    bar.show(f"{job.case.name} {job.case.implementation} {job.case.direction}")
                     row = rows.with_ratios(finish(job, timeout), self.rows)
                     if row.implementation == rows.BASELINE:
                         row = rows.with_ratios(row, [row])
                     self.rows.append(row)
-                    with progress.paused():
+                    with bar.paused():
                         self._show(row)
-                    progress.advance()
+                    bar.advance()
             except KeyboardInterrupt:
-                with progress.paused():
+                with bar.paused():
                     self._print(f"\ninterrupted: {len(self.rows)} of {len(todo)} rows finished")
                 return False
         return True
@@ -150,7 +150,8 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[_Bar]:
+def progress(total: int) -> Iterator[_Bar]:
+    """A progress bar of so many steps."""
     bar = _Bar(total)
     bar.bar.start()
     try:
