@@ -77,6 +77,19 @@ def cpu_moves_bfloat16() -> bool:
     return jax.__version_info__ >= (0, 11) or jax.default_backend() != "cpu"
 
 
+def keep_layout(array: jax.Array) -> jax.Array:
+    """Has XLA lay out ``array`` in a loop as it is outside of it.
+
+    That is with its last axis minor, where that fills the 128 lanes of a TPU; else TPUs have
+    layouts of their own, and nothing is said.
+    """
+    from jax.experimental import layout
+
+    if array.ndim < 3 or array.shape[-1] % 128:
+        return array
+    return layout.with_layout_constraint(array, layout.Layout(tuple(range(array.ndim))))
+
+
 def debug_check(ok: jax.Array, message: str) -> None:
     """An error where ``ok`` is False under ``checkify.checkify``, nothing without it."""
     from jax.experimental import checkify

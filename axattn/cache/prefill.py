@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn import _jax_compat
 from axattn._typing import Array, ArrayLike
 from axattn.cache.base import _counts, positive
 
@@ -58,7 +59,10 @@ def prefill(
 
     def body(i, carry):
         last, cache = carry
-        real, outputs, cache = run(i, cache)
+        # XLA for TPUs would lay out the caches of this loop as their tokens come, and copy all of
+        # them on the way in and out.
+        real, outputs, cache = run(i, jax.tree.map(_jax_compat.keep_layout, cache))
+        cache = jax.tree.map(_jax_compat.keep_layout, cache)
         at = jnp.maximum(real - 1, 0)
 
         def pick(output, last):
