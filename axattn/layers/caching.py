@@ -49,8 +49,11 @@ def attend_over_cache(
     for name, asked in excluded.items():
         if asked:
             raise ValueError(f"{name} does not go with cache")
-    if query.ndim != 4:
-        raise ValueError(f"inputs_q takes [B, T, E] with a cache, got {query.ndim - 1} dimensions")
+    if query.ndim != 4 or query.shape[0] != cache.batch:
+        raise ValueError(
+            f"inputs_q takes [B, T, E] with B = {cache.batch} for this cache, got batch dimensions "
+            f"{query.shape[:-3]}"
+        )
     if rope is None:
         rotate(rope, query, key, positions, None)  # the check
     else:
