@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MUL
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def run(blocks) -> dict:
@@ -29,8 +29,15 @@ def test_layers_and_function(capsys):
     assert "xla_chunked" in capsys.readouterr().out
 
 
+def test_caches(capsys):
+    names = run([BLOCKS[0], BLOCKS[2]])
+    assert names["cache"].lengths.tolist() == [1024, 700]
+    assert not names["cache"].overflowed.any()
+    assert str(2 * 2 * (64 + 4)) in capsys.readouterr().out  # K and V, two heads, with scales
+
+
 @pytest.mark.aot
 def test_report(capsys):
-    run([BLOCKS[0], BLOCKS[2]])
+    run([BLOCKS[0], BLOCKS[3]])
     printed = capsys.readouterr().out
     assert "v5p" in printed and "MiB" in printed
