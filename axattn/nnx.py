@@ -318,7 +318,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if self.normalize_qk:
             query, key = self.query_ln(query), self.key_ln(key)
 
-        asked_to_decode = decode
+        asked_to_decode = self.decode if decode is None else decode
         decode = cache is None and first_from(
             decode,
             self.decode,

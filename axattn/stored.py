@@ -40,7 +40,7 @@ NEVER = 2**30
     data_fields=("arrays", "key_center", "block_table", "first_row"),
     meta_fields=("batch", "dtype", "head_dim", "value_head_dim"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
     """What stands in an :class:`AttentionCall` in place of key and value arrays.
 

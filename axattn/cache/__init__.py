@@ -7,8 +7,9 @@ A cache is a pytree that is passed in and returned; donate it to ``jax.jit`` and
 place. The layers of ``axattn.linen`` and ``axattn.nnx`` take any: ``layer(x, cache=cache)``.
 """
 
-from axattn.cache.base import Cache, bytes_per_token
+from axattn.cache.base import Cache
 from axattn.cache.dense import DenseCache
+from axattn.cache.fields import bytes_per_token
 from axattn.cache.paged import PagedCache
 from axattn.cache.pool import PagePool
 from axattn.cache.pool_types import PoolExhaustedError, PoolStatistics, UnknownSequenceError

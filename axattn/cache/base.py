@@ -13,28 +13,33 @@ import numpy as np
 from axattn import _jax_compat, quantization
 from axattn._typing import Array, ArrayLike, Bool, Float, Integer
 from axattn.attention import dot_product_attention
+from axattn.cache.checks import as_array, counts_of, host, is_concrete
+from axattn.cache.fields import bytes_per_token, encode
 from axattn.cache.write import Places, write
 from axattn.stored import KeyValueArrays, Stored
 
 # What attention over a cache takes from the cache itself.
-_OWN = ("key", "value", "key_value_seq_lengths", "query_seq_lengths", "kv_positions", "q_offset")
+_OWN = ("key", "value", "key_value_seq_lengths", "kv_positions", "q_offset")
 
 DATA_FIELDS = ("arrays", "lengths", "overflowed", "key_center")
 STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cache(abc.ABC):
     """Keys and values of the tokens seen so far, as a value: passed in, returned, donated.
 
     A pytree. Every method returns a new cache; with the old one donated to ``jax.jit`` the arrays
-    are updated in place. Tokens are ``[B, T, K, H]`` outside and head-major inside.
+    are updated in place (not so as ``xs`` of ``lax.scan``, which stacks copies: keep one cache per
+    layer, in a tuple). Tokens are ``[B, T, K, H]`` outside and head-major inside. Queries have a
+    gradient with ``implementation="xla"``; keys and values, too, where they are stored as they are.
 
     Attributes:
       arrays: what is stored, see :class:`axattn.stored.KeyValueArrays`.
       lengths: int32 ``[B]``, tokens per row so far: the position of the next one.
       overflowed: bool ``[B]``: under ``jit`` tokens for this row were refused, since they did not
-        fit. What was stored before is untouched. Also raised by ``checkify`` (debug checks).
+        fit. What was stored before is untouched, and the row takes no more until `reset`: a later
+        token must not stand where the missing one was. ``checkify`` raises (debug checks).
       key_center: float32 ``[K, H]`` or None: subtracted from keys before they are stored.
       dtype: name of the dtype of keys and values.
       head_dim, value_head_dim: H and h.
@@ -154,14 +159,17 @@ class Cache(abc.ABC):
           ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE. A row
           without tokens gives zeros.
         """
-        query = jnp.asarray(query)
-        self._check_options(options, is_causal)
-        if q_positions is None and query.ndim == 4 and is_causal:
-            count = query.shape[1] if query_seq_lengths is None else query_seq_lengths
-            first = self.lengths - jnp.asarray(count, jnp.int32)
-            q_positions = first[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+        query = as_array("query", query)
+        length = query.shape[1] if query.ndim == 4 else 0  # else the door says what it takes
+        self._check_options(options, length, q_positions, is_causal)
         if query_seq_lengths is not None:
-            query_seq_lengths = _counts("query_seq_lengths", query_seq_lengths, self.batch)
+            query_seq_lengths = counts_of(
+                "query_seq_lengths", query_seq_lengths, self.batch, at_most=length
+            )
+        if q_positions is None and is_causal and length:
+            count = length if query_seq_lengths is None else query_seq_lengths
+            first = self.lengths - jnp.asarray(count, jnp.int32)
+            q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)
         return dot_product_attention(
             query,
             self.stored(),
@@ -183,9 +191,16 @@ class Cache(abc.ABC):
     ) -> tuple[Float[Array, "B T N h"], Self]:
         """`append`, then `attend` from the same tokens: one step of a layer.
 
-        Takes what the two take; returns ``(output, cache)``. In a row that overflowed the output is
-        zeros.
+        Takes what the two take, as many queries as keys; returns ``(output, cache)``. In a row that
+        overflowed the output is zeros.
         """
+        if "query_seq_lengths" in options:
+            raise TypeError("extend takes no argument query_seq_lengths: lengths says it")
+        if jnp.shape(query)[1:2] != jnp.shape(key)[1:2]:
+            raise ValueError(
+                f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}; "
+                "append and attend apart take other numbers"
+            )
         tokens, counts = self._tokens(key, value, lengths)
         cache = self._append(tokens, counts)
         written = cache.lengths - self.lengths
@@ -198,7 +213,7 @@ class Cache(abc.ABC):
 
         For speculative tokens that were rejected. A row that is shorter already stays as it is.
         """
-        lengths = _counts("lengths", lengths, self.batch)
+        lengths = counts_of("lengths", lengths, self.batch)
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, lengths))
 
     def reset(self, rows: ArrayLike | None = None) -> Self:
@@ -223,6 +238,8 @@ class Cache(abc.ABC):
         """
         rows = self._rows(rows)
         changes = {name: take_rows(getattr(self, name), rows) for name in self._per_row()}
+        if self.key_center is not None:
+            changes["key_center"] = jnp.array(self.key_center, copy=True)  # each can be donated
         return dataclasses.replace(self, **changes)
 
     # ---- for the kinds of caches --------------------------------------------------------------
@@ -244,7 +261,9 @@ class Cache(abc.ABC):
     def _mask_options(self) -> dict[str, Any]:
         return {"key_value_seq_lengths": self.lengths}
 
-    def _check_options(self, options: dict[str, Any], is_causal: bool) -> None:
+    def _check_options(
+        self, options: dict[str, Any], length: int, q_positions: Any, is_causal: bool
+    ) -> None:
         for name in options:
             if name in _OWN:
                 raise TypeError(f"attend takes no argument {name}: the cache knows it")
@@ -252,12 +271,17 @@ class Cache(abc.ABC):
     def _append(self, tokens: KeyValueArrays, counts: Array) -> Self:
         length = tokens.keys.shape[1]
         fits, message = self._fits(counts)
-        if is_concrete(fits):
+        (overflowed,) = host(self.overflowed)
+        if is_concrete(fits, overflowed):
+            if np.any(overflowed & (np.asarray(counts) > 0)):
+                rows = np.nonzero(overflowed)[0].tolist()
+                raise ValueError(f"rows {rows} have overflowed: reset them before more tokens")
             if not np.all(fits):
                 raise ValueError(message)
         else:
+            fits = jnp.asarray(fits)
             _jax_compat.debug_check(fits.all(), message)
-            counts = jnp.where(fits, counts, 0)
+            counts = jnp.where(fits & ~self.overflowed, counts, 0)
         counts = jnp.asarray(counts, jnp.int32)
         arrays = _write(self.arrays, tokens, self._places(counts, length))
         return dataclasses.replace(
@@ -286,11 +310,11 @@ class Cache(abc.ABC):
                 key.dtype if self.stores_floats else jnp.float32
             )
         counts = length if lengths is None else lengths
-        counts = _counts("lengths", counts, self.batch, at_most=length)
+        counts = counts_of("lengths", counts, self.batch, at_most=length)
         return encode(key, value, self.dtype, self.arrays.keys.dtype), counts
 
     def _checked(self, name: str, x: Any, size: int) -> Array:
-        x = jnp.asarray(x) if x is not None else x
+        x = as_array(name, x) if x is not None else x
         takes = f"[B, T, K, size] = [{self.batch}, T, {self.num_kv_heads}, {size}]"
         if x is None:
             raise ValueError(f"{name} takes {takes}, got None")
@@ -308,7 +332,7 @@ class Cache(abc.ABC):
         return x
 
     def _rows(self, rows: Any) -> Array:
-        rows = jnp.asarray(rows)
+        rows = as_array("rows", rows)
         if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim != 1 or rows.size == 0:
             raise ValueError(f"rows takes int [B'], got {rows.dtype} {rows.shape}")
         if is_concrete(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch:
@@ -324,133 +348,5 @@ def register(cls, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
 _write = jax.jit(write)  # one program when called eagerly, too
 
 
-def is_concrete(*arrays: Any) -> bool:
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
-
-
-def host(*arrays: Any) -> tuple[Any, ...]:
-    """The arrays as numpy where all are concrete, else as they are."""
-    return tuple(map(np.asarray, arrays)) if is_concrete(*arrays) else arrays
-
-
 def take_rows(tree: Any, rows: Array) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)
-
-
-def _counts(name: str, counts: Any, batch: int, at_most: int | None = None) -> Array:
-    """int32 ``[B]`` of at least 0 (and at most ``at_most``), numpy where concrete."""
-    takes = f"int or int [B] = [{batch}]" + ("" if at_most is None else f", 0 to {at_most}")
-    if not isinstance(counts, jax.core.Tracer):
-        counts = np.asarray(counts)
-    if not np.issubdtype(counts.dtype, np.integer):
-        raise TypeError(f"{name} takes {takes}, got dtype {counts.dtype}")
-    if counts.shape not in ((), (batch,)):
-        raise ValueError(f"{name} takes {takes}, got shape {counts.shape}")
-    if isinstance(counts, jax.core.Tracer):
-        counts = jnp.clip(counts, 0, at_most).astype(jnp.int32)
-        return jnp.broadcast_to(counts, (batch,))
-    if counts.size and (counts.min() < 0 or (at_most is not None and counts.max() > at_most)):
-        raise ValueError(f"{name} takes {takes}, got {counts.tolist()}")
-    return np.broadcast_to(counts.astype(np.int32), (batch,))
-
-
-def encode(key: Array, value: Array | None, dtype: str, stored: Any) -> KeyValueArrays:
-    """Tokens ``[B, T, K, size]`` as they are stored, and their scales ``[B, T, K]``."""
-    if not quantization.is_quantized(dtype):
-        key, value = (
-            None if x is None else quantization.to_storage(x, dtype, stored) for x in (key, value)
-        )
-        return KeyValueArrays(key, value, None, None)
-    keys = quantization.quantize(key, dtype)
-    if value is None:
-        return KeyValueArrays(keys.codes, None, keys.scales, None)
-    values = quantization.quantize(value, dtype)
-    return KeyValueArrays(keys.codes, values.codes, keys.scales, values.scales)
-
-
-def empty_fields(
-    batch: int,
-    rows: int,
-    slots: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    value_head_dim: int | None,
-    values_in_keys: bool,
-    dtype: Any,
-    key_center: ArrayLike | None,
-) -> dict[str, Any]:
-    """The fields of an empty cache whose arrays have so many rows of slots."""
-    for name, count in (
-        ("batch", batch),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-        ("value_head_dim", head_dim if value_head_dim is None else value_head_dim),
-    ):
-        positive(name, count)
-    dtype = quantization.dtype_name(dtype)
-    value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    if values_in_keys and value_head_dim > head_dim:
-        raise ValueError(
-            f"value_head_dim takes at most head_dim, {head_dim}, where values are in the keys, got "
-            f"{value_head_dim}"
-        )
-    if key_center is not None:
-        key_center = jnp.asarray(key_center)
-        if key_center.shape != (num_kv_heads, head_dim):
-            raise ValueError(
-                f"key_center takes [K, H] = [{num_kv_heads}, {head_dim}], got {key_center.shape}"
-            )
-        if values_in_keys:
-            raise ValueError("key_center takes None where values are in the keys")
-        # A copy: the cache is to be donated, and the caller's array is not.
-        key_center = jnp.array(key_center, jnp.float32, copy=True)
-
-    def vectors(size):
-        return jnp.zeros((rows, num_kv_heads, slots, size), quantization.storage(dtype))
-
-    def scales():
-        if not quantization.is_quantized(dtype):
-            return None
-        return jnp.zeros((rows, num_kv_heads, slots), jnp.float32)
-
-    with_values = not values_in_keys
-    return {
-        "arrays": KeyValueArrays(
-            vectors(head_dim),
-            vectors(value_head_dim) if with_values else None,
-            scales(),
-            scales() if with_values else None,
-        ),
-        "lengths": jnp.zeros((batch,), jnp.int32),
-        "overflowed": jnp.zeros((batch,), bool),
-        "key_center": key_center,
-        "dtype": dtype,
-        "head_dim": head_dim,
-        "value_head_dim": value_head_dim,
-    }
-
-
-def positive(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"{name} takes an int >= 1, got {count!r}")
-
-
-def bytes_per_token(
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int | None = None,
-    *,
-    dtype: Any = jnp.bfloat16,
-    values_in_keys: bool = False,
-) -> int:
-    """Bytes that a cache stores per token and layer, scales included.
-
-    >>> bytes_per_token(1, 128), bytes_per_token(1, 128, dtype="int8")
-    (512, 264)
-    """
-    total = quantization.bytes_per_vector(dtype, head_dim)
-    if not values_in_keys:
-        value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        total += quantization.bytes_per_vector(dtype, value_head_dim)
-    return num_kv_heads * total

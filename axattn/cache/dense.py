@@ -8,12 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from axattn._typing import ArrayLike
-from axattn.cache.base import Cache, empty_fields, host, positive, register
+from axattn.cache.base import Cache, register
+from axattn.cache.checks import host, positive
+from axattn.cache.fields import empty_fields
 from axattn.cache.write import Places
 
 
 @register
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DenseCache(Cache):
     """Token p of a row is in slot p; arrays ``[B, K, length, size]``."""
 

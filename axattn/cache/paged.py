@@ -11,12 +11,14 @@ import numpy as np
 from jax import lax
 
 from axattn._typing import Array, ArrayLike, Integer
-from axattn.cache.base import Cache, _counts, empty_fields, host, is_concrete, positive, register
+from axattn.cache.base import Cache, register
+from axattn.cache.checks import as_array, counts_of, host, is_concrete, positive
+from axattn.cache.fields import empty_fields
 from axattn.cache.write import Places, runs_of
 
 
 @lambda cls: register(cls, data=("block_table",))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PagedCache(Cache):
     """Token p of row b is in slot p % page_size of page ``block_table[b, p // page_size]``.
 
@@ -92,9 +94,9 @@ class PagedCache(Cache):
         """The cache with another table ``[B, pages_per_row]`` and, where given, other lengths.
 
         Lengths are those of the tokens that are stored already: after a prefix was found in the
-        pool, or where a row now is another sequence. Their ``overflowed`` is then cleared.
+        pool, or where a row now is another sequence. ``overflowed`` stays: `reset` clears it.
         """
-        block_table = jnp.array(block_table, copy=True)
+        block_table = jnp.array(as_array("block_table", block_table), copy=True)
         if not jnp.issubdtype(block_table.dtype, jnp.integer):
             raise TypeError(f"block_table takes integers, got {block_table.dtype}")
         if block_table.shape != self.block_table.shape:
@@ -104,17 +106,17 @@ class PagedCache(Cache):
             )
         changes: dict[str, Any] = {"block_table": block_table.astype(jnp.int32)}
         if lengths is not None:
-            lengths = _counts("lengths", lengths, self.batch, at_most=self.capacity)
+            lengths = counts_of("lengths", lengths, self.batch, at_most=self.capacity)
             changes["lengths"] = jnp.array(lengths, jnp.int32)
-            changes["overflowed"] = jnp.zeros((self.batch,), bool)
         return dataclasses.replace(self, **changes)
 
     def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> PagedCache:
         """The cache with page ``targets[i]`` a copy of page ``sources[i]``, in this order.
 
-        What copy-on-write asks for. int ``[n]`` both; a pair with -1 is left out.
+        What copy-on-write asks for. int ``[n]`` both; a pair with -1 is left out. Call it inside
+        the donated step: by itself it copies the pool.
         """
-        sources, targets = (jnp.asarray(x) for x in (sources, targets))
+        sources, targets = as_array("sources", sources), as_array("targets", targets)
         for name, x in (("sources", sources), ("targets", targets)):
             if not jnp.issubdtype(x.dtype, jnp.integer) and x.size:
                 raise TypeError(f"{name} takes int [n], got {x.dtype}")
@@ -128,11 +130,18 @@ class PagedCache(Cache):
                 raise ValueError(f"{name} takes pages 0 to {self.num_pages - 1} or -1, got {x}")
         if sources.size == 0:
             return self
-        arrays = _copy_pages(self.arrays, sources.astype(jnp.int32), targets.astype(jnp.int32))
+        # A few sizes only, lest every number of copies be compiled anew.
+        room = (0, (1 << (sources.size - 1).bit_length()) - sources.size)
+        sources, targets = (
+            jnp.pad(x.astype(jnp.int32), room, constant_values=-1) for x in (sources, targets)
+        )
+        arrays = _copy_pages(self.arrays, sources, targets)
         return dataclasses.replace(self, arrays=arrays)
 
     def fork(self, rows: ArrayLike) -> PagedCache:
         """A cache whose row i has the pages of row ``rows[i]``; nothing is copied.
+
+        Both caches have the same arrays: donate one of them only.
 
         Rows that share a page that is not full must not both append to it: give each its own copy
         first (`PagePool.fork` says which).

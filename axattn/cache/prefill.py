@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from axattn import _jax_compat
+from axattn._jax_compat import vary_over, varying_axes
 from axattn._typing import Array, ArrayLike
-from axattn.cache.base import _counts, positive
+from axattn.cache.base import Cache
+from axattn.cache.checks import counts_of, is_concrete, positive
 
 Step = Callable[[Any, Array, Array], tuple[Any, Any]]
 
@@ -26,8 +29,9 @@ def prefill(
 ) -> tuple[Any, Any]:
     """Runs prompts through a model chunk by chunk, and returns what it says of their last tokens.
 
-    One compiled step serves any prompt: chunks have one shape, and rows that ended are padded.
-    Only as many chunks are run as the longest row needs.
+    Chunks have one shape, and rows that ended are padded, so memory does not depend on the prompt.
+    Only as many chunks are run as the longest row needs. To be called under ``jax.jit``, where it
+    is compiled once for prompts padded to one T; called eagerly it compiles every time.
 
     Args:
       step: ``step(cache, tokens [B, C, ...], lengths [B]) -> (outputs [B, C, ...], cache)``: the
@@ -40,13 +44,17 @@ def prefill(
 
     Returns:
       ``(last, cache)``: outputs ``[B, ...]`` at the last token of each row.
+
+    Raises:
+      ValueError: arguments of other shapes; tokens that do not fit into a cache, where that can
+        be known. Under ``jit`` ``overflowed`` is set, and the row stays at the last chunk that fit.
     """
     positive("chunk_size", chunk_size)
     tokens = jnp.asarray(tokens)
     if tokens.ndim < 2 or 0 in tokens.shape:
         raise ValueError(f"tokens takes [B, T, ...] with B, T >= 1, got shape {tokens.shape}")
     batch, length = tokens.shape[:2]
-    lengths = _counts("lengths", length if lengths is None else lengths, batch, at_most=length)
+    lengths = counts_of("lengths", length if lengths is None else lengths, batch, at_most=length)
     lengths = jnp.asarray(lengths)
     chunk = min(chunk_size, length)
     count = -(-length // chunk)
@@ -76,5 +84,13 @@ def prefill(
 
     shapes = jax.eval_shape(lambda cache: run(0, cache)[1], cache)
     last = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[2:]), x.dtype), shapes)
+    last = vary_over(last, varying_axes(*jax.tree.leaves((cache, tokens, lengths, shapes))))
     needed = jnp.minimum(-(-lengths.max() // chunk), count)
-    return lax.fori_loop(0, needed, body, (last, cache))
+    last, cache = lax.fori_loop(0, needed, body, (last, cache))
+    for one in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache)):
+        if isinstance(one, Cache) and is_concrete(one.overflowed) and bool(one.overflowed.any()):
+            raise ValueError(
+                f"tokens takes prompts that fit into the cache, of {one.capacity} tokens per row; "
+                f"rows {np.nonzero(one.overflowed)[0].tolist()} overflowed"
+            )
+    return last, cache

@@ -11,15 +11,9 @@ from jax import lax
 
 from axattn import _jax_compat
 from axattn._typing import Array, ArrayLike, Integer
-from axattn.cache.base import (
-    Cache,
-    _counts,
-    empty_fields,
-    host,
-    is_concrete,
-    positive,
-    register,
-)
+from axattn.cache.base import Cache, register
+from axattn.cache.checks import counts_of, host, is_concrete, positive
+from axattn.cache.fields import empty_fields
 from axattn.cache.write import Places, runs_of
 from axattn.stored import NEVER
 
@@ -28,7 +22,7 @@ _OF_SLOTS = ("mask", "bias", "query_segment_ids", "key_value_segment_ids")
 
 
 @lambda cls: register(cls, data=("positions",), static=("window",))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RingCache(Cache):
     """Token p of a row is in slot p % slots; arrays ``[B, K, slots, size]``.
 
@@ -92,12 +86,8 @@ class RingCache(Cache):
         return self.capacity - self.window
 
     def extend(self, query, key, value=None, *, lengths=None, **options):
-        if jnp.shape(query)[1:2] != jnp.shape(key)[1:2]:
-            raise ValueError(
-                f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}"
-            )
-        step, length = self.max_append, jnp.shape(key)[1]
-        if length <= step:
+        step, length = self.max_append, (*jnp.shape(key), 0, 0)[1]
+        if length <= step or jnp.shape(query)[1] != length:
             return super().extend(query, key, value, lengths=lengths, **options)
         if options.get("return_residual") or options.get("q_positions") is not None:
             raise ValueError(
@@ -130,7 +120,7 @@ class RingCache(Cache):
             ``max_append`` can be taken back. Under ``jit`` the row is left as it was and
             ``overflowed`` set.
         """
-        lengths = _counts("lengths", lengths, self.batch)
+        lengths = counts_of("lengths", lengths, self.batch)
         mine, positions, new = host(self.lengths, self.positions, lengths)
         new = (np if is_concrete(mine) else jnp).minimum(mine, new)
         # The next query, at position new, sees what is at new - window and after.
@@ -154,6 +144,17 @@ class RingCache(Cache):
         cache = super().reset(rows)
         positions = jnp.where(self.positions < cache.lengths[:, None], self.positions, NEVER)
         return dataclasses.replace(cache, positions=positions)
+
+    def _check_positions(self, q_positions):
+        """Where it can be known: every query's window is still there."""
+        if q_positions is None or not is_concrete(q_positions, self.positions):
+            return
+        oldest, first = np.asarray(self.positions).min(1), np.asarray(q_positions).min(-1)
+        if not ((oldest == 0) | (oldest == NEVER) | (first - self.window >= oldest)).all():
+            raise ValueError(
+                f"q_positions takes positions whose window of {self.window} is still in the ring, "
+                f"got {first.tolist()} and later; the oldest there are {oldest.tolist()}"
+            )
 
     def _per_row(self):
         return (*super()._per_row(), "positions")
@@ -186,8 +187,14 @@ class RingCache(Cache):
     def _mask_options(self):
         return {"kv_positions": self.positions, "local_window_size": (self.window, 0)}
 
-    def _check_options(self, options, is_causal):
-        super()._check_options(options, is_causal)
+    def _check_options(self, options, length, q_positions, is_causal):
+        super()._check_options(options, length, q_positions, is_causal)
+        if length > self.max_append:
+            raise ValueError(
+                f"query takes at most max_append = {self.max_append} of the newest tokens in this "
+                f"ring, got {length}: what older ones saw is overwritten"
+            )
+        self._check_positions(q_positions)
         if not is_causal:
             raise ValueError("is_causal takes True: a ring holds the window before each query")
         for name in _OF_SLOTS:

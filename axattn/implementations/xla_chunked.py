@@ -45,7 +45,7 @@ def _over_cache(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
 @_over_cache.defjvp
 def _no_derivative(primals, tangents):
     raise NotImplementedError(
-        'implementation "xla_chunked" has no derivative over a cache: ask for "xla"'
+        'implementation "xla_chunked" has no derivative over a cache: "xla" has, for the query'
     )
 
 

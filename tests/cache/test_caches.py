@@ -422,3 +422,110 @@ def test_donating_one_does_not_take_another():
     assert not (center.is_deleted() or table.is_deleted())
     np.testing.assert_array_equal(made[1].lengths, [5, 6])
     assert dataclasses.is_dataclass(made[0])
+
+
+def test_a_row_that_overflowed_takes_no_more_until_reset():
+    """Else a later token would stand where a missing one was."""
+    cache, k, v = grown("dense", np.array([40, 3, 0]))
+    full = append(cache, k[:, :9], v[:, :9], np.array([9, 9, 9]))
+    later = append(full, k[:, :2], v[:, :2], np.array([2, 2, 2]))
+    np.testing.assert_array_equal(later.lengths, [40, 14, 11])
+    with pytest.raises(ValueError, match=r"rows \[0\] have overflowed"):
+        later.append(k[:, :1], v[:, :1])
+    assert later.append(k[:, :1], v[:, :1], lengths=[0, 1, 1]).lengths[0] == 40
+    again = later.reset(np.array([True, False, False])).append(k[:, :2], v[:, :2])
+    np.testing.assert_array_equal(again.lengths, [2, 16, 13])
+
+
+def test_queries_that_are_not_those_of_the_tokens_are_refused():
+    q, k, v = caches.tokens(8)
+    for kind in KINDS:
+        cache = caches.make(kind, max_append=8)
+        for few_q, few_k in ((q[:, -1:], k), (q, k[:, :1])):
+            with pytest.raises(ValueError, match="as many tokens"):
+                cache.extend(few_q, few_k, v[:, : few_k.shape[1]])
+        with pytest.raises(TypeError, match="query_seq_lengths"):
+            cache.extend(q, k, v, query_seq_lengths=1)
+        cache = cache.append(k, v)
+        with pytest.raises(ValueError, match="query_seq_lengths takes"):
+            cache.attend(q[:, -1:], query_seq_lengths=4)
+        with pytest.raises(ValueError, match="query_seq_lengths takes"):
+            cache.attend(q, query_seq_lengths=[1, 2])
+        # Apart, they may be fewer: the last layer of a prompt needs its last token only.
+        full, _ = caches.make(kind, max_append=8).extend(q, k, v)
+        np.testing.assert_allclose(cache.attend(q[:, -1:]), full[:, -1:], atol=1e-6)
+
+
+def test_a_ring_refuses_queries_whose_window_is_gone():
+    q, k, v = caches.tokens(10)
+    cache = caches.make("ring", window=4, max_append=1)
+    _, cache = cache.extend(q, k, v)
+    with pytest.raises(ValueError, match="at most max_append = 1"):
+        cache.attend(q[:, -3:])
+    with pytest.raises(ValueError, match="window of 4 is still in the ring"):
+        cache.attend(q[:, 7:8], q_positions=[7])
+    assert np.isfinite(cache.attend(q[:, 9:], q_positions=[9])).all()
+
+
+def test_what_is_stored_in_another_form_has_no_derivative():
+    q, k, v = caches.tokens(4)
+
+    def loss(k, cache, implementation):
+        cache = cache.append(k, v.astype(k.dtype))
+        return cache.attend(q, implementation=implementation).sum()
+
+    for kind in KINDS:
+        for dtype in (*QUANTIZED, "bfloat16"):
+            cache = caches.make(kind, dtype=dtype)
+            if cache.arrays.keys.dtype == dtype == "bfloat16":
+                continue
+            for name in (None, "xla"):
+                with pytest.raises(NotImplementedError, match="no derivative"):
+                    jax.grad(loss)(k.astype(caches.float_dtype(dtype)), cache, name)
+    gradient = jax.grad(loss)(k, caches.make("dense"), "xla")
+    assert (np.asarray(gradient) != 0).any()
+
+
+def test_forks_can_be_donated():
+    cache = caches.make("dense", key_center=np.ones((K, H), np.float32))
+    _, k, v = caches.tokens(1)
+    step = jax.jit(lambda cs: [c.append(k, v) for c in cs], donate_argnums=0)
+    for _ in range(2):
+        step([cache.fork([0, 1, 2]), cache.fork([2, 1, 0])])
+    np.testing.assert_array_equal(cache.append(k, v).lengths, [1, 1, 1])
+
+
+def test_caches_have_no_elementwise_equality():
+    a, b = caches.make("dense"), caches.make("dense")
+    assert a == a and a != b
+    assert len({a, b}) == 2
+
+
+def test_float64_needs_x64():
+    with pytest.raises(TypeError, match="float64 with jax_enable_x64"):
+        caches.make("dense", dtype="float64")
+    with jax.enable_x64(True):
+        _, k, v = caches.tokens(4, dtype="float64")
+        cache = caches.make("paged", dtype="float64").append(k, v)
+        np.testing.assert_array_equal(caches.contents(cache)[0][:, :4], k)
+
+
+def test_the_number_of_copies_does_not_recompile():
+    from axattn.cache.paged import _copy_pages
+
+    cache = caches.make("paged")
+    cache.copy_pages(np.arange(8), np.arange(8))
+    before = _copy_pages._cache_size()
+    for n in (5, 6, 7, 8):
+        cache.copy_pages(np.arange(n), np.arange(n)[::-1].copy())
+    assert _copy_pages._cache_size() == before
+
+
+def test_what_is_no_array_is_named():
+    cache = caches.make("dense")
+    with pytest.raises(TypeError, match="key takes an array"):
+        cache.append("x", VALUE)
+    with pytest.raises(TypeError, match="key_center takes an array"):
+        caches.make("dense", key_center="x")
+    with pytest.raises(TypeError, match="key_center takes floating-point"):
+        caches.make("dense", key_center=np.ones((K, H), complex))

@@ -77,3 +77,38 @@ def test_only_as_many_chunks_as_are_needed():
 def test_refused(tokens, lengths, chunk_size, message):
     with pytest.raises(ValueError, match=message):
         prefill(lambda c, t, n: (t, c), (), tokens, lengths, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_a_prompt_that_does_not_fit(kind):
+    embedding, tokens = inputs()
+    cache = caches.make(kind, capacity=24)
+    with pytest.raises(ValueError, match=r"24 tokens per row; rows \[0\] overflowed"):
+        prefill(model(embedding), cache, tokens, LENGTHS, chunk_size=7)
+    run = jax.jit(lambda c, t, n: prefill(model(embedding), c, t, n, chunk_size=7))
+    _, full = run(cache, tokens, LENGTHS)
+    np.testing.assert_array_equal(full.overflowed, [True, False, False])
+    np.testing.assert_array_equal(full.lengths, [21, 11, 0])  # and no later token in a hole
+
+
+@pytest.mark.parametrize("kind", ["dense", "ring"])
+def test_in_shard_map(kind):
+    """Rows over devices: each prefills its own."""
+    embedding, tokens = inputs()
+    tokens, lengths = jnp.tile(tokens[:2], (2, 1)), jnp.array([40, 11, 3, 29])
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("rows")
+    cache = caches.make(kind, batch=4, max_append=8)
+    run = lambda c, t, n: prefill(model(embedding), c, t, n, chunk_size=8)  # noqa: E731
+    want, _ = jax.jit(run)(cache, tokens, lengths)
+    specs = jax.tree.map(lambda _: rows, cache)
+    got, grown = jax.jit(
+        jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(specs, rows, rows),
+            out_specs=({"out": rows, "ids": rows}, specs),
+        )
+    )(cache, tokens, lengths)
+    np.testing.assert_allclose(got["out"], want["out"], atol=1e-6)
+    np.testing.assert_array_equal(grown.lengths, lengths)

@@ -1,0 +1,132 @@
+"""The arrays of caches: empty ones, tokens as they are stored, and their sizes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from axattn import quantization
+from axattn._typing import Array, ArrayLike
+from axattn.cache.checks import as_array, positive
+from axattn.stored import KeyValueArrays
+
+
+def encode(key: Array, value: Array | None, dtype: str, stored: Any) -> KeyValueArrays:
+    """Tokens ``[B, T, K, size]`` as they are stored, and their scales ``[B, T, K]``."""
+    if stored == dtype and not quantization.is_quantized(dtype):
+        return KeyValueArrays(key, value, None, None)
+    return _encode(dtype, stored, key, value)
+
+
+# Rounding and bits have no derivative: JAX would take it for zero without a word.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _encode(dtype: str, stored: Any, key: Array, value: Array | None) -> KeyValueArrays:
+    if not quantization.is_quantized(dtype):
+        key, value = (
+            None if x is None else quantization.to_storage(x, dtype, stored) for x in (key, value)
+        )
+        return KeyValueArrays(key, value, None, None)
+    keys = quantization.quantize(key, dtype)
+    if value is None:
+        return KeyValueArrays(keys.codes, None, keys.scales, None)
+    values = quantization.quantize(value, dtype)
+    return KeyValueArrays(keys.codes, values.codes, keys.scales, values.scales)
+
+
+@_encode.defjvp
+def _no_derivative(dtype, stored, primals, tangents):
+    held = dtype if stored == dtype else f"{dtype} as {stored}"
+    raise NotImplementedError(
+        f"keys and values that a cache stores in another form ({held}) have no derivative; a "
+        'float32 cache has, with implementation "xla"'
+    )
+
+
+def empty_fields(
+    batch: int,
+    rows: int,
+    slots: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    value_head_dim: int | None,
+    values_in_keys: bool,
+    dtype: Any,
+    key_center: ArrayLike | None,
+) -> dict[str, Any]:
+    """The fields of an empty cache whose arrays have so many rows of slots."""
+    for name, count in (
+        ("batch", batch),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+        ("value_head_dim", head_dim if value_head_dim is None else value_head_dim),
+    ):
+        positive(name, count)
+    dtype = quantization.dtype_name(dtype)
+    if jax.dtypes.canonicalize_dtype(quantization.storage(dtype)) != quantization.storage(dtype):
+        raise TypeError(f"dtype takes {dtype} with jax_enable_x64 only")
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    if values_in_keys and value_head_dim > head_dim:
+        raise ValueError(
+            f"value_head_dim takes at most head_dim, {head_dim}, where values are in the keys, got "
+            f"{value_head_dim}"
+        )
+    if key_center is not None:
+        key_center = as_array("key_center", key_center)
+        if not jnp.issubdtype(key_center.dtype, jnp.floating):
+            raise TypeError(f"key_center takes floating-point numbers, got {key_center.dtype}")
+        if key_center.shape != (num_kv_heads, head_dim):
+            raise ValueError(
+                f"key_center takes [K, H] = [{num_kv_heads}, {head_dim}], got {key_center.shape}"
+            )
+        if values_in_keys:
+            raise ValueError("key_center takes None where values are in the keys")
+        # A copy: the cache is to be donated, and the caller's array is not.
+        key_center = jnp.array(key_center, jnp.float32, copy=True)
+
+    def vectors(size):
+        return jnp.zeros((rows, num_kv_heads, slots, size), quantization.storage(dtype))
+
+    def scales():
+        if not quantization.is_quantized(dtype):
+            return None
+        return jnp.zeros((rows, num_kv_heads, slots), jnp.float32)
+
+    with_values = not values_in_keys
+    return {
+        "arrays": KeyValueArrays(
+            vectors(head_dim),
+            vectors(value_head_dim) if with_values else None,
+            scales(),
+            scales() if with_values else None,
+        ),
+        "lengths": jnp.zeros((batch,), jnp.int32),
+        "overflowed": jnp.zeros((batch,), bool),
+        "key_center": key_center,
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "value_head_dim": value_head_dim,
+    }
+
+
+def bytes_per_token(
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    values_in_keys: bool = False,
+) -> int:
+    """Bytes that a cache stores per token and layer, scales included.
+
+    >>> bytes_per_token(1, 128), bytes_per_token(1, 128, dtype="int8")
+    (512, 264)
+    """
+    total = quantization.bytes_per_vector(dtype, head_dim)
+    if not values_in_keys:
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        total += quantization.bytes_per_vector(dtype, value_head_dim)
+    return num_kv_heads * total
