@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,7 +39,26 @@ def write(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> Key
     # A loop of slices is in place everywhere. On GPUs it would be a kernel launch for each, and
     # there a scatter is one kernel; on TPUs a scatter into int8 copies the whole cache.
     on_gpu = _slices if arrays.keys.dtype == jnp.int4 else _scatter  # not two threads to a byte
-    return lax.platform_dependent(arrays, tokens, places, cuda=on_gpu, rocm=on_gpu, default=_slices)
+    return lax.platform_dependent(
+        arrays,
+        tokens,
+        places,
+        cuda=on_gpu,
+        rocm=on_gpu,
+        tpu=functools.partial(_slices, unit_of=_tpu_unit),
+        default=_slices,
+    )
+
+
+def _tpu_unit(array: jax.Array) -> int:
+    """How many slots of ``array`` a TPU can only write together, in place.
+
+    Rows wider than its 128 lanes are laid out in whole tiles of bytes, and a slice that begins
+    inside a tile has the array copied into another layout and back.
+    """
+    tile = {1: 32, 2: 16, 4: 8}[array.dtype.itemsize] if array.dtype != jnp.int4 else 64
+    wide = array.ndim == 4 and array.shape[3] > 128 and tile > 16
+    return tile if wide and array.shape[2] % tile == 0 else 1
 
 
 def _scatter(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> KeyValueArrays:
@@ -57,33 +78,39 @@ def _scatter(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> 
     return jax.tree.map(put, arrays, tokens)
 
 
-def _slices(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> KeyValueArrays:
+def _slices(
+    arrays: KeyValueArrays,
+    tokens: KeyValueArrays,
+    places: Places,
+    unit_of: Callable[[jax.Array], int] = lambda array: 1,
+) -> KeyValueArrays:
     num_rows, _, page_size = arrays.keys.shape[:3]
     batch, length = tokens.keys.shape[:2]
     runs = places.rows.shape[1]
-    width = min(length, page_size)
     tokens = jax.tree.map(lambda new: new.swapaxes(1, 2), tokens)  # [B, K, T, ...]
 
     def put_run(i, arrays):
         b, r = i // runs, i % runs
         start, count = places.start[b], places.count[b]
         row = jnp.clip(places.rows[b, r], 0, num_rows - 1)
-        # Positions of slot 0 of this run, of the window that is rewritten, and its tokens.
-        origin = (start // page_size + r) * page_size
-        first = jnp.clip(start - origin, 0, page_size - width)
-        order = origin + first - start + jnp.arange(width, dtype=jnp.int32)
-        fresh = (order >= 0) & (order < count)
+        origin = (start // page_size + r) * page_size  # the position of slot 0 of this run
 
         def put(array, new):
-            window_start = (row, 0, first, *(0 for _ in array.shape[3:]))
-            window_start = tuple(jnp.asarray(n, jnp.int32) for n in window_start)
-            window = lax.dynamic_slice(
-                array, window_start, (1, array.shape[1], width, *array.shape[3:])
-            )
-            new = lax.dynamic_slice_in_dim(new, b, 1, 0)
-            new = jnp.take(new, order, axis=2, mode="clip")
-            fresh_here = fresh.reshape(1, 1, -1, *(1 for _ in array.shape[3:]))
-            return lax.dynamic_update_slice(array, jnp.where(fresh_here, new, window), window_start)
+            # A window of whole units is read, given the tokens that belong there, and written.
+            unit, (_, heads, _, *rest) = unit_of(array), array.shape
+            units = page_size // unit
+            width = min(runs_of(length, unit), units)
+            first = jnp.clip((start - origin) // unit, 0, units - width)
+            order = origin + first * unit - start + jnp.arange(width * unit, dtype=jnp.int32)
+            fresh = ((order >= 0) & (order < count)).reshape(1, 1, -1, *(1 for _ in rest))
+            new = jnp.take(lax.dynamic_slice_in_dim(new, b, 1, 0), order, axis=2, mode="clip")
+
+            inner = (unit, *rest) if unit > 1 else tuple(rest)
+            tiled = array.reshape(num_rows, heads, units, *inner)
+            at = tuple(jnp.asarray(n, jnp.int32) for n in (row, 0, first, *(0 for _ in inner)))
+            window = lax.dynamic_slice(tiled, at, (1, heads, width, *inner))
+            window = jnp.where(fresh, new, window.reshape(new.shape)).reshape(window.shape)
+            return lax.dynamic_update_slice(tiled, window, at).reshape(array.shape)
 
         return jax.tree.map(put, arrays, tokens)
 

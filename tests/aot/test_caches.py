@@ -67,6 +67,18 @@ def test_append_is_in_place(kind, dtype, target):
         assert r.bytes_accessed < 2**21
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn", "int4"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+def test_wide_heads_are_written_in_place(head_dim, dtype):
+    """Bytes in rows wider than the lanes: their tiles are written whole."""
+    cache = jax.eval_shape(lambda: DenseCache.create(B, S, K, head_dim, dtype=dtype))
+    kv = jax.ShapeDtypeStruct((B, 1, K, head_dim), jnp.bfloat16)
+    r = analyze(append, cache, kv, target="v5p", donate_argnums=(0,))
+    assert r.alias_bytes >= cache.nbytes
+    assert r.temp_bytes < 2**20
+    assert r.bytes_accessed < 2**23
+
+
 def test_a_copy_would_be_seen():
     r = analyze(append, structs("dense", "bfloat16"), tokens(1)[1], target="v5p")
     assert r.alias_bytes == 0

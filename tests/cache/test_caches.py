@@ -92,14 +92,36 @@ def test_tokens_are_where_they_belong(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_scatter_of_gpus_writes_the_same(kind, monkeypatch):
+def test_the_scatter_of_gpus_writes_the_same(kind):
     from axattn.cache import write
 
     lengths, (_, k, v) = np.array([7, 3, 0]), caches.tokens(16)
     cache, _, _ = grown(kind, np.array([31, 40, 0]), capacity=64)
     tokens, counts = cache._tokens(k, v, lengths)
     places = cache._places(jnp.asarray(counts), 16)
-    same(write._scatter(cache.arrays, tokens, places), write._slices(cache.arrays, tokens, places))
+    want = write._slices(cache.arrays, tokens, places)
+    same(write._scatter(cache.arrays, tokens, places), want)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_tiles_of_tpus_write_the_same(kind, length):
+    """Wide rows of bytes are written in units; here of 4 slots (the ring's 64 have no remainder)."""
+    from axattn.cache import write
+
+    lengths = np.array([length, min(length, 3), 0])
+    _, k, v = caches.tokens(length)
+    for before in (np.array([31, 40, 0]), np.array([16, 4, 15])):
+        cache, _, _ = grown(kind, before, capacity=64, window=48)
+        tokens, counts = cache._tokens(k, v, lengths)
+        places = cache._places(jnp.asarray(counts), length)
+        units = write._slices(cache.arrays, tokens, places, unit_of=lambda array: 4)
+        same(units, write._scatter(cache.arrays, tokens, places))
+    wide = {"int8": 32, "int4": 64, "uint8": 32, "bfloat16": 1, "float32": 1}
+    for dtype, unit in wide.items():
+        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 256), dtype)) == unit
+        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 128), dtype)) == 1
+        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 16, 256), dtype)) == 1
 
 
 def test_append_is_in_place():
