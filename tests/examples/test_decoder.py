@@ -68,7 +68,9 @@ def test_chunks_agree_with_the_whole(kind, kv_heads):
         assert caches[1].lengths.tolist() == [LENGTH] * 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ring", "paged"))]
+)
 def test_the_trained_model_in_chunks(trained, kind):
     tokens = tokens_of(len(data.VOCABULARY), batch=2)
     caches = make_caches(trained.config, kind, 2, LENGTH)

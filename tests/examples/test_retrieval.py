@@ -77,7 +77,7 @@ def test_a_fact_that_is_not_there_is_not_answered(trained):
 
 @pytest.mark.parametrize(
     "kind, dtype, chunk_size",
-    [("dense", "float32", 96), ("ring", "int8", 96), ("paged", "float8_e4m3fn", 1000)],
+    [("ring", "int8", 96), ("paged", "float8_e4m3fn", 1000)],
 )
 def test_over_a_cache(trained, kind, dtype, chunk_size):
     np.testing.assert_array_equal(answers_of(trained, kind, dtype, chunk_size), questions()[2])
