@@ -56,8 +56,8 @@ def _tpu_unit(array: jax.Array) -> int:
     Rows wider than its 128 lanes are laid out in whole tiles of bytes, and a slice that begins
     inside a tile has the array copied into another layout and back.
     """
-    tile = {1: 32, 2: 16, 4: 8}[array.dtype.itemsize] if array.dtype != jnp.int4 else 64
-    wide = array.ndim == 4 and array.shape[3] > 128 and tile > 16
+    tile = 64 if array.dtype == jnp.int4 else 32 if array.dtype.itemsize == 1 else 1
+    wide = array.ndim == 4 and array.shape[3] > 128
     return tile if wide and array.shape[2] % tile == 0 else 1
 
 
