@@ -32,14 +32,3 @@ def test_rows():
     assert found[0].growth == 1
     assert all(row.seconds > 0 and row.rounds >= 3 for row in found)
     assert [row.bytes for row in found] == [2 * tokens * 2 * 68 for tokens in (8, 8, 40)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_time_follows_tokens_and_not_capacity(kind, dtype):
-    # What would read or copy the whole cache takes many times longer at 128 times the capacity.
-    points = [(64, 256), (64, 32768), (4096, 32768)]
-    small, large, full = cache_steps.time_steps(case(kind, dtype), points, 1.0)
-    assert large.growth < 3
-    assert full.growth > 1.5 * large.growth

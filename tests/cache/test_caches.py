@@ -135,6 +135,21 @@ def test_append_is_in_place():
             assert memory.temp_size_in_bytes < cache.nbytes / 8, (kind, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_a_step_takes_no_memory_by_the_capacity(kind, dtype):
+    """int4 is not among them: XLA's CPU backend unpacks the whole array."""
+    q, k, v = caches.tokens(1, dtype=caches.float_dtype(dtype))
+    step = jax.jit(lambda c, q, k, v: c.extend(q, k, v), donate_argnums=0)
+    temporaries = []
+    for capacity in (1024, 8192):
+        cache = caches.make(kind, capacity=capacity, dtype=dtype)
+        memory = step.lower(cache, q, k, v).compile().memory_analysis()
+        temporaries.append(memory.temp_size_in_bytes)
+    # The position of each slot, and the state of each block of them; keys alone are 32 and more.
+    assert temporaries[1] - temporaries[0] <= 8 * (8192 - 1024)
+
+
 # ---- overflow -------------------------------------------------------------------------------
 
 
