@@ -98,6 +98,8 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        # A shell's background jobs, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stdout:
             if line.startswith("MQABenchmark"):
