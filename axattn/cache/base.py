@@ -132,7 +132,8 @@ class Cache(abc.ABC):
             ``jit`` the row is left as it was and ``overflowed`` set.
           TypeError: another dtype.
         """
-        return self._append(*self._tokens(key, value, lengths))
+        key, value, counts = self._checked_tokens(key, value, lengths)
+        return self._append(key, value, counts)
 
     def attend(
         self,
@@ -201,8 +202,7 @@ class Cache(abc.ABC):
                 f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}; "
                 "append and attend apart take other numbers"
             )
-        tokens, counts = self._tokens(key, value, lengths)
-        cache = self._append(tokens, counts)
+        cache = self.append(key, value, lengths=lengths)
         written = cache.lengths - self.lengths
         return cache.attend(query, query_seq_lengths=written, **options), cache
 
@@ -268,8 +268,7 @@ class Cache(abc.ABC):
             if name in _OWN:
                 raise TypeError(f"attend takes no argument {name}: the cache knows it")
 
-    def _append(self, tokens: KeyValueArrays, counts: Array) -> Self:
-        length = tokens.keys.shape[1]
+    def _append(self, key: Array, value: Array | None, counts: Array) -> Self:
         fits, message = self._fits(counts)
         (overflowed,) = host(self.overflowed)
         if is_concrete(fits, overflowed):
@@ -283,7 +282,8 @@ class Cache(abc.ABC):
             _jax_compat.debug_check(fits.all(), message)
             counts = jnp.where(fits & ~self.overflowed, counts, 0)
         counts = jnp.asarray(counts, jnp.int32)
-        arrays = _write(self.arrays, tokens, self._places(counts, length))
+        places = self._places(counts, key.shape[1])
+        arrays = _write(self.arrays, self._encoded(key, value), places)
         return dataclasses.replace(
             self,
             arrays=arrays,
@@ -291,33 +291,29 @@ class Cache(abc.ABC):
             overflowed=self.overflowed | ~jnp.asarray(fits),
         )
 
-    def _tokens(self, key: Any, value: Any, lengths: Any) -> tuple[KeyValueArrays, Array]:
-        """New tokens as they are stored, and how many there are in each row."""
+    def _checked_tokens(
+        self, key: Any, value: Any, lengths: Any
+    ) -> tuple[Array, Array | None, Array]:
+        """New keys and values, and how many there are in each row."""
         key = self._checked("key", key, self.head_dim)
+        length = key.shape[1]
         if self.values_in_keys:
             if value is not None:
                 raise ValueError("value takes None: in this cache the values are in the keys")
         else:
             value = self._checked("value", value, self.value_head_dim)
-            if value.shape[1] != key.shape[1]:
+            if value.shape[1] != length:
                 raise ValueError(
-                    f"value takes as many tokens as key, {key.shape[1]}, got shape {value.shape}"
+                    f"value takes as many tokens as key, {length}, got shape {value.shape}"
                 )
-        length = key.shape[1]
-        if self.key_center is not None:
-            center = self.key_center.astype(jnp.float32)
-            key = (key.astype(jnp.float32) - center).astype(
-                key.dtype if self.stores_floats else jnp.float32
-            )
         counts = length if lengths is None else lengths
-        counts = counts_of("lengths", counts, self.batch, at_most=length)
-        return encode(key, value, self.dtype, self.arrays.keys.dtype), counts
+        return key, value, counts_of("lengths", counts, self.batch, at_most=length)
 
     def _checked(self, name: str, x: Any, size: int) -> Array:
-        x = as_array(name, x) if x is not None else x
         takes = f"[B, T, K, size] = [{self.batch}, T, {self.num_kv_heads}, {size}]"
         if x is None:
             raise ValueError(f"{name} takes {takes}, got None")
+        x = as_array(name, x)
         shape = (self.batch, *x.shape[1:2], self.num_kv_heads, size)
         if x.ndim != 4 or x.shape != shape or x.shape[1] == 0:
             raise ValueError(f"{name} takes {takes} with T >= 1 for this cache, got {x.shape}")
@@ -330,6 +326,15 @@ class Cache(abc.ABC):
                 "create the cache with another dtype"
             )
         return x
+
+    def _encoded(self, key: Array, value: Array | None) -> KeyValueArrays:
+        """New tokens as they are stored."""
+        if self.key_center is not None:
+            center = self.key_center.astype(jnp.float32)
+            key = (key.astype(jnp.float32) - center).astype(
+                key.dtype if self.stores_floats else jnp.float32
+            )
+        return encode(key, value, self.dtype, self.arrays.keys.dtype)
 
     def _rows(self, rows: Any) -> Array:
         rows = as_array("rows", rows)

@@ -94,7 +94,7 @@ class RingCache(Cache):
                 f"extend takes return_residual and q_positions for at most max_append = {step} "
                 f"tokens, got {length}"
             )
-        _, counts = self._tokens(key, value, lengths)
+        key, value, counts = self._checked_tokens(key, value, lengths)
         chunks = -(-length // step)
 
         def in_chunks(x):
@@ -159,14 +159,14 @@ class RingCache(Cache):
     def _per_row(self):
         return (*super()._per_row(), "positions")
 
-    def _append(self, tokens, counts):
-        length = tokens.keys.shape[1]
+    def _append(self, key, value, counts):
+        length = key.shape[1]
         if length > self.max_append:
             raise ValueError(
                 f"key takes at most max_append = {self.max_append} tokens at a time in this ring, "
                 f"got {length}; extend takes any number"
             )
-        cache = super()._append(tokens, counts)
+        cache = super()._append(key, value, counts)
         # The newest token that belongs into each slot: if it is one of the new ones, it is there.
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         last = cache.lengths[:, None] - 1
@@ -175,7 +175,6 @@ class RingCache(Cache):
         return dataclasses.replace(cache, positions=jnp.where(fresh, newest, self.positions))
 
     def _fits(self, counts):
-        (counts,) = host(counts)
         # Positions are int32, and those from NEVER on are no positions.
         lengths, counts = host(self.lengths, counts)
         return lengths + counts < NEVER, f"a row takes fewer than {NEVER} tokens"

@@ -97,7 +97,8 @@ def test_the_scatter_of_gpus_writes_the_same(kind):
 
     lengths, (_, k, v) = np.array([7, 3, 0]), caches.tokens(16)
     cache, _, _ = grown(kind, np.array([31, 40, 0]), capacity=64)
-    tokens, counts = cache._tokens(k, v, lengths)
+    key, value, counts = cache._checked_tokens(k, v, lengths)
+    tokens = cache._encoded(key, value)
     places = cache._places(jnp.asarray(counts), 16)
     want = write._slices(cache.arrays, tokens, places)
     same(write._scatter(cache.arrays, tokens, places), want)
@@ -113,7 +114,8 @@ def test_whole_tiles_of_tpus_write_the_same(kind, length):
     _, k, v = caches.tokens(length)
     for before in (np.array([31, 40, 0]), np.array([16, 4, 15])):
         cache, _, _ = grown(kind, before, capacity=64, window=48)
-        tokens, counts = cache._tokens(k, v, lengths)
+        key, value, counts = cache._checked_tokens(k, v, lengths)
+        tokens = cache._encoded(key, value)
         places = cache._places(jnp.asarray(counts), length)
         units = write._slices(cache.arrays, tokens, places, unit_of=lambda array: 4)
         same(units, write._scatter(cache.arrays, tokens, places))
