@@ -19,6 +19,7 @@ from axattn.dropout import keep_tile
 from axattn.implementations.blocks import Blocks
 from axattn.implementations.chunked_forward import heads_together, write_rows
 from axattn.implementations.products import Grouped
+from axattn.implementations.readers import kv_rows
 from axattn.implementations.tiles import Cut
 from axattn.mask_parts import Span
 
@@ -178,8 +179,8 @@ class _QueryTile(NamedTuple):
 def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
     call, kv = cut.call, cut.kv_span(j)
     dquery, (dkey, dvalue, shared) = carry
-    key = cut.kv_rows(call.key, kv, clean=partial)
-    value = cut.kv_rows(call.value, kv, clean=partial)
+    key = kv_rows(call, call.key, kv, clean=partial)
+    value = kv_rows(call, call.value, kv, clean=partial)
 
     dots = tile.query.scores(key)
     scores, capped = cut.scores(dots, tile.q, kv)

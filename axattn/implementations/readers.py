@@ -46,19 +46,17 @@ class _OfArrays:
         )
 
     def dots(self, kv):
-        return self.product.scores(_rows(self.call.key, kv))
+        return self.product.scores(kv_rows(self.call, self.call.key, kv, clean=False))
 
     def outputs(self, weights, kv, *, clean):
-        value = _rows(self.call.value, kv)
-        if clean:
-            value = zero_unused(value, kv.slots, self.call.mask.kv_lengths())
+        value = kv_rows(self.call, self.call.value, kv, clean=clean)
         return self.product.outputs(weights.astype(value.dtype), value)
 
 
-def _rows(array: jax.Array, kv: Span) -> jax.Array:
-    if kv.size == array.shape[1]:
-        return array
-    return lax.dynamic_slice_in_dim(array, kv.start, kv.size, 1)
+def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+    """Slots ``kv`` of the keys or values; ``clean`` zeroes the slots behind the length."""
+    rows = kv.take(array, 1)
+    return zero_unused(rows, kv.slots, call.mask.kv_lengths()) if clean else rows
 
 
 class _OfCache:

@@ -55,11 +55,6 @@ class Cut:
         rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
         return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
 
-    def kv_rows(self, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
-        """Slots ``kv`` of the keys or values; ``clean`` zeroes the slots behind the length."""
-        rows = lax.dynamic_slice_in_dim(array, kv.start, kv.size, 1)
-        return zero_unused(rows, kv.slots, self.call.mask.kv_lengths()) if clean else rows
-
     def allowed(
         self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool
     ) -> jax.Array | None:

@@ -46,20 +46,16 @@ def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def without_unused(call: AttentionCall) -> AttentionCall:
-    """The call with the slots behind its lengths set to zero, whatever they held.
+    """The call with the queries and keys behind its lengths set to zero, whatever they held.
 
-    Those of a cache stay as they are: it is cleaned where it is read.
+    Values are cleaned where they are read, and so is all of a cache.
     """
     q, kv = call.spans()
-    q_length, kv_length = call.mask.q_lengths(), call.mask.kv_lengths()
-    call = dataclasses.replace(call, query=zero_unused(call.query, q.slots, q_length))
-    if call.stored is not None or kv_length is None:
-        return call
-    return dataclasses.replace(
-        call,
-        key=zero_unused(call.key, kv.slots, kv_length),
-        value=zero_unused(call.value, kv.slots, kv_length),
-    )
+    key = call.key
+    if key is not None:
+        key = zero_unused(key, kv.slots, call.mask.kv_lengths())
+    query = zero_unused(call.query, q.slots, call.mask.q_lengths())
+    return dataclasses.replace(call, query=query, key=key)
 
 
 def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
