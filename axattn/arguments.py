@@ -44,6 +44,8 @@ def normalize(
 ) -> tuple[AttentionCall, tuple[int, ...]]:
     """The call, and its leading dimensions ``(...)`` as the user gave them."""
     if isinstance(key, Stored):
+        if value is not None:
+            raise ValueError("value takes None with a cache, which holds the values, too")
         query, stored = _query_of_stored(query, key), key
         lead, kv_len, key = query.shape[:-3], stored.kv_len, None
     else:

@@ -63,7 +63,8 @@ def dot_product_attention(
       query: ``[..., T, N, H]``, floating point.
       key: ``[..., S, K, H]``, the same dtype; N must be a multiple of K (K = N is MHA
         https://arxiv.org/abs/1706.03762, K = 1 is MQA https://arxiv.org/abs/1911.02150, between
-        them GQA https://arxiv.org/abs/2305.13245).
+        them GQA https://arxiv.org/abs/2305.13245). Or what a cache of ``axattn.cache`` stores, its
+        ``stored()``, with None for ``value``: `Cache.attend` calls this.
       value: ``[..., S, K, h]``; h may differ from H.
       bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
       mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an

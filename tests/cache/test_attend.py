@@ -360,6 +360,8 @@ def test_explain():
     assert why["xla"] is None and why["xla_chunked"] is None
     assert "a cache" in why["cudnn"]
     assert why.by_platform["cpu"] == "xla_chunked"
+    with pytest.raises(ValueError, match="value takes None with a cache"):
+        axattn.dot_product_attention(q, cache.stored(), v)
 
 
 def test_no_array_of_the_size_of_the_cache(force_blocks):
