@@ -54,7 +54,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["axattn", "axattn.*"]),
-    package_data={"axattn": ["py.typed"]},
+    package_data={"axattn": ["py.typed"], "axattn.kernels.hopper": ["tiles.json"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

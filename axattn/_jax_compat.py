@@ -210,3 +210,28 @@ def einsum_by(dot_general, *, precision=None):
     The argument is an underscored one of ``jnp.einsum``; Flax passes it, too.
     """
     return functools.partial(jnp.einsum, precision=precision, _dot_general=dot_general)
+
+
+def gpu_capability() -> str | None:
+    """Compute capability ("9.0") of the NVIDIA GPU that is traced for, or None without one.
+
+    That is the device of the context (`use_abstract_device`), else the first one of this process.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        hopper = any(name in device.device_kind for name in ("H100", "H200"))
+        capability = getattr(device, "compute_capability", "9.0" if hopper else None)
+        return capability if device.platform == "gpu" else None
+    if jax.default_backend() != "gpu":
+        return None
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
+def gpu_interpreter():
+    """Parameters with which a Mosaic GPU kernel runs on the CPU and its races are detected."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    except ImportError:  # jax 0.11
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=True)

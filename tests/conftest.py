@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+
+# The GPU interpreter blocks a thread of XLA's pool per warpgroup, and needs more than a small
+# machine's pool has. Before JAX starts its CPU backend.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

@@ -11,7 +11,7 @@ import pytest
 
 import axattn
 from axattn import Mask, attention
-from axattn.implementations import preference, registry
+from axattn.implementations import flash, preference, registry
 
 Q = np.zeros((2, 5, 4, 8), np.float32)
 KV = np.zeros((2, 7, 2, 8), np.float32)
@@ -45,16 +45,22 @@ class TestExplanation:
 
     def test_chosen_is_what_none_runs(self, monkeypatch):
         calls = []
-        for name in ("xla", "xla_chunked"):
-            entry = registry.IMPLEMENTATIONS[name]
+        entry = registry.IMPLEMENTATIONS["xla"]
 
-            def attend(call, name=name, entry=entry):
-                calls.append(name)
-                return entry.attend(call)
+        def attend(call):
+            calls.append("xla")
+            return entry.attend(call)
 
-            monkeypatch.setitem(
-                registry.IMPLEMENTATIONS, name, dataclasses.replace(entry, attend=attend)
-            )
+        monkeypatch.setitem(
+            registry.IMPLEMENTATIONS, "xla", dataclasses.replace(entry, attend=attend)
+        )
+        flash_attend = flash.attend
+
+        def attend_flash(call, ways):
+            calls.extend(way.name for _, way in ways)
+            return flash_attend(call, ways)
+
+        monkeypatch.setattr(flash, "attend", attend_flash)
         monkeypatch.setattr(attention, "_attend", lambda call, plan: registry.attend(call, plan))
         long = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
         for shapes in ((jnp.asarray(Q), jnp.asarray(KV)), (long, long)):

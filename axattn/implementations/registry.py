@@ -14,14 +14,16 @@ from jax.sharding import PartitionSpec
 
 from axattn._jax_compat import with_auto_axes
 from axattn.call import AttentionCall
-from axattn.implementations import cudnn, preference, xla, xla_chunked
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+from axattn.implementations import cudnn, flash, mosaic_gpu, preference, xla
+from axattn.implementations.flash import PLATFORMS
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to attend: ``attend(call) -> (out, lse)``; ``refuses(call)`` is a reason or None."""
+    """One way to attend: ``refuses(call)`` is a reason or None.
+
+    ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
+    """
 
     name: str
     attend: Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]] | None
@@ -41,8 +43,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
         Implementation("xla", xla.attend, _takes_all, PLATFORMS),
-        Implementation("xla_chunked", xla_chunked.attend, _takes_all, PLATFORMS),
-        Implementation("mosaic_gpu", None, _not_there("the Hopper kernels"), ("cuda",)),
+        Implementation("xla_chunked", None, _takes_all, PLATFORMS),
+        Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",)),
         Implementation("mosaic_tpu", None, _not_there("the TPU kernels"), ("tpu",)),
         Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
     )
@@ -127,13 +129,23 @@ def _out_specs(query: tuple, return_residual: bool) -> tuple:
 
 def _attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
     names = {name for _, name in plan}
+    if names <= set(flash.NAMES):
+        return _with_lse(call, *flash.attend(call, flash.ways(call, plan)))
     if len(names) == 1 and len(plan) == len(PLATFORMS):
-        return _attend_with(names.pop(), call)
-    attends = {platform: functools.partial(_attend_with, name) for platform, name in plan}
+        return _attend_with(names.pop(), plan, call)
+    attends = {
+        platform: functools.partial(_attend_with, name, ((platform, name),))
+        for platform, name in plan
+    }
     return jax.lax.platform_dependent(call, **attends)
 
 
-def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
-    out, lse = IMPLEMENTATIONS[name].attend(call)
+def _attend_with(name: str, plan: Plan, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
+    if name in flash.NAMES:
+        return _with_lse(call, *flash.attend(call, flash.ways(call, plan)))
+    return _with_lse(call, *IMPLEMENTATIONS[name].attend(call))
+
+
+def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:
     # Not every implementation has an LSE, and branches must agree on what they return.
     return out, lse if call.return_residual else None

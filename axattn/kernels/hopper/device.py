@@ -1,0 +1,177 @@
+"""What the kernels ask of the device: layouts of shared memory, and products with registers.
+
+Mosaic GPU's names are unstable, and its interpreter has no WGMMA whose left operand is in registers
+and no accumulator that outlives one product: both are here, behind :func:`add_product`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from axattn import _jax_compat
+
+REGISTER_TILE = plgpu.Layout.WGMMA
+
+# Of 504 registers per thread and warpgroup position (3 warpgroups): the producer keeps 40.
+COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 160}
+PRODUCER_REGISTERS = {1: 40, 2: 40, 3: 32}
+
+
+def kernel(body, *, name: str, out: Any, scratch: Any, work: int, warpgroups: int, interpret: bool):
+    """``body(*inputs, *outputs, *scratch)`` on ``work`` blocks of ``warpgroups`` warpgroups.
+
+    The block's index is ``lax.axis_index("work")``, the warpgroup's ``"warpgroup"``.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(work,),
+        grid_names=("work",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        # Lane semantics take the layouts that are written here; the other ones infer them.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=_jax_compat.gpu_interpreter() if interpret else None,
+    )
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any):
+    """Shared memory ``[..., rows, size]`` as WGMMA and TMA want it; size is a multiple of 16."""
+    columns = next(columns for columns in (64, 32, 16) if shape[-1] % columns == 0)
+    atom = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, dtype, transforms=atom)
+
+
+def flat(shape: tuple[int, ...], dtype: Any):
+    """Shared memory in row-major order."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def product(a_ref, b_ref, then: Callable[[], None] | None = None) -> jax.Array:
+    """``a @ b`` of two tiles in shared memory, as a float32 register tile.
+
+    ``then`` is called while the tensor core works.
+    """
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a_ref, b_ref)
+        if then is not None:
+            then()
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
+
+
+def products(first: tuple, second: tuple) -> tuple[jax.Array, jax.Array]:
+    """Two products of tiles in shared memory, one behind the other in the tensor core."""
+
+    def multiply(one, two):
+        plgpu.wgmma(one, *first)
+        plgpu.wgmma(two, *second)
+        return one[...], two[...]
+
+    shapes = ((a.shape[0], b.shape[1]) for a, b in (first, second))
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def add_product(total: jax.Array, a: jax.Array, b_ref, *, interpret: bool) -> jax.Array:
+    """``total + a @ b`` with ``total`` and ``a`` in registers, ``b`` in shared memory."""
+    if interpret:
+        b = b_ref[...]
+        # On the device this read is the tensor core's; a thread's own read must be fenced.
+        plgpu.commit_smem()
+        return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, b_ref)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(total))
+
+
+def transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def zeros(shape: tuple[int, ...]) -> jax.Array:
+    """A float32 register tile ``[64, n]`` of zeros."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), REGISTER_TILE)
+
+
+def per_row(value: float, rows: int = 64) -> jax.Array:
+    """A float32 vector over the rows of a register tile."""
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), vector_layout(0))
+
+
+def vector_layout(axis: int):
+    """The layout of a vector that runs along ``axis`` of a register tile."""
+    return REGISTER_TILE.reduce(1 - axis)
+
+
+def load_vector(ref, axis: int) -> jax.Array:
+    """A vector in HBM or shared memory, as it lies along ``axis`` of a register tile."""
+    return plgpu.load(ref, layout=vector_layout(axis), optimized=False)
+
+
+def load_tile(ref) -> jax.Array:
+    """A row-major tile of shared memory as a register tile."""
+    return plgpu.load(ref, layout=REGISTER_TILE, optimized=False)
+
+
+def spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+    """A vector along ``axis`` as a register tile of ``shape``."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def index_tile(shape: tuple[int, int], axis: int) -> jax.Array:
+    """int32 index along ``axis`` for each place of a register tile."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=REGISTER_TILE)
+
+
+class Turns:
+    """Two warpgroups taking turns at the tensor core: one multiplies while the other exponentiates.
+
+    The second one starts a turn late. With another number of warpgroups nobody waits.
+    """
+
+    def __init__(self, barrier, warpgroups: int, warpgroup: jax.Array):
+        self.barrier = barrier if warpgroups == 2 else None
+        self.warpgroup = warpgroup
+
+    def leave(self) -> None:
+        if self.barrier is not None:
+            plgpu.barrier_arrive(self.barrier)
+
+    def enter(self) -> None:
+        if self.barrier is not None:
+            plgpu.barrier_wait(self.barrier)
+
+    def take(self) -> None:
+        self.leave()
+        self.enter()
+
+    def start(self) -> None:
+        if self.barrier is not None:
+            pl.when(self.warpgroup == 1)(self.take)
+
+    def end(self) -> None:
+        if self.barrier is not None:
+            pl.when(self.warpgroup == 0)(self.take)
+
+
+def div(a: jax.Array, b: int) -> jax.Array:
+    return lax.div(a, jnp.int32(b))
+
+
+def rem(a: jax.Array, b: int) -> jax.Array:
+    return lax.rem(a, jnp.int32(b))

@@ -1,0 +1,264 @@
+"""The forward kernel: online softmax over the blocks that a tile of query rows visits.
+
+Dao, arXiv 2307.08691; Shah et al., arXiv 2407.08608 (a producer warpgroup that keeps the memory
+busy, and two others that take turns at the tensor core and at the exponentials).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from axattn.kernels.hopper import device, visits
+from axattn.kernels.hopper.operands import Operands
+from axattn.kernels.hopper.pipeline import Ring, produce
+from axattn.kernels.hopper.problem import LOG2E, ROWS, Problem
+from axattn.kernels.hopper.scores import Scores, Tiles, head_vector, score_tile
+from axattn.kernels.hopper.tiles import ForwardTiles
+from axattn.kernels.hopper.work import Cut, Item
+
+LN2 = 1.0 / LOG2E
+
+# Vectors over rows, which packing rearranges.
+_ROW_VECTORS = ("low", "high", "q_positions", "q_segments")
+
+
+class _State(NamedTuple):
+    """Online softmax of a warpgroup's rows, in units of log2."""
+
+    values: jax.Array  # [64, h]
+    top: jax.Array  # [64]
+    total: jax.Array  # [64]
+
+
+def forward(
+    problem: Problem, operands: Operands, tiles: ForwardTiles
+) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
+    cut = Cut.of(problem, operands, tiles.block_kv, tiles.warpgroups, packing=True)
+    plan = visits.of_queries(operands.call, cut.q_block, cut.block_kv)
+    arrays = dict(operands.arrays)
+    for name in _ROW_VECTORS:
+        if name in arrays:
+            arrays[name] = cut.packed(arrays[name])
+    arrays.update(plan.arrays())
+    dtype = jnp.dtype(problem.dtype)
+    shape = (problem.batch, problem.stored_q_len, problem.num_heads, problem.value_head_dim)
+    lse_len = cut.num_q * cut.q_block
+    out = (
+        jax.ShapeDtypeStruct(shape, dtype),
+        jax.ShapeDtypeStruct((problem.batch, problem.num_heads, lse_len), jnp.float32),
+    )
+    out, lse = device.kernel(
+        functools.partial(_body, cut, tuple(arrays)),
+        name="axattn_forward",
+        out=out,
+        scratch=_scratch(cut, tiles.stages, arrays),
+        work=cut.work,
+        warpgroups=cut.warpgroups + 1,
+        interpret=problem.interpret,
+    )(*arrays.values())
+    return out[:, : problem.q_len], lse[:, :, : problem.q_len].swapaxes(1, 2)
+
+
+def _scratch(cut: Cut, stages: int, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Shared memory of a block of work, and its barriers."""
+    problem, groups, keys = cut.problem, cut.warpgroups, cut.block_kv
+    dtype = jnp.dtype(problem.dtype)
+
+    def ring(buffer):
+        return Ring.scratch(stages, buffer, consumers=groups)
+
+    def extra(name):
+        shape = (stages, ROWS * groups, keys)
+        return ring(device.flat(shape, arrays[name].dtype)) if name in arrays else None
+
+    own_out = problem.head_dim != problem.value_head_dim
+    out = device.swizzled((groups, ROWS, problem.value_head_dim), dtype) if own_out else None
+    return {
+        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype),
+        "out": out,
+        "lse": device.flat((groups, ROWS), jnp.float32),
+        "key": ring(device.swizzled((stages, keys, problem.head_dim), dtype)),
+        "value": ring(device.swizzled((stages, keys, problem.value_head_dim), dtype)),
+        "bias": extra("bias"),
+        "allowed": extra("allowed"),
+        "query_full": plgpu.Barrier(num_arrivals=cut.pack, num_barriers=groups),
+        "turns": plgpu.Barrier(num_arrivals=groups) if groups == 2 else None,
+    }
+
+
+class _Work(NamedTuple):
+    """What a warpgroup needs for its share of a block of work."""
+
+    cut: Cut
+    gmem: Mapping[str, Any]
+    smem: Mapping[str, Any]
+    item: Item
+    plan: visits.Visits
+    warpgroup: jax.Array
+
+    def own(self, name: str) -> Any:
+        """This warpgroup's part of a buffer ``[warpgroups, 64, ...]``."""
+        return self.smem[name].at[self.warpgroup]
+
+    def rows_of(self, name: str, member: int):
+        """Rows of one of the heads in HBM ``[B, T, N, size]``, and where they lie in the tile."""
+        rows, slots = self.item.rows, self.cut.slots
+        ref = self.gmem[name].at[rows.batch, pl.ds(rows.slot, slots), rows.head + member]
+        return ref, pl.ds(member * slots, slots)
+
+
+def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
+    warpgroup, groups = lax.axis_index("warpgroup"), cut.warpgroups
+    item = cut.item(lax.axis_index("work"), warpgroup)
+    plan = visits.Visits.load(gmem, item.batch, item.tile)
+    work = _Work(cut, gmem, smem, item, plan, warpgroup)
+
+    @pl.when(warpgroup < groups)
+    def _():
+        plgpu.set_max_registers(device.COMPUTE_REGISTERS[groups], action="increase")
+        _compute(work)
+
+    @pl.when(warpgroup == groups)
+    def _():
+        plgpu.set_max_registers(device.PRODUCER_REGISTERS[groups], action="decrease")
+        _produce(work)
+
+
+# ---- the producer ---------------------------------------------------------------------------
+
+
+def _produce(work: _Work) -> None:
+    cut, gmem, item = work.cut, work.gmem, work.item
+
+    def source(name, n):
+        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
+        if name in ("key", "value"):
+            return gmem[name].at[item.batch, keys, item.kv_head]
+        # Only unpacked calls have tiles over [T, S]: all rows are of one head.
+        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
+        return score_tile(gmem[name], item.rows, queries, keys)
+
+    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
+    produce(rings, work.plan.total, source)
+
+
+# ---- the warpgroups that compute ------------------------------------------------------------
+
+
+def _compute(work: _Work) -> None:
+    cut, plan = work.cut, work.plan
+    for member in range(cut.pack):
+        source, place = work.rows_of("query", member)
+        full = work.own("query_full")
+        plgpu.copy_gmem_to_smem(source, work.own("query").at[place], full)
+    shape = (ROWS, cut.block_kv)
+    scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
+    turns = device.Turns(work.smem["turns"], cut.warpgroups, work.warpgroup)
+    plgpu.barrier_wait(work.own("query_full"))
+
+    def step(partial):
+        return functools.partial(_step, work, scores, turns, partial=partial)
+
+    state = _State(
+        device.zeros((ROWS, cut.problem.value_head_dim)),
+        device.per_row(-jnp.inf),
+        device.per_row(0.0),
+    )
+    turns.start()
+    state = lax.fori_loop(0, plan.full, step(False), state)
+    if cut.masked:
+        state = lax.fori_loop(plan.full, plan.total, step(True), state)
+    turns.end()
+    _finish(work, state)
+
+
+def _step(
+    work: _Work, scores: Scores, turns: device.Turns, n, state: _State, *, partial: bool
+) -> _State:
+    """One block of keys: the scores, the online softmax, and the weighted values."""
+    cut, smem = work.cut, work.smem
+    key = smem["key"].wait(n)
+    dots = device.product(work.own("query"), device.transposed(key), then=turns.take)
+    smem["key"].release(n)
+
+    values, weights, top, total = _softmax(work, scores, n, state, dots, partial=partial)
+
+    turns.leave()
+    value = smem["value"].wait(n)
+    turns.enter()
+    interpret = cut.problem.interpret
+    values = device.add_product(values, weights, value, interpret=interpret)
+    smem["value"].release(n)
+    return _State(values, top, total)
+
+
+def _softmax(work: _Work, scores: Scores, n, state: _State, dots: jax.Array, *, partial: bool):
+    problem, shape = work.cut.problem, dots.shape
+    kv_slot = work.plan.block(n) * shape[1] if partial or scores.reads_keys else None
+    tiles = Tiles.wait(work.smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
+    factor = 1.0
+    if scores.plain:
+        factor = problem.scale * LOG2E
+    else:
+        dots, _ = scores.scores(dots, kv_slot, tiles)
+    if partial:
+        dots = jnp.where(scores.allowed(kv_slot, tiles), dots, -jnp.inf)
+    Tiles.release(work.smem, n)
+    top = jnp.maximum(state.top, dots.max(axis=1) * factor)
+    # While a row has seen nothing, its maximum is -inf and must not shift.
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp2(dots * factor - device.spread(shift, shape, 0))
+    decay = jnp.exp2(state.top - shift)
+    total = state.total * decay + weights.sum(axis=1)
+    values = state.values * device.spread(decay, state.values.shape, 0)
+    if "dropout" in work.gmem:
+        weights = jnp.where(scores.kept(kv_slot), weights, 0.0)
+    return values, weights.astype(problem.dtype), top, total
+
+
+def _finish(work: _Work, state: _State) -> None:
+    """Divides by the sums, and writes the rows and their LSE."""
+    problem, item = work.cut.problem, work.item
+    top, total, scale = state.top, state.total, 1.0
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    if "sinks" in work.gmem:
+        # A sink is a key with its own logit and no value.
+        sink = head_vector(work.gmem["sinks"], item.rows, ROWS) * LOG2E
+        shift = jnp.maximum(top, sink)
+        scale = jnp.exp2(top - shift)
+        total = total * scale + jnp.exp2(sink - shift)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -jnp.inf, shift * LN2 + jnp.log(total))
+    share = scale / (total * (1.0 - problem.dropout_rate))
+    values = state.values * device.spread(share, state.values.shape, 0)
+
+    out = work.own("query") if work.smem["out"] is None else work.own("out")
+    out[...] = values.astype(problem.dtype)
+    work.own("lse")[...] = lse
+    plgpu.commit_smem()
+    if work.cut.pack == 1:
+        _write(work, out)
+    else:
+        pl.when(item.real)(lambda: _write(work, out))
+
+
+def _write(work: _Work, out: Any) -> None:
+    rows = work.item.rows
+    for member in range(work.cut.pack):
+        target, place = work.rows_of("out", member)
+        plgpu.copy_smem_to_gmem(out.at[place], target)
+        slots = pl.ds(rows.slot, work.cut.slots)
+        target = work.gmem["lse"].at[rows.batch, rows.head + member, slots]
+        plgpu.copy_smem_to_gmem(work.own("lse").at[place], target)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,228 @@
+"""From an AttentionCall to the arrays that the kernels read.
+
+Every mask becomes one of four things: a pair of bounds per query row (causal, windows, prefixes,
+lengths: the row attends to positions in [low, high)), positions per key (given, or far away where a
+key is masked for all rows), ids on both sides (segments), or a tile of booleans (a [T, S] array).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from axattn.call import AttentionCall
+from axattn.implementations.scores import zero_unused
+from axattn.kernels.hopper.problem import Problem, round_up
+from axattn.mask_parts import Causal, Dense, Lengths, Prefix, Segments, Window
+from axattn.stored import NEVER
+
+# TMA needs rows that start at multiples of 16 bytes.
+TMA_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Arrays by name. Vectors over rows or keys are padded, so that whole tiles can be loaded.
+
+    query, key, value     as in the call, T and S rounded up to 8, unused slots zeroed
+    low, high             int32 [B or 1, T']: what each query row attends to
+    q_positions           int32 [B or 1, T'] where ALiBi asks
+    kv_positions          int32 [B or 1, S'] where they are not 0, 1, 2...
+    q_segments, kv_segments   int32 [B or 1, T'], [B or 1, S']
+    bias                  [B or 1, N or 1, T, S]
+    key_bias, row_bias    float32 [B or 1, N or 1, S'], [B or 1, N or 1, T']
+    allowed               int8 [B or 1, N or 1, T, S]
+    sinks, slopes         float32 [N]
+    dropout               int32 [3]: the key's words and the first row's counter
+    """
+
+    arrays: Mapping[str, jax.Array]
+    call: AttentionCall  # with key masks folded away: what `visits` reads
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+
+def of(call: AttentionCall) -> Operands:
+    call = _fold_key_masks(call)
+    problem = Problem.of(call)
+    rows, keys = vector_length(call.q_len), vector_length(call.kv_len)
+    low, high = _bounds(call)
+    arrays = {
+        "query": stored_rows(call, call.query, problem.stored_q_len),
+        "key": _stored_keys(call, call.key, problem),
+        "value": _stored_keys(call, call.value, problem),
+        "high": _padded(high, rows, -NEVER),
+    }
+    if low is not None:
+        arrays["low"] = _padded(low, rows, 0)
+    if call.kv_positions is not None:
+        arrays["kv_positions"] = _padded(call.kv_positions, keys, NEVER)
+    if call.alibi_slopes is not None:
+        arrays["slopes"] = call.alibi_slopes.astype(jnp.float32)
+        arrays["q_positions"] = _padded(call.spans()[0].positions, rows, 0)
+    for part in call.mask.parts:
+        if isinstance(part, Segments):
+            arrays["q_segments"] = _padded(part.q_ids, rows, 0)
+            arrays["kv_segments"] = _padded(part.kv_ids, keys, 0)
+    allowed = dense_mask(call)
+    if allowed is not None:
+        shape = (*allowed.shape[:2], call.q_len, call.kv_len)
+        arrays["allowed"] = _aligned(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
+    if call.bias is not None:
+        arrays.update(_biases(call, rows, keys))
+    if call.sinks is not None:
+        arrays["sinks"] = call.sinks.astype(jnp.float32)
+    if call.dropout_key is not None:
+        first = jnp.asarray(call.first_row, jnp.int32)
+        words = jax.lax.bitcast_convert_type(call.dropout_key, jnp.int32)
+        arrays["dropout"] = jnp.concatenate([words, first[None]])
+    return Operands(arrays, call)
+
+
+def vector_length(length: int) -> int:
+    """Length of a vector over ``length`` slots: a whole block (of at most 256) is always there."""
+    return round_up(length, 8) + 256
+
+
+def with_transposed_tiles(operands: Operands) -> Operands:
+    """The same with ``bias`` and ``allowed`` as ``[..., S, T]``, for tiles with keys as rows.
+
+    A copy: no load of Mosaic GPU turns a tile around on its way into the registers.
+    """
+    arrays = dict(operands.arrays)
+    for name in {"bias", "allowed"} & set(arrays):
+        array = arrays[name][..., : operands.call.kv_len].swapaxes(2, 3)
+        arrays[name] = _aligned(array)
+    return dataclasses.replace(operands, arrays=arrays)
+
+
+def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
+    """The bias, as a vector where it broadcasts over rows or over keys."""
+    bias = call.bias
+    if bias.shape[2] == 1:
+        vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
+        return {"key_bias": _filled(vector.astype(jnp.float32), keys)}
+    if bias.shape[3] == 1:
+        return {"row_bias": _filled(bias[..., 0].astype(jnp.float32), rows)}
+    return {"bias": _aligned(bias)}
+
+
+def dense_mask(call: AttentionCall) -> jax.Array | None:
+    """The mask arrays of a call over queries and keys as one, or None."""
+    arrays = [
+        part.array
+        for part in call.mask.parts
+        if isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
+    ]
+    if not arrays:
+        return None
+    together = arrays[0]
+    for array in arrays[1:]:
+        together = together & array
+    return together
+
+
+def key_mask(part: object) -> bool:
+    """Whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
+    return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
+
+
+def row_mask(part: object) -> bool:
+    """Whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
+    return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
+
+
+def _fold_key_masks(call: AttentionCall) -> AttentionCall:
+    """Key masks, and lengths of given positions, as keys that are far away from every query."""
+    folded = [part for part in call.mask.parts if key_mask(part)]
+    if not folded and call.kv_positions is None:
+        return call
+    _, kv = call.spans()
+    positions = kv.positions
+    for part in folded:
+        used = jnp.broadcast_to(part.array[:, 0, 0], (len(part.array), call.kv_len))
+        positions = jnp.where(used, positions, NEVER)
+    length = call.mask.kv_lengths()
+    if length is not None:
+        length = jnp.asarray(length)
+        used = kv.slots[None] < (length[:, None] if length.ndim else length)
+        positions = jnp.where(used, positions, NEVER)
+    parts = tuple(part for part in call.mask.parts if part not in folded)
+    return dataclasses.replace(
+        call,
+        kv_positions=positions,
+        mask=dataclasses.replace(call.mask, parts=parts),
+    )
+
+
+def _bounds(call: AttentionCall) -> tuple[jax.Array | None, jax.Array]:
+    """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
+
+    ``low`` is None where nothing bounds it.
+    """
+    q, _ = call.spans()
+    positions = q.positions
+    low = None
+    high = jnp.full_like(positions, call.kv_len if call.kv_positions is None else NEVER)
+    for part in call.mask.parts:
+        if isinstance(part, Causal):
+            high = jnp.minimum(high, positions + _column(part.offset) + 1)
+        elif isinstance(part, Window):
+            if part.left is not None:
+                left = positions - part.left
+                low = left if low is None else jnp.maximum(low, left)
+            if part.right is not None:
+                high = jnp.minimum(high, positions + part.right + 1)
+        elif isinstance(part, Prefix):
+            high = jnp.minimum(high, jnp.maximum(_column(part.length), positions + 1))
+        elif isinstance(part, Lengths):
+            if part.kv is not None and call.kv_positions is None:
+                high = jnp.minimum(high, _column(part.kv))
+            if part.q is not None:
+                high = jnp.where(q.slots[None] < _column(part.q), high, -NEVER)
+        elif row_mask(part):
+            high = jnp.where(part.array[:, 0, :, 0], high, -NEVER)
+    return low, high
+
+
+def _column(per_row) -> jax.Array:
+    per_row = jnp.asarray(per_row, jnp.int32)
+    return per_row[:, None] if per_row.ndim else per_row
+
+
+def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
+    """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
+    slots = jnp.arange(array.shape[1])
+    return _padded(zero_unused(array, slots, call.mask.q_lengths()), length, 0)
+
+
+def _stored_keys(call: AttentionCall, array: jax.Array, problem: Problem) -> jax.Array:
+    slots = jnp.arange(array.shape[1])
+    return _padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len, 0)
+
+
+def _padded(array: jax.Array, length: int, fill: int) -> jax.Array:
+    """``[B, n, ...]`` with its second axis filled up to ``length``."""
+    missing = length - array.shape[1]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[1] = (0, missing)
+    return jnp.pad(array, widths, constant_values=fill)
+
+
+def _filled(array: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
+
+
+def _aligned(array: jax.Array) -> jax.Array:
+    """A ``[..., S]`` array whose rows TMA can address: its last axis is filled up for that."""
+    unit = TMA_BYTES // array.dtype.itemsize
+    missing = -array.shape[-1] % unit
+    if not missing:
+        return array
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])

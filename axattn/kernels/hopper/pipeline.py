@@ -1,0 +1,94 @@
+"""A ring of shared-memory buffers between one producer warpgroup and the ones that compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from axattn.kernels.hopper.device import rem
+
+
+class Ring(NamedTuple):
+    """``stages`` sets of buffers; step n of the loop uses set n % stages.
+
+    The producer fills (`acquire`, then copies that arrive at `full`), the consumers read between
+    `wait` and `release`. Who fills also waits for the last release (`drain`): a barrier that
+    completes unseen would end the kernel in an undefined state.
+    """
+
+    buffers: Any  # refs [stages, ...]
+    full: Any
+    free: Any
+
+    @staticmethod
+    def scratch(stages: int, buffers: Any, *, copies: int = 1, consumers: int) -> Ring:
+        """What to allocate: ``copies`` arrivals fill a set, ``consumers`` warpgroups free it."""
+        return Ring(
+            buffers,
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        )
+
+    @property
+    def stages(self) -> int:
+        return self.full.shape[0]
+
+    def at(self, slot: jax.Array) -> Any:
+        return jax.tree.map(lambda ref: ref.at[slot], self.buffers)
+
+    def acquire(self, n: jax.Array) -> jax.Array:
+        """The set to fill for step n, once its last readers are done."""
+        slot = rem(n, self.stages)
+
+        @pl.when(n >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        return slot
+
+    def drain(self, steps: jax.Array) -> None:
+        def step(n, _):
+            plgpu.barrier_wait(self.free.at[rem(n, self.stages)])
+
+        lax.fori_loop(jnp.maximum(steps - self.stages, 0), steps, step, None)
+
+    def wait(self, n: jax.Array) -> Any:
+        """The buffers of step n, filled."""
+        slot = rem(n, self.stages)
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.at(slot)
+
+    def release(self, n: jax.Array) -> None:
+        plgpu.barrier_arrive(self.free.at[rem(n, self.stages)])
+
+
+def produce(
+    rings: Mapping[str, Ring | None],
+    steps: jax.Array,
+    source: Callable[[str, jax.Array], Any],
+) -> None:
+    """Fills the rings step by step, in their order, with ``source(name, n)`` in HBM.
+
+    ``source`` gives what the ring's buffers are, in the same structure.
+    """
+    rings = {name: ring for name, ring in rings.items() if ring is not None}
+
+    def step(n, _):
+        for name, ring in rings.items():
+            slot = ring.acquire(n)
+            full = ring.full.at[slot]
+            jax.tree.map(
+                lambda buffer, array, full=full: plgpu.copy_gmem_to_smem(array, buffer, full),
+                ring.at(slot),
+                source(name, n),
+            )
+
+    lax.fori_loop(0, steps, step, None)
+    for ring in rings.values():
+        ring.drain(steps)

@@ -1,0 +1,168 @@
+"""The gradient of the query: the weights are computed again from the LSE, block by block.
+
+Dao, arXiv 2307.08691, algorithm 2, cut so that every gradient has one writer and no atomic
+addition: a tile of query rows here, a tile of keys in `key_grad`. The same call twice is bitwise
+equal; the price is two matrix products more than one sweep would need.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from axattn.kernels.hopper import device, visits
+from axattn.kernels.hopper.operands import Operands
+from axattn.kernels.hopper.pipeline import Ring, produce
+from axattn.kernels.hopper.problem import ROWS, Problem
+from axattn.kernels.hopper.scores import Scores, Tiles, score_tile
+from axattn.kernels.hopper.tiles import QueryGradTiles
+from axattn.kernels.hopper.work import Cut, Item
+
+
+def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> jax.Array:
+    """dQ ``[B, T, N, H]``; ``operands`` have ``dout``, ``lse2`` and ``delta`` besides."""
+    cut = Cut.of(problem, operands, tiles.block_kv, tiles.warpgroups, packing=False)
+    plan = visits.of_queries(operands.call, cut.q_block, cut.block_kv)
+    arrays = {**operands.arrays, **plan.arrays()}
+    shape = (problem.batch, problem.stored_q_len, problem.num_heads, problem.head_dim)
+    dquery = device.kernel(
+        functools.partial(_body, cut, tuple(arrays)),
+        name="axattn_query_grad",
+        out=jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype)),
+        scratch=_scratch(cut, tiles, arrays),
+        work=cut.work,
+        warpgroups=cut.warpgroups + 1,
+        interpret=problem.interpret,
+    )(*arrays.values())
+    return dquery[:, : problem.q_len]
+
+
+def _scratch(cut: Cut, tiles: QueryGradTiles, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    problem, groups, keys = cut.problem, cut.warpgroups, cut.block_kv
+    dtype = jnp.dtype(problem.dtype)
+
+    def ring(stages, buffer):
+        return Ring.scratch(stages, buffer, consumers=groups)
+
+    def extra(name):
+        shape = (1, ROWS * groups, keys)
+        return ring(1, device.flat(shape, arrays[name].dtype)) if name in arrays else None
+
+    key = (tiles.key_stages, keys, problem.head_dim)
+    value = (tiles.value_stages, keys, problem.value_head_dim)
+    return {
+        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype),
+        "dout": device.swizzled((groups, ROWS, problem.value_head_dim), dtype),
+        "key": ring(tiles.key_stages, device.swizzled(key, dtype)),
+        "value": ring(tiles.value_stages, device.swizzled(value, dtype)),
+        "bias": extra("bias"),
+        "allowed": extra("allowed"),
+        "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+    }
+
+
+class _Work(NamedTuple):
+    cut: Cut
+    gmem: Mapping[str, Any]
+    smem: Mapping[str, Any]
+    item: Item
+    plan: visits.Visits
+    warpgroup: jax.Array
+
+    def own(self, name: str) -> Any:
+        return self.smem[name].at[self.warpgroup]
+
+    def rows_of(self, name: str) -> Any:
+        """This warpgroup's rows of ``[B, T, N, size]`` in HBM."""
+        rows = self.item.rows
+        return self.gmem[name].at[rows.batch, pl.ds(rows.slot, ROWS), rows.head]
+
+    def vector(self, name: str) -> jax.Array:
+        """This warpgroup's rows of float32 ``[B, N, T']``."""
+        rows = self.item.rows
+        return device.load_vector(
+            self.gmem[name].at[rows.batch, rows.head, pl.ds(rows.slot, ROWS)], 0
+        )
+
+
+def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, "dquery"), refs, strict=True))
+    warpgroup, groups = lax.axis_index("warpgroup"), cut.warpgroups
+    item = cut.item(lax.axis_index("work"), warpgroup)
+    plan = visits.Visits.load(gmem, item.batch, item.tile)
+    work = _Work(cut, gmem, smem, item, plan, warpgroup)
+
+    @pl.when(warpgroup < groups)
+    def _():
+        plgpu.set_max_registers(device.COMPUTE_REGISTERS[groups], action="increase")
+        _compute(work)
+
+    @pl.when(warpgroup == groups)
+    def _():
+        plgpu.set_max_registers(device.PRODUCER_REGISTERS[groups], action="decrease")
+        _produce(work)
+
+
+def _produce(work: _Work) -> None:
+    cut, gmem, item = work.cut, work.gmem, work.item
+
+    def source(name, n):
+        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
+        if name in ("key", "value"):
+            return gmem[name].at[item.batch, keys, item.kv_head]
+        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
+        return score_tile(gmem[name], item.rows, queries, keys)
+
+    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
+    produce(rings, work.plan.total, source)
+
+
+def _compute(work: _Work) -> None:
+    cut = work.cut
+    full = work.own("rows_full")
+    plgpu.copy_gmem_to_smem(work.rows_of("query"), work.own("query"), full)
+    plgpu.copy_gmem_to_smem(work.rows_of("dout"), work.own("dout"), full)
+    shape = (ROWS, cut.block_kv)
+    scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
+    lse, delta = work.vector("lse2"), work.vector("delta")
+    plgpu.barrier_wait(full)
+
+    def step(partial):
+        return functools.partial(_step, work, scores, lse, delta, partial=partial)
+
+    dquery = device.zeros((ROWS, cut.problem.head_dim))
+    dquery = lax.fori_loop(0, work.plan.full, step(False), dquery)
+    if cut.masked:
+        dquery = lax.fori_loop(work.plan.full, work.plan.total, step(True), dquery)
+    work.own("query")[...] = (dquery * cut.problem.scale).astype(cut.problem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(work.own("query"), work.rows_of("dquery"))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(
+    work: _Work, scores: Scores, lse, delta, n, dquery: jax.Array, *, partial: bool
+) -> jax.Array:
+    """One block of keys."""
+    problem, smem = work.cut.problem, work.smem
+    key, value = smem["key"].wait(n), smem["value"].wait(n)
+    dots, dweights = device.products(
+        (work.own("query"), device.transposed(key)),
+        (work.own("dout"), device.transposed(value)),
+    )
+    smem["value"].release(n)
+    kv_slot = work.plan.block(n) * work.cut.block_kv if partial or scores.reads_keys else None
+    tiles = Tiles.wait(smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
+    weights = scores.weights(dots, lse, kv_slot, tiles, partial=partial)
+    Tiles.release(smem, n)
+    dscores = weights.dscores(dweights, delta, kv_slot).astype(problem.dtype)
+    dquery = device.add_product(dquery, dscores, key, interpret=problem.interpret)
+    smem["key"].release(n)
+    return dquery

@@ -1,0 +1,282 @@
+"""One tile of scores in registers: what happens between Q K^T and the softmax, on the device.
+
+The order is that of `axattn.implementations.scores`, in units of log2 so that the softmax is exp2:
+
+    scores = log2(e) * (soft_cap(scale * q.k) + bias + alibi), then the mask
+
+A tile is [64 rows, n] with queries along one axis (`q_axis`: 0 in the forward and the query's
+gradient, 1 in the keys' gradient) and keys along the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from axattn.kernels.hopper import device
+from axattn.kernels.hopper.problem import LOG2E, Problem
+
+
+class Rows(NamedTuple):
+    """The query rows of a tile: rows of one head, or equal slots of several heads after another."""
+
+    batch: jax.Array
+    head: jax.Array  # the first one
+    slot: jax.Array  # of the first row
+    place: jax.Array  # of the first row in the vectors over rows
+    heads: int = 1
+
+
+class Tiles(NamedTuple):
+    """Tiles of bias and mask for this block in shared memory, as the scores lie."""
+
+    bias: Any = None
+    allowed: Any = None
+
+    @classmethod
+    def wait(cls, smem: Mapping[str, Any], n: jax.Array, part) -> Tiles:
+        """The tiles of step ``n``, indexed by ``part``."""
+        rings = {name: smem[name] for name in cls._fields if smem[name] is not None}
+        return cls(**{name: ring.wait(n).at[part] for name, ring in rings.items()})
+
+    @classmethod
+    def release(cls, smem: Mapping[str, Any], n: jax.Array) -> None:
+        rings = [smem[name] for name in cls._fields if smem[name] is not None]
+        if rings:
+            # Threads have read these, and TMA writes them next.
+            plgpu.commit_smem()
+        for ring in rings:
+            ring.release(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of one tile of rows against any block of keys."""
+
+    problem: Problem
+    gmem: Mapping[str, Any]
+    rows: Rows
+    vectors: Mapping[str, jax.Array]
+    shape: tuple[int, int]
+    q_axis: int
+
+    @classmethod
+    def of(cls, problem: Problem, gmem: Mapping[str, Any], rows: Rows, shape, q_axis: int):
+        """Scores of many blocks of keys: what belongs to the rows is loaded once, here."""
+        lazy = cls(problem, gmem, rows, {}, shape, q_axis)
+        names = ("low", "high", "q_positions", "q_segments", "row_bias")
+        vectors = {name: lazy._of_rows(name) for name in names if name in gmem}
+        return dataclasses.replace(lazy, vectors=vectors)
+
+    @property
+    def kv_axis(self) -> int:
+        return 1 - self.q_axis
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are a positive multiple of the products: the scale can wait."""
+        additive = {"bias", "key_bias", "row_bias", "slopes"} & set(self.gmem)
+        return not additive and self.problem.logits_soft_cap is None and self.problem.scale > 0
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether full blocks, too, need to know which keys they have."""
+        return bool({"key_bias", "slopes", "dropout"} & set(self.gmem))
+
+    # ---- the scores ---------------------------------------------------------------------------
+
+    def scores(self, dots: jax.Array, kv_slot: jax.Array, tiles: Tiles) -> tuple[jax.Array, Any]:
+        """Scores before the mask, and tanh(scaled products / cap) where there is a cap."""
+        problem, ratio = self.problem, None
+        if problem.logits_soft_cap is None:
+            scores = dots * (problem.scale * LOG2E)
+        else:
+            cap = problem.logits_soft_cap
+            ratio = _tanh(dots * (problem.scale / cap))
+            scores = ratio * (cap * LOG2E)
+        for bias in self._biases(kv_slot, tiles):
+            scores = scores + bias * LOG2E
+        return scores, ratio
+
+    def _biases(self, kv_slot: jax.Array, tiles: Tiles):
+        if tiles.bias is not None:
+            yield device.load_tile(tiles.bias).astype(jnp.float32)
+        if "key_bias" in self.gmem:
+            ref = _vector_of_head(self.gmem["key_bias"], self.rows.batch, self.rows.head)
+            yield self._over_keys(ref.at[_slots(kv_slot, self.shape[self.kv_axis])])
+        if "row_bias" in self.gmem:
+            yield self._over_queries(self._of_rows("row_bias"))
+        if "slopes" in self.gmem:
+            # Press et al., arXiv 2108.12409, symmetric: -slope * |i - j|.
+            distance = self._over_queries(self._of_rows("q_positions")) - self._kv_positions(
+                kv_slot
+            )
+            yield jnp.abs(distance).astype(jnp.float32) * -self.of_head("slopes")
+
+    def allowed(self, kv_slot: jax.Array, tiles: Tiles) -> jax.Array:
+        """The mask of a partial tile."""
+        positions = self._kv_positions(kv_slot)
+        allowed = positions < self._over_queries(self._of_rows("high"))
+        if "low" in self.gmem:
+            allowed &= positions >= self._over_queries(self._of_rows("low"))
+        if "q_segments" in self.gmem:
+            ids = self._over_keys(self._of_batch("kv_segments", kv_slot))
+            allowed &= ids == self._over_queries(self._of_rows("q_segments"))
+        if tiles.allowed is not None:
+            allowed &= device.load_tile(tiles.allowed).astype(jnp.int32) != 0
+        return allowed
+
+    # ---- the weights and their gradients, from the LSE ----------------------------------------
+
+    def weights(self, dots, lse, kv_slot, tiles: Tiles, *, partial: bool) -> Weights:
+        """The softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
+        if self.plain:
+            scores, ratio = dots * (self.problem.scale * LOG2E), None
+        else:
+            scores, ratio = self.scores(dots, kv_slot, tiles)
+        weights = jnp.exp2(scores - self._over_queries(lse))
+        if partial:
+            weights = jnp.where(self.allowed(kv_slot, tiles), weights, 0.0)
+        return Weights(self, weights, ratio)
+
+    # ---- dropout ------------------------------------------------------------------------------
+
+    def kept(self, kv_slot: jax.Array) -> jax.Array:
+        """Weights that dropout leaves, the same as `axattn.dropout.keep_tile` has."""
+        problem, ref = self.problem, self.gmem["dropout"]
+        size = self.shape[self.q_axis] // self.rows.heads
+        index = device.index_tile(self.shape, self.q_axis)
+        slots = self.rows.slot + (index if self.rows.heads == 1 else index & (size - 1))
+        if not problem.broadcast_dropout:
+            row = (self.rows.batch + ref[jnp.int32(2)]) * problem.num_heads + self.rows.head
+            head = row if self.rows.heads == 1 else row + lax.div(index, jnp.int32(size))
+            slots = head * problem.q_len + slots
+        columns = kv_slot + device.index_tile(self.shape, self.kv_axis)
+        bits = _threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
+        # Unsigned bits >= rate * 2^32, as a signed comparison.
+        threshold = min(round(problem.dropout_rate * 2**32), 2**32 - 1) - 2**31
+        return (bits ^ jnp.int32(-(2**31))) >= jnp.int32(threshold)
+
+    # ---- places -------------------------------------------------------------------------------
+
+    def of_head(self, name: str) -> jax.Array:
+        """A number per head, as a scalar or (several heads in the tile) as a tile."""
+        ref, rows = self.gmem[name], self.rows
+        if rows.heads == 1:
+            return ref[rows.head]
+        return self._over_queries(head_vector(ref, rows, self.shape[self.q_axis]))
+
+    def _kv_positions(self, kv_slot: jax.Array) -> jax.Array:
+        if "kv_positions" in self.gmem:
+            return self._over_keys(self._of_batch("kv_positions", kv_slot))
+        return kv_slot + device.index_tile(self.shape, self.kv_axis)
+
+    def _of_rows(self, name: str) -> jax.Array:
+        """A vector over the rows of this tile."""
+        if name in self.vectors:
+            return self.vectors[name]
+        ref, rows = self.gmem[name], self.rows
+        if name == "row_bias":
+            ref = _vector_of_head(ref, rows.batch, rows.head)
+        else:
+            ref = ref.at[_own(ref, 0, rows.batch)]
+        slots = _slots(rows.place, self.shape[self.q_axis])
+        return device.load_vector(ref.at[slots], self.q_axis)
+
+    def _of_batch(self, name: str, kv_slot: jax.Array):
+        ref = self.gmem[name]
+        size = self.shape[self.kv_axis]
+        return ref.at[_own(ref, 0, self.rows.batch), _slots(kv_slot, size)]
+
+    def _over_keys(self, ref) -> jax.Array:
+        return device.spread(device.load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
+
+    def _over_queries(self, vector: jax.Array) -> jax.Array:
+        return device.spread(vector, self.shape, self.q_axis)
+
+
+class Weights(NamedTuple):
+    """Softmax weights of one tile, and what their gradients need."""
+
+    scores: Scores
+    weights: jax.Array
+    ratio: jax.Array | None  # tanh of the capped scores
+
+    def dropped(self, kv_slot) -> jax.Array:
+        """The weights that met the values."""
+        return self._thinned(self.weights, kv_slot)
+
+    def dscores(self, dweights: jax.Array, delta: jax.Array, kv_slot) -> jax.Array:
+        """Gradient of the scaled products from that of the weights that met the values."""
+        dweights = self._thinned(dweights, kv_slot)
+        dscores = self.weights * (dweights - self.scores._over_queries(delta))
+        return dscores if self.ratio is None else dscores * (1.0 - self.ratio * self.ratio)
+
+    def _thinned(self, weights: jax.Array, kv_slot) -> jax.Array:
+        if "dropout" not in self.scores.gmem:
+            return weights
+        share = 1.0 / (1.0 - self.scores.problem.dropout_rate)
+        return jnp.where(self.scores.kept(kv_slot), weights * share, 0.0)
+
+
+def score_tile(ref, rows: Rows, *part):
+    """A tile over queries and keys in HBM ``[B or 1, N or 1, T, S]`` (or ``[..., S, T]``)."""
+    return ref.at[_own(ref, 0, rows.batch), _own(ref, 1, rows.head), *part]
+
+
+def head_vector(ref, rows: Rows, size: int) -> jax.Array:
+    """A number per head as a vector over the rows of a tile with several heads."""
+    each = size // rows.heads
+    shape = (size, 8)
+    head = lax.div(device.index_tile(shape, 0), jnp.int32(each))
+    values = jnp.zeros(shape, jnp.float32)
+    for member in range(rows.heads):
+        values = jnp.where(head == member, ref[rows.head + member], values)
+    # A tile of equal columns: its maximum along them is the vector.
+    return values.max(axis=1)
+
+
+def _slots(start: jax.Array, size: int):
+    return pl.ds(start, size)
+
+
+def _own(ref, axis: int, index: jax.Array) -> jax.Array:
+    """``index``, or 0 for an axis that broadcasts."""
+    return index if ref.shape[axis] > 1 else jnp.int32(0)
+
+
+def _vector_of_head(ref, batch: jax.Array, head: jax.Array):
+    return ref.at[_own(ref, 0, batch), _own(ref, 1, head)]
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    # The hardware's approximate tanh has 11 bits; times a cap of 50 that would show in the weights.
+    return 1.0 - 2.0 / (jnp.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def _threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
+    """First word of Threefry-2x32-20 at counter (x0, x1), in int32 arithmetic that wraps around.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            high = lax.shift_left(x1, jnp.full_like(x1, rotation))
+            low = lax.shift_right_logical(x1, jnp.full_like(x1, 32 - rotation))
+            x1 = (high | low) ^ x0
+        x0 = x0 + keys[(block + 1) % 3]
+        x1 = x1 + (keys[(block + 2) % 3] + (block + 1))
+    return x0

@@ -1,0 +1,121 @@
+"""Block sizes of the kernels: what they are, and the table that says which to take.
+
+`tiles.json` has a row per kernel, head sizes and kind of call, and says where each came from:
+measured on a device (`benchmarks/tune_hopper.py` writes those), or compiled only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from axattn.call import AttentionCall
+from axattn.kernels.hopper.operands import dense_mask
+from axattn.kernels.hopper.problem import ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Keys per block, blocks in flight, and warpgroups of 64 query rows (two take turns)."""
+
+    block_kv: int
+    stages: int
+    warpgroups: int = 2
+
+    def __post_init__(self):
+        _check(self, multiples_of_16=("block_kv",))
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGradTiles:
+    """Keys per block, blocks of keys and of values in flight, warpgroups of 64 query rows."""
+
+    block_kv: int
+    key_stages: int
+    value_stages: int
+    warpgroups: int = 2
+
+    def __post_init__(self):
+        _check(self, multiples_of_16=("block_kv",))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyGradTiles:
+    """Query rows per block, blocks in flight, warpgroups of 64 keys.
+
+    ``split``: two warpgroups share 64 keys, one has their gradient and one that of the values.
+    """
+
+    block_q: int
+    stages: int
+    warpgroups: int = 2
+    split: bool = False
+
+    def __post_init__(self):
+        _check(self, multiples_of_16=("block_q",))
+        if self.split and self.warpgroups != 2:
+            raise ValueError(f"split takes 2 warpgroups, got {self.warpgroups}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    query: QueryGradTiles
+    key: KeyGradTiles
+
+
+TILES = {"forward": ForwardTiles, "query_grad": QueryGradTiles, "key_grad": KeyGradTiles}
+
+# What a call is to the kernels: without a mask, with one, with tiles of bias or mask, with dropout.
+KINDS = ("full", "masked", "biased", "dropout")
+
+
+def kind(call: AttentionCall) -> str:
+    if call.dropout_key is not None:
+        return "dropout"
+    if call.bias is not None or dense_mask(call) is not None:
+        return "biased"
+    return "masked" if call.mask.parts or call.kv_positions is not None else "full"
+
+
+def forward_tiles(call: AttentionCall) -> ForwardTiles:
+    return _choose("forward", call)
+
+
+def backward_tiles(call: AttentionCall) -> BackwardTiles:
+    return BackwardTiles(_choose("query_grad", call), _choose("key_grad", call))
+
+
+def _choose(kernel: str, call: AttentionCall) -> Any:
+    """The row of the smallest head sizes that hold the call's."""
+    wanted = kind(call)
+    fitting = [
+        row
+        for row in table()["rows"]
+        if row["kernel"] == kernel
+        and row["kind"] == wanted
+        and row["head_dim"] >= call.head_dim
+        and row["value_head_dim"] >= call.value_head_dim
+    ]
+    row = min(fitting, key=lambda row: (row["head_dim"], row["value_head_dim"]))
+    return TILES[kernel](**row["tiles"])
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """``tiles.json``: ``rows``, and under ``provenance`` where they come from."""
+    text = resources.files("axattn.kernels.hopper").joinpath("tiles.json").read_text()
+    return json.loads(text)
+
+
+def _check(tiles: Any, *, multiples_of_16: tuple[str, ...]) -> None:
+    for field in dataclasses.fields(tiles):
+        value = getattr(tiles, field.name)
+        if field.name in multiples_of_16 and (value < 16 or value > 256 or value % 16):
+            raise ValueError(f"{field.name} takes a multiple of 16 from 16 to 256, got {value}")
+        if field.name.endswith("stages") and value < 1:
+            raise ValueError(f"{field.name} takes an int >= 1, got {value}")
+    if not 1 <= tiles.warpgroups <= 3:
+        raise ValueError(f"warpgroups takes 1, 2 or 3 (of {ROWS} rows), got {tiles.warpgroups}")

@@ -1,0 +1,110 @@
+"""Which blocks a kernel visits for a tile of its rows: full ones first, then partial ones.
+
+For masks that are intervals (causal, windows, lengths, prefixes) four numbers per tile say it all;
+where a mask has holes (segments, arrays, given key positions), the blocks are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from axattn.call import AttentionCall
+from axattn.mask_parts import EMPTY, FULL, PARTIAL, Dense, Segments
+from axattn.stored import NEVER
+
+
+class Plan(NamedTuple):
+    """Arrays that a kernel reads to find its blocks."""
+
+    # int32 [B or 1, tiles, 4]: first block, partial blocks before the full ones, full blocks, all.
+    spans: jax.Array
+    # int32 [B or 1, tiles, blocks]: the blocks in the order of their visits, or None.
+    order: jax.Array | None
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """What a kernel takes, by name."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+
+def of_queries(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
+    """Key blocks for each tile of ``block_q`` query slots."""
+    states = _states(call, block_q, block_kv)
+    if call.kv_len % block_kv:
+        # Slots behind the end of the last block are no keys.
+        states = states.at[:, :, -1].min(PARTIAL)
+    return _plan(call, states)
+
+
+def of_keys(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
+    """Query blocks for each tile of ``block_kv`` key slots."""
+    return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2))
+
+
+def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
+    layout = call.layout(block_q, block_kv)
+    rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q))
+    states = jnp.moveaxis(rows, 0, 1)
+    if call.kv_positions is not None:
+        # Keys that no query may attend to are far away, which parts of the mask may not know.
+        nearest, farthest = layout.kv_range(call.kv_positions)
+        most = jnp.where(nearest >= NEVER, EMPTY, jnp.where(farthest >= NEVER, PARTIAL, FULL))
+        states = jnp.minimum(states, most[:, None].astype(states.dtype))
+    return states
+
+
+def _plan(call: AttentionCall, states: jax.Array) -> Plan:
+    """A plan from block states ``[B or 1, tiles, blocks]``."""
+    some, full = states != EMPTY, states == FULL
+    if _has_holes(call):
+        # A stable sort keeps the blocks of one kind in their own order.
+        order = jnp.argsort(-states.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
+        zero = jnp.zeros(states.shape[:2], jnp.int32)
+        return Plan(_stack(zero, zero, full.sum(-1), some.sum(-1)), order)
+    count = states.shape[-1]
+    index = jnp.arange(count)
+    first = jnp.argmax(some, -1)
+    last = count - jnp.argmax(some[..., ::-1], -1)
+    first_full = jnp.argmax(full, -1)
+    # The run of full blocks that starts at the first one.
+    behind = jnp.where((index >= first_full[..., None]) & ~full, index, count).min(-1)
+    num_full = jnp.where(full.any(-1), behind - first_full, 0)
+    before = jnp.where(num_full > 0, first_full - first, 0)
+    return Plan(_stack(first, before, num_full, jnp.where(some.any(-1), last - first, 0)), None)
+
+
+def _stack(*numbers: jax.Array) -> jax.Array:
+    return jnp.stack([number.astype(jnp.int32) for number in numbers], -1)
+
+
+def _has_holes(call: AttentionCall) -> bool:
+    kinds = {type(part) for part in call.mask.parts}
+    return bool(kinds & {Dense, Segments}) or call.kv_positions is not None
+
+
+class Visits(NamedTuple):
+    """The same inside a kernel, for one tile: scalars, and the row of the order in HBM."""
+
+    first: jax.Array
+    before: jax.Array
+    full: jax.Array
+    total: jax.Array
+    order: object | None
+
+    @classmethod
+    def load(cls, gmem: Mapping[str, Any], batch: jax.Array, tile: jax.Array) -> Visits:
+        spans = gmem["spans"]
+        row = batch if spans.shape[0] > 1 else jnp.int32(0)
+        numbers = (spans[row, tile, jnp.int32(i)] for i in range(4))
+        return cls(*numbers, gmem["order"].at[row, tile] if "order" in gmem else None)
+
+    def block(self, n: jax.Array) -> jax.Array:
+        """The block of visit ``n``: full ones for n < ``full``, partial ones after them."""
+        if self.order is not None:
+            return self.order[n]
+        left = n - self.full
+        partial = jnp.where(left < self.before, self.first + left, self.first + n)
+        return jnp.where(n < self.full, self.first + self.before + n, partial)

@@ -1,0 +1,41 @@
+"""Hopper kernels on a CPU: the Pallas GPU interpreter, with race detection, behind the one door."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from axattn import _jax_compat, attention
+from axattn.implementations import flash, mosaic_gpu, registry
+
+recent = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the GPU kernels need jax >= 0.11"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/kernels/hopper" in item.path.as_posix():
+            item.add_marker(recent)
+
+
+@pytest.fixture
+def hopper():
+    """Code that is traced finds itself on an H200."""
+    with _jax_compat.use_abstract_device("NVIDIA H200", 132, "gpu", None):
+        yield
+
+
+@pytest.fixture
+def interpreted(hopper, monkeypatch):
+    """``implementation="mosaic_gpu"`` runs on the CPU, in the interpreter."""
+
+    def ways(call, plan):
+        return tuple((platform, flash.Way(name, interpret=True)) for platform, name in plan)
+
+    entry = registry.Implementation("mosaic_gpu", None, mosaic_gpu.call_refusal, registry.PLATFORMS)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "mosaic_gpu", entry)
+    monkeypatch.setattr(flash, "ways", ways)
+    # A function of our own: jit must not find the programs of other ways.
+    attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
+    monkeypatch.setattr(attention, "_attend", attend)
