@@ -31,6 +31,8 @@ def call_refusal(call: AttentionCall) -> str | None:
             return f"needs a {name} size that is a multiple of 16 and at most 256, got {size}"
     if call.stored is not None:
         return "does not support a cache"
+    if 0 in (call.batch, call.q_len, call.kv_len):
+        return "does not support arrays of no elements"
     if call.traced_scale is not None:
         return "does not support a traced scale"
     kinds = collections.Counter(type(part) for part in call.mask.parts)

@@ -71,3 +71,14 @@ def test_note_where_no_kernels_are_seen(profiler, monkeypatch):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_others_have_the_wall_clock(platform):
     assert device_time.cold_timer(lambda: None, platform) == (None, None)
+
+
+def test_only_kernels_of_a_name_count(profiler):
+    def step():
+        profiler.launched.extend([("axattn_forward", 1.5), ("pad", 0.5)])
+
+    seconds, note = device_time.cold_timer(step, "gpu", kernels="axattn_")
+    assert note is None
+    assert seconds() == pytest.approx(1.5e-3)
+    seconds, note = device_time.cold_timer(step, "gpu", kernels="another")
+    assert seconds is None and "no kernel is called another" in note

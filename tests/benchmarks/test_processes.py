@@ -49,3 +49,49 @@ def test_crashes_are_told(do, message):
 def test_timeout():
     with pytest.raises(processes.ProcessError, match="took longer than 0.2 s"):
         processes.call(Job("hang"), timeout=0.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """Says its process and what it is told to, then does what the last one says."""
+
+    say: tuple[str, ...] = ()
+    end: str = "return"
+
+    def __call__(self):
+        yield os.getpid()
+        yield from self.say
+        yield Job(self.end)()
+
+
+@pytest.fixture
+def worker():
+    worker = processes.Worker()
+    yield worker
+    worker.close()
+
+
+def test_a_worker_keeps_its_process(worker):
+    first, *messages, last = worker.run(Talk(("a", "b")))
+    assert messages == ["a", "b"] and first == last
+    assert next(iter(worker.run(Talk()))) == first
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        ("raise", RuntimeError, "ValueError: a reason"),
+        ("exit", processes.ProcessError, "exit code 3"),
+        ("kill", processes.ProcessError, "SIGKILL"),
+        ("hang", processes.ProcessError, "said nothing for 0.5 s"),
+    ],
+)
+def test_what_was_said_before_a_crash_is_heard(worker, end, error, message):
+    said = []
+    list(worker.run(Talk()))  # started: what follows is no waiting for imports
+    with pytest.raises(error, match=message):
+        for one in worker.run(Talk(("a",), end), 0.5):
+            said.append(one)
+    assert said[1:] == ["a"]
+    pid, _ = worker.run(Talk())
+    assert pid != said[0]

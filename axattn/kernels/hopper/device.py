@@ -19,9 +19,20 @@ from axattn import _jax_compat
 
 REGISTER_TILE = plgpu.Layout.WGMMA
 
-# Of 504 registers per thread and warpgroup position (3 warpgroups): the producer keeps 40.
-COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 160}
-PRODUCER_REGISTERS = {1: 40, 2: 40, 3: 32}
+# Registers per thread by the number of warpgroups that compute: (theirs, the producer's). A block of
+# 3 warpgroups is launched with 168 each, one of 4 with 128: the sums stay within that.
+_REGISTERS = {2: (240, 24), 3: (160, 32)}
+
+
+def claim_registers(warpgroups: int, *, producer: bool = False) -> None:
+    """Hands registers of the producer to the ``warpgroups`` that compute."""
+    if warpgroups not in _REGISTERS:
+        return  # two warpgroups in all have as many as a thread can address
+    computing, producing = _REGISTERS[warpgroups]
+    if producer:
+        plgpu.set_max_registers(producing, action="decrease")
+    else:
+        plgpu.set_max_registers(computing, action="increase")
 
 
 def kernel(body, *, name: str, out: Any, scratch: Any, work: int, warpgroups: int, interpret: bool):
@@ -46,9 +57,13 @@ def kernel(body, *, name: str, out: Any, scratch: Any, work: int, warpgroups: in
     )
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any):
-    """Shared memory ``[..., rows, size]`` as WGMMA and TMA want it; size is a multiple of 16."""
-    columns = next(columns for columns in (64, 32, 16) if shape[-1] % columns == 0)
+def swizzled(shape: tuple[int, ...], dtype: Any, block: int):
+    """Shared memory ``[..., rows, size]`` as WGMMA and TMA want it; size is a multiple of 16.
+
+    A block of ``block`` rows that is summed over (values under weights, keys under gradients) must
+    be a multiple of the columns that are swizzled together: small blocks have smaller ones.
+    """
+    columns = next(n for n in (64, 32, 16) if shape[-1] % n == 0 and block % n == 0)
     atom = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
     return plgpu.SMEM(shape, dtype, transforms=atom)
 
@@ -99,6 +114,21 @@ def add_product(total: jax.Array, a: jax.Array, b_ref, *, interpret: bool) -> ja
     return pl.run_state(multiply)(plgpu.ACC.init(total))
 
 
+def add_product_and_product(
+    total: jax.Array, a: jax.Array, b_ref, other: tuple, *, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """``total + a @ b`` as in `add_product`, and behind it the product of ``other``'s two tiles."""
+    if interpret:
+        return add_product(total, a, b_ref, interpret=True), product(*other)
+
+    def multiply(accumulators):
+        plgpu.wgmma(accumulators[0], a, b_ref)
+        plgpu.wgmma(accumulators[1], *other)
+
+    fresh = zeros((other[0].shape[0], other[1].shape[1]))
+    return pl.run_state(multiply)((plgpu.ACC.init(total), plgpu.ACC.init(fresh)))
+
+
 def transposed(ref):
     return ref.transpose((1, 0))
 
@@ -136,6 +166,15 @@ def spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
 def index_tile(shape: tuple[int, int], axis: int) -> jax.Array:
     """int32 index along ``axis`` for each place of a register tile."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=REGISTER_TILE)
+
+
+def unknown(index: jax.Array) -> jax.Array:
+    """The same index, about which the compiler knows nothing.
+
+    In a loop: descriptors of a tile of H = 256 take 32 registers, and those of tiles that stay the
+    same would be kept in them around the whole loop. So they are made again.
+    """
+    return lax.optimization_barrier(index)
 
 
 class Turns:

@@ -81,13 +81,13 @@ def _scratch(cut: Cut, stages: int, arrays: Mapping[str, Any]) -> dict[str, Any]
         return ring(device.flat(shape, arrays[name].dtype)) if name in arrays else None
 
     own_out = problem.head_dim != problem.value_head_dim
-    out = device.swizzled((groups, ROWS, problem.value_head_dim), dtype) if own_out else None
+    out = device.swizzled((groups, ROWS, problem.value_head_dim), dtype, ROWS) if own_out else None
     return {
-        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype),
+        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
         "out": out,
         "lse": device.flat((groups, ROWS), jnp.float32),
-        "key": ring(device.swizzled((stages, keys, problem.head_dim), dtype)),
-        "value": ring(device.swizzled((stages, keys, problem.value_head_dim), dtype)),
+        "key": ring(device.swizzled((stages, keys, problem.head_dim), dtype, keys)),
+        "value": ring(device.swizzled((stages, keys, problem.value_head_dim), dtype, keys)),
         "bias": extra("bias"),
         "allowed": extra("allowed"),
         "query_full": plgpu.Barrier(num_arrivals=cut.pack, num_barriers=groups),
@@ -125,12 +125,12 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
 
     @pl.when(warpgroup < groups)
     def _():
-        plgpu.set_max_registers(device.COMPUTE_REGISTERS[groups], action="increase")
+        device.claim_registers(groups)
         _compute(work)
 
     @pl.when(warpgroup == groups)
     def _():
-        plgpu.set_max_registers(device.PRODUCER_REGISTERS[groups], action="decrease")
+        device.claim_registers(groups, producer=True)
         _produce(work)
 
 
@@ -188,11 +188,14 @@ def _step(
     """One block of keys: the scores, the online softmax, and the weighted values."""
     cut, smem = work.cut, work.smem
     key = smem["key"].wait(n)
-    dots = device.product(work.own("query"), device.transposed(key), then=turns.take)
+    query = smem["query"].at[device.unknown(work.warpgroup)]
+    dots = device.product(query, device.transposed(key), then=turns.take)
     smem["key"].release(n)
 
-    values, weights, top, total = _softmax(work, scores, n, state, dots, partial=partial)
-
+    values, weights, top, total = lax.optimization_barrier(
+        _softmax(work, scores, n, state, dots, partial=partial)
+    )
+    # Not before all of the above is done: the other warpgroup's exponentials are next.
     turns.leave()
     value = smem["value"].wait(n)
     turns.enter()
@@ -221,8 +224,9 @@ def _softmax(work: _Work, scores: Scores, n, state: _State, dots: jax.Array, *, 
     decay = jnp.exp2(state.top - shift)
     total = state.total * decay + weights.sum(axis=1)
     values = state.values * device.spread(decay, state.values.shape, 0)
-    if "dropout" in work.gmem:
-        weights = jnp.where(scores.kept(kv_slot), weights, 0.0)
+    kept = scores.kept(kv_slot)
+    if kept is not None:
+        weights = jnp.where(kept, weights, 0.0)
     return values, weights.astype(problem.dtype), top, total
 
 

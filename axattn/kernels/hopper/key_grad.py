@@ -113,10 +113,10 @@ def _scratch(cut: Cut, arrays: Mapping[str, Any]) -> dict[str, Any]:
     dtype = jnp.dtype(problem.dtype)
 
     def keys(size):
-        return device.swizzled((cut.shares, ROWS, size), dtype)
+        return device.swizzled((cut.shares, ROWS, size), dtype, rows)
 
     def queries(size):
-        tile = device.swizzled((stages, rows, size), dtype)
+        tile = device.swizzled((stages, rows, size), dtype, rows)
         vector = device.flat((stages, rows), jnp.float32)
         return Ring.scratch(stages, (tile, vector), copies=2, consumers=cut.tiles.warpgroups)
 
@@ -168,7 +168,7 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
     work = _Work(cut, gmem, smem, item, plan)
 
     def compute(**gradients):
-        plgpu.set_max_registers(device.COMPUTE_REGISTERS[groups], action="increase")
+        device.claim_registers(groups)
         _compute(work, **gradients)
 
     if cut.tiles.split:
@@ -179,7 +179,7 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
 
     @pl.when(warpgroup == groups)
     def _():
-        plgpu.set_max_registers(device.PRODUCER_REGISTERS[groups], action="decrease")
+        device.claim_registers(groups, producer=True)
         _produce(work)
 
 
@@ -250,21 +250,34 @@ def _step(work: _Work, head: jax.Array, n, sums: _Sums, *, partial: bool) -> _Su
     rows = work.rows(head, n)
     scores = Scores(problem, work.gmem, rows, {}, (ROWS, cut.tiles.block_q), q_axis=1)
     kv_slot = work.item.slot
-    query, lse = smem["query"].wait(step)
-    dout, delta = smem["dout"].wait(step)
-    dots, dweights = device.product(work.own("key"), device.transposed(query)), None
-    if sums.dkey is not None:
-        dweights = device.product(work.own("value"), device.transposed(dout))
+    # What dropout keeps needs many registers to find, and one bit per score to hold: it is first.
     tiles = Tiles.wait(smem, step, pl.ds(work.item.share * ROWS, ROWS))
-    lse, delta = device.load_vector(lse, 1), device.load_vector(delta, 1)
-    weights = scores.weights(dots, lse, kv_slot, tiles, partial=partial)
+    kept = scores.kept(kv_slot)
+    query, lse = smem["query"].wait(step)
+    share = device.unknown(work.item.share)
+    dots = device.product(smem["key"].at[share], device.transposed(query))
+    lse = device.load_vector(lse, 1)
+    weights = scores.weights(dots, lse, kv_slot, tiles, kept, partial=partial)
     Tiles.release(smem, step)
-    add = functools.partial(device.add_product, interpret=problem.interpret)
+
+    dout, delta = smem["dout"].wait(step)
     dkey, dvalue = sums
+    other = smem["value"].at[share], device.transposed(dout)
+    add = functools.partial(device.add_product, interpret=problem.interpret)
     if dvalue is not None:
-        dvalue = add(dvalue, weights.dropped(kv_slot).astype(problem.dtype), dout)
+        dropped = weights.dropped().astype(problem.dtype)
+    if dkey is None:
+        dvalue = add(dvalue, dropped, dout)
+    elif dvalue is None:
+        dweights = device.product(*other)
+    else:
+        dvalue, dweights = device.add_product_and_product(
+            dvalue, dropped, dout, other, interpret=problem.interpret
+        )
     if dkey is not None:
-        dscores = weights.dscores(dweights, delta, kv_slot).astype(problem.dtype)
+        # A vector along the columns takes many registers: it is loaded when it is needed.
+        delta = device.load_vector(delta, 1)
+        dscores = weights.dscores(dweights, delta).astype(problem.dtype)
         dkey = add(dkey, dscores, query)
     plgpu.commit_smem()  # threads have read the LSE and delta, and TMA writes them next
     smem["query"].release(step)

@@ -58,10 +58,10 @@ def _scratch(cut: Cut, tiles: QueryGradTiles, arrays: Mapping[str, Any]) -> dict
     key = (tiles.key_stages, keys, problem.head_dim)
     value = (tiles.value_stages, keys, problem.value_head_dim)
     return {
-        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype),
-        "dout": device.swizzled((groups, ROWS, problem.value_head_dim), dtype),
-        "key": ring(tiles.key_stages, device.swizzled(key, dtype)),
-        "value": ring(tiles.value_stages, device.swizzled(value, dtype)),
+        "query": device.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
+        "dout": device.swizzled((groups, ROWS, problem.value_head_dim), dtype, keys),
+        "key": ring(tiles.key_stages, device.swizzled(key, dtype, keys)),
+        "value": ring(tiles.value_stages, device.swizzled(value, dtype, keys)),
         "bias": extra("bias"),
         "allowed": extra("allowed"),
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
@@ -101,12 +101,12 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
 
     @pl.when(warpgroup < groups)
     def _():
-        plgpu.set_max_registers(device.COMPUTE_REGISTERS[groups], action="increase")
+        device.claim_registers(groups)
         _compute(work)
 
     @pl.when(warpgroup == groups)
     def _():
-        plgpu.set_max_registers(device.PRODUCER_REGISTERS[groups], action="decrease")
+        device.claim_registers(groups, producer=True)
         _produce(work)
 
 
@@ -152,17 +152,26 @@ def _step(
 ) -> jax.Array:
     """One block of keys."""
     problem, smem = work.cut.problem, work.smem
-    key, value = smem["key"].wait(n), smem["value"].wait(n)
-    dots, dweights = device.products(
-        (work.own("query"), device.transposed(key)),
-        (work.own("dout"), device.transposed(value)),
-    )
-    smem["value"].release(n)
     kv_slot = work.plan.block(n) * work.cut.block_kv if partial or scores.reads_keys else None
+    # What dropout keeps needs many registers to find, and one bit per score to hold: it is first.
     tiles = Tiles.wait(smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
-    weights = scores.weights(dots, lse, kv_slot, tiles, partial=partial)
+    kept = scores.kept(kv_slot)
+
+    key, value = smem["key"].wait(n), smem["value"].wait(n)
+    own = device.unknown(work.warpgroup)
+    operands = smem["query"].at[own], device.transposed(key)
+    other = smem["dout"].at[own], device.transposed(value)
+    light = tiles == Tiles()
+    if light:
+        dots, dweights = device.products(operands, other)
+    else:
+        dots = device.product(*operands)
+    weights = scores.weights(dots, lse, kv_slot, tiles, kept, partial=partial)
+    if not light:
+        dweights = device.product(*other)
+    smem["value"].release(n)
     Tiles.release(smem, n)
-    dscores = weights.dscores(dweights, delta, kv_slot).astype(problem.dtype)
+    dscores = weights.dscores(dweights, delta).astype(problem.dtype)
     dquery = device.add_product(dquery, dscores, key, interpret=problem.interpret)
     smem["key"].release(n)
     return dquery

@@ -135,7 +135,7 @@ class Scores:
 
     # ---- the weights and their gradients, from the LSE ----------------------------------------
 
-    def weights(self, dots, lse, kv_slot, tiles: Tiles, *, partial: bool) -> Weights:
+    def weights(self, dots, lse, kv_slot, tiles: Tiles, kept, *, partial: bool) -> Weights:
         """The softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
         if self.plain:
             scores, ratio = dots * (self.problem.scale * LOG2E), None
@@ -144,12 +144,14 @@ class Scores:
         weights = jnp.exp2(scores - self._over_queries(lse))
         if partial:
             weights = jnp.where(self.allowed(kv_slot, tiles), weights, 0.0)
-        return Weights(self, weights, ratio)
+        return Weights(self, weights, ratio, kept)
 
     # ---- dropout ------------------------------------------------------------------------------
 
-    def kept(self, kv_slot: jax.Array) -> jax.Array:
-        """Weights that dropout leaves, the same as `axattn.dropout.keep_tile` has."""
+    def kept(self, kv_slot: jax.Array) -> jax.Array | None:
+        """Weights that dropout leaves, the same as `axattn.dropout.keep_tile` has; None for all."""
+        if "dropout" not in self.gmem:
+            return None
         problem, ref = self.problem, self.gmem["dropout"]
         size = self.shape[self.q_axis] // self.rows.heads
         index = device.index_tile(self.shape, self.q_axis)
@@ -208,22 +210,23 @@ class Weights(NamedTuple):
     scores: Scores
     weights: jax.Array
     ratio: jax.Array | None  # tanh of the capped scores
+    kept: jax.Array | None
 
-    def dropped(self, kv_slot) -> jax.Array:
+    def dropped(self) -> jax.Array:
         """The weights that met the values."""
-        return self._thinned(self.weights, kv_slot)
+        return self._thinned(self.weights)
 
-    def dscores(self, dweights: jax.Array, delta: jax.Array, kv_slot) -> jax.Array:
+    def dscores(self, dweights: jax.Array, delta: jax.Array) -> jax.Array:
         """Gradient of the scaled products from that of the weights that met the values."""
-        dweights = self._thinned(dweights, kv_slot)
+        dweights = self._thinned(dweights)
         dscores = self.weights * (dweights - self.scores._over_queries(delta))
         return dscores if self.ratio is None else dscores * (1.0 - self.ratio * self.ratio)
 
-    def _thinned(self, weights: jax.Array, kv_slot) -> jax.Array:
-        if "dropout" not in self.scores.gmem:
+    def _thinned(self, weights: jax.Array) -> jax.Array:
+        if self.kept is None:
             return weights
         share = 1.0 / (1.0 - self.scores.problem.dropout_rate)
-        return jnp.where(self.scores.kept(kv_slot), weights * share, 0.0)
+        return jnp.where(self.kept, weights * share, 0.0)
 
 
 def score_tile(ref, rows: Rows, *part):

@@ -68,15 +68,23 @@ class BackwardTiles:
 
 TILES = {"forward": ForwardTiles, "query_grad": QueryGradTiles, "key_grad": KeyGradTiles}
 
-# What a call is to the kernels: without a mask, with one, with tiles of bias or mask, with dropout.
-KINDS = ("full", "masked", "biased", "dropout")
+# What a call is to the kernels, from the one that needs least of shared memory and registers.
+KINDS = (
+    "full",  # no mask
+    "masked",  # causal, windows, lengths, segments; sinks too
+    "capped",  # a soft cap besides
+    "general",  # dropout, ALiBi or a bias that is a vector, with all of the above
+    "biased",  # a bias or a mask over [T, S], with all of the above
+)
 
 
 def kind(call: AttentionCall) -> str:
-    if call.dropout_key is not None:
-        return "dropout"
-    if call.bias is not None or dense_mask(call) is not None:
+    if dense_mask(call) is not None or (call.bias is not None and 1 not in call.bias.shape[2:]):
         return "biased"
+    if call.dropout_key is not None or call.alibi_slopes is not None or call.bias is not None:
+        return "general"
+    if call.logits_soft_cap is not None:
+        return "capped"
     return "masked" if call.mask.parts or call.kv_positions is not None else "full"
 
 

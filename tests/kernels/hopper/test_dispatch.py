@@ -1,0 +1,96 @@
+"""Which calls go to the kernels, and what the others are told."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import axattn
+from axattn import Mask, _jax_compat
+from axattn.implementations import mosaic_gpu
+from tests.kernels.hopper.calls import call_of, make_call
+
+
+def shapes(B=1, T=1024, S=1024, N=8, K=2, H=128, h=None, dtype=jnp.bfloat16):
+    sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, h or H))
+    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+
+def test_none_takes_the_kernels_on_hopper(hopper):
+    why = axattn.explain_implementations(*shapes(), is_causal=True)
+    assert why["mosaic_gpu"] is None and why["mosaic"] is None
+    # The others take the other flash path, so that both keep the same residuals.
+    assert why.by_platform == {
+        **dict.fromkeys(("cpu", "rocm", "tpu"), "xla_chunked"),
+        "cuda": "mosaic_gpu",
+    }
+
+
+def test_decode_steps_stay(hopper):
+    assert axattn.explain_implementations(*shapes(T=1)).by_platform["cuda"] == "xla"
+
+
+@pytest.mark.parametrize(
+    "reason, arguments, options",
+    [
+        ("float32", dict(dtype=jnp.float32), {}),
+        ("head size that is a multiple of 16 and at most 256, got 72", dict(H=72), {}),
+        ("value head size that is a multiple of 16 and at most 256, got 512", dict(h=512), {}),
+        ("mask array per head", {}, dict(mask=jax.ShapeDtypeStruct((1, 8, 1, 1024), bool))),
+        ("traced scale", {}, dict(scale=jax.ShapeDtypeStruct((), jnp.float32))),
+        (
+            "two pairs of segment ids",
+            {},
+            dict(
+                query_segment_ids=jax.ShapeDtypeStruct((1024,), jnp.int32),
+                mask=Mask.segments(np.zeros(1024, int)),
+            ),
+        ),
+    ],
+)
+def test_refusals(hopper, reason, arguments, options):
+    why = axattn.explain_implementations(*shapes(**arguments), **options)
+    assert reason in why["mosaic_gpu"]
+    assert why.by_platform["cuda"] != "mosaic_gpu"
+
+
+def test_a_named_request_without_the_device_says_what_it_needs():
+    q, k, v = (jnp.zeros(x.shape, x.dtype) for x in shapes(T=8, S=8))
+    with pytest.raises(NotImplementedError, match='"mosaic_gpu" needs a Hopper GPU'):
+        axattn.dot_product_attention(q, k, v, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("kind, capability", [("NVIDIA A100-SXM4-80GB", "8.0"), ("B200", "10.0")])
+def test_other_gpus(kind, capability):
+    with _jax_compat.use_abstract_device(kind, 100, "gpu", capability):
+        why = axattn.explain_implementations(*shapes())
+    assert why["mosaic_gpu"] == f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+
+
+def test_a_cache_is_refused(hopper):
+    from axattn import cache
+
+    stored = cache.DenseCache.create(1, 64, 2, 64, dtype=jnp.bfloat16).stored()
+    q = jnp.zeros((1, 128, 8, 64), jnp.bfloat16)
+    assert mosaic_gpu.call_refusal(call_of(q, stored, None)) == "does not support a cache"
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("full", {}),
+        ("masked", dict(is_causal=True)),
+        ("masked", dict(mask=np.ones((1, 1, 1, 40), bool))),
+        ("capped", dict(is_causal=True, logits_soft_cap=5.0)),
+        ("general", dict(alibi_slopes=np.ones(4))),
+        ("general", dict(bias=np.zeros((1, 1, 1, 40)))),
+        ("general", dict(dropout_rate=0.1, dropout_rng=jax.random.key(0))),
+        ("biased", dict(bias=np.zeros((1, 1, 24, 40)))),
+        ("biased", dict(mask=np.ones((24, 40), bool), logits_soft_cap=5.0)),
+    ],
+)
+def test_kinds(kind, options):
+    tiles = pytest.importorskip("axattn.kernels.hopper.tiles", exc_type=ImportError)
+    assert tiles.kind(make_call(1, 24, 40, 4, 2, 64, **options)) == kind
