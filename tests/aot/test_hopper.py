@@ -1,0 +1,134 @@
+"""The Hopper kernels under NVIDIA's compiler, without a GPU: registers, shared memory and HBM."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import axattn
+from axattn import aot
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax >= 0.11"),
+]
+
+KERNELS = ("forward", "query_grad", "key_grad")
+HEADS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+MiB = 2**20
+
+
+@pytest.fixture(params=["h200"])
+def target(request):
+    return need(request.param)
+
+
+def need(name):
+    try:
+        aot.check_installed(aot.target(name))
+    except aot.MissingCompilerError as error:
+        pytest.skip(str(error))
+    return name
+
+
+def compiled_row(kernel, kind, sizes, target, dtype="bfloat16"):
+    """ptxas on the kernel with the tiles that the table has for such a call."""
+    from axattn.kernels.hopper import tiles
+    from benchmarks.harness import tile_calls, tile_candidates, tile_compile
+
+    tile_compile.prepare(target)
+    place = tile_candidates.Place(kernel, kind, *sizes)
+    (row,) = [
+        row
+        for row in tiles.table()["rows"]
+        if (row["kernel"], row["kind"]) == (kernel, kind)
+        and (row["head_dim"], row["value_head_dim"]) == sizes
+    ]
+    own = tiles.TILES[kernel](**row["tiles"])
+    assert tile_candidates.shared_bytes(place, own) <= tile_candidates.SHARED_BYTES
+    found, refusal = tile_compile.compile_call(place, own, tile_calls.TYPICAL[kind], target)
+    assert refusal is None, (own, refusal)
+    return own, found
+
+
+@pytest.mark.parametrize("sizes", HEADS, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_row_of_the_table_spills(target, kernel, sizes):
+    from axattn.kernels.hopper.tiles import KINDS
+
+    for kind in KINDS:
+        own, found = compiled_row(kernel, kind, sizes, target)
+        assert (found.spill_stores, found.spill_loads) == (0, 0), (kind, own, found)
+        assert not found.serialized, (kind, own, found)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_h100(kernel):
+    own, found = compiled_row(kernel, "masked", (128, 128), need("h100"))
+    assert (found.spill_stores, found.serialized) == (0, False), own
+
+
+def structs(B=1, T=8192, N=16, K=2, H=128, dtype=jnp.bfloat16):
+    return [jax.ShapeDtypeStruct((B, T, heads, H), dtype) for heads in (N, K, K)]
+
+
+def gradients(attend):
+    def run(q, k, v):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(out)
+
+    return run
+
+
+def test_none_takes_the_kernels_and_needs_no_memory(target):
+    """Temporaries are the LSE and bounds per row; nothing has the size of N heads of keys."""
+    attend = functools.partial(axattn.dot_product_attention, is_causal=True)
+    forward = aot.analyze(attend, *structs(), target=target)
+    both = aot.analyze(gradients(attend), *structs(), target=target)
+    for report, kernels in ((forward, 1), (both, 3)):
+        assert report.ok, report
+        assert report.hlo_text().count('custom_call_target="mosaic_gpu') == kernels
+    assert forward.temp_bytes < 2 * MiB
+    assert both.temp_bytes < 4 * MiB
+    size = 2 * 8192 * 128
+    assert both.output_bytes < (2 * 16 + 2 * 2) * size + MiB  # out, dq, dk, dv
+
+
+def test_remat_scan_and_vmap(target):
+    attend = functools.partial(axattn.dot_product_attention, implementation="mosaic_gpu")
+
+    def loss(q, k, v, scales):
+        @jax.checkpoint
+        def layer(x, scale):
+            return attend(x * scale, k, v, is_causal=True), None
+
+        return jax.lax.scan(layer, q, scales)[0].astype(jnp.float32).sum()
+
+    scales = jax.ShapeDtypeStruct((4,), jnp.bfloat16)
+    args = structs(T=256)
+    assert aot.analyze(jax.grad(loss, (0, 1, 2)), *args, scales, target=target).ok
+    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in args]
+    assert aot.analyze(jax.vmap(gradients(attend)), *stacked, target=target).ok
+
+
+@pytest.mark.parametrize("H", [16, 48, 80, 112, 144, 208])
+def test_head_sizes_between_the_rows_of_the_table(target, H):
+    attend = functools.partial(
+        axattn.dot_product_attention, is_causal=True, implementation="mosaic_gpu"
+    )
+    assert aot.analyze(gradients(attend), *structs(T=200, H=H), target=target).ok
+
+
+def test_other_gpus_do_not_take_them():
+    q, k, v = structs(T=4096)
+    report = aot.analyze(axattn.dot_product_attention, q, k, v, target=need("b200"))
+    assert report.ok and "mosaic_gpu" not in report.hlo_text()
+    with pytest.raises(NotImplementedError, match="compute capability 9.0"):
+        with aot.tracing_for("b200"):
+            jax.eval_shape(
+                functools.partial(axattn.dot_product_attention, implementation="mosaic_gpu"), q, k, v
+            )
