@@ -219,12 +219,21 @@ def gpu_capability() -> str | None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        hopper = any(name in device.device_kind for name in ("H100", "H200"))
-        capability = getattr(device, "compute_capability", "9.0" if hopper else None)
+        # JAX's own AbstractDevice has no capability; Mosaic GPU then takes 9.0.
+        capability = getattr(device, "compute_capability", "9.0")
         return capability if device.platform == "gpu" else None
     if jax.default_backend() != "gpu":
         return None
     return getattr(jax.devices()[0], "compute_capability", None)
+
+
+def cuda_runtime_version() -> int | None:
+    """The CUDA runtime of this process as 12090 for 12.9, or None without one."""
+    try:
+        from jax._src.lib import cuda_versions
+    except ImportError:
+        return None
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
 
 def gpu_interpreter():

@@ -64,6 +64,7 @@ def backward(
     # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).
     empty = lse == -jnp.inf
     lse, delta = (jnp.where(empty, 0.0, x) for x in (lse, delta))
+    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
     dsinks = None
     if call.sinks is not None:
         share = jnp.exp(call.sinks.astype(dtype) - lse)

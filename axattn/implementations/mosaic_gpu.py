@@ -53,6 +53,9 @@ def _device_refusal() -> str | None:
         return "needs a Hopper GPU (H100, H200), and none is attached"
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    version = _jax_compat.cuda_runtime_version()
+    if version is not None and 12080 <= version < 12091:
+        return f"needs CUDA before 12.8 or from 12.9.1 (a ptxas miscompiles masks), got {version}"
     return None
 
 

@@ -26,8 +26,10 @@ DECODE_LOGITS_BYTES = 2**27
 RAGGED_FROM_KEYS = 1024
 
 
-# The Hopper kernels come first wherever they take a call that is no decode step. They are compiled
+# The Hopper kernels come first wherever they take a call that is no decode step (nor a speculative
+# one: without a split along the keys its few blocks leave most of the chip idle). They are compiled
 # and interpreted, not measured: no figure says that another path is faster anywhere.
+SPECULATIVE_ROWS = 16
 
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
@@ -35,7 +37,7 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
         return _over_cache(call, platform, scores)
-    if reasons["mosaic_gpu"] is None and call.q_len * call.num_heads > DECODE_ROWS:
+    if reasons["mosaic_gpu"] is None and call.q_len > SPECULATIVE_ROWS:
         # A Hopper GPU is at hand. Elsewhere the other flash path, so that both share residuals.
         return "mosaic_gpu" if platform == "cuda" else "xla_chunked"
     if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:

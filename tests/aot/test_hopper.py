@@ -130,5 +130,8 @@ def test_other_gpus_do_not_take_them():
     with pytest.raises(NotImplementedError, match="compute capability 9.0"):
         with aot.tracing_for("b200"):
             jax.eval_shape(
-                functools.partial(axattn.dot_product_attention, implementation="mosaic_gpu"), q, k, v
+                functools.partial(axattn.dot_product_attention, implementation="mosaic_gpu"),
+                q,
+                k,
+                v,
             )

@@ -84,3 +84,12 @@ def test_second_derivatives_name_the_implementation_that_has_them():
 
     with pytest.raises(NotImplementedError, match='ask for "xla"'):
         jax.grad(lambda q: jax.grad(loss)(q).sum())(q)
+
+
+def test_output_cotangents_of_empty_rows_do_not_count():
+    q, k, v = arrays((1, 9, 4, 8), (1, 20, 2, 8), (1, 20, 2, 8))
+    attend = functools.partial(ATTEND["xla_chunked"], is_causal=True, q_offset=-4)
+    _, pull = jax.vjp(attend, q, k, v)
+    dout = jnp.ones(q.shape)
+    for got, want in zip(pull(dout.at[:, :4].set(jnp.nan)), pull(dout), strict=True):
+        np.testing.assert_array_equal(got, want)

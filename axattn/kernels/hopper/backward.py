@@ -28,16 +28,15 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value and sinks, each in its input's dtype."""
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-    # Rows with nothing to attend to have no gradient, whatever their cotangents are.
-    delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     problem = Problem.of(call, interpret=interpret)
     given = with_given(call, lse, dout, delta)
     dquery = query_grad(problem, given, tiles.query)
     dkey, dvalue = key_grad(problem, given, tiles.key)
     dsinks = None
     if call.sinks is not None:
-        share = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(call.sinks - lse))
-        dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
+        empty = lse == -jnp.inf
+        share = jnp.exp(call.sinks - jnp.where(empty, 0.0, lse))
+        dsinks = -jnp.where(empty, 0.0, share * delta).sum((0, 1)).astype(call.sinks.dtype)
     return dquery, dkey, dvalue, dsinks
 
 
@@ -51,12 +50,15 @@ def with_given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.
     """
     own, rows = operands.of(call), operands.vector_length(call.q_len)
     stored = Problem.of(call).stored_q_len
-    # An infinite LSE gives weights of 0: in rows without keys, and behind the last row.
-    shift = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
+    # partial results are merged by their LSE). An infinite LSE gives weights of 0: there, and
+    # behind the last row.
+    empty = lse == -jnp.inf
+    dout = jnp.where(empty[..., None], 0.0, dout).astype(call.query.dtype)
     more = {
-        "dout": operands.stored_rows(call, dout.astype(call.query.dtype), stored),
-        "lse2": _over_rows(shift, rows, jnp.inf),
-        "delta": _over_rows(delta, rows, 0.0),
+        "dout": operands.stored_rows(call, dout, stored),
+        "lse2": _over_rows(jnp.where(empty, jnp.inf, lse * LOG2E), rows, jnp.inf),
+        "delta": _over_rows(jnp.where(empty, 0.0, delta), rows, 0.0),
     }
     return dataclasses.replace(own, arrays={**own.arrays, **more})
 

@@ -19,8 +19,8 @@ from axattn import _jax_compat
 
 REGISTER_TILE = plgpu.Layout.WGMMA
 
-# Registers per thread by the number of warpgroups that compute: (theirs, the producer's). A block of
-# 3 warpgroups is launched with 168 each, one of 4 with 128: the sums stay within that.
+# Registers per thread by the number of warpgroups that compute: (theirs, the producer's). A block
+# of 3 warpgroups is launched with 168 each, one of 4 with 128: the sums stay within that.
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 

@@ -140,16 +140,20 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
 def _produce(work: _Work) -> None:
     cut, gmem, item = work.cut, work.gmem, work.item
 
-    def source(name, n):
+    def sources(n):
         keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
-        if name in ("key", "value"):
-            return gmem[name].at[item.batch, keys, item.kv_head]
         # Only unpacked calls have tiles over [T, S]: all rows are of one head.
         queries = pl.ds(item.tile * cut.q_block, cut.q_block)
-        return score_tile(gmem[name], item.rows, queries, keys)
+
+        def source(name):
+            if name in ("key", "value"):
+                return gmem[name].at[item.batch, keys, item.kv_head]
+            return score_tile(gmem[name], item.rows, queries, keys)
+
+        return source
 
     rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
-    produce(rings, work.plan.total, source)
+    produce(rings, work.plan.total, sources)
 
 
 # ---- the warpgroups that compute ------------------------------------------------------------
@@ -234,12 +238,13 @@ def _finish(work: _Work, state: _State) -> None:
     """Divides by the sums, and writes the rows and their LSE."""
     problem, item = work.cut.problem, work.item
     top, total, scale = state.top, state.total, 1.0
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
     if "sinks" in work.gmem:
         # A sink is a key with its own logit and no value.
         sink = head_vector(work.gmem["sinks"], item.rows, ROWS) * LOG2E
-        shift = jnp.maximum(top, sink)
-        scale = jnp.exp2(top - shift)
+        top = jnp.maximum(state.top, sink)
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    if "sinks" in work.gmem:
+        scale = jnp.exp2(state.top - shift)
         total = total * scale + jnp.exp2(sink - shift)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)

@@ -194,19 +194,23 @@ def _produce(work: _Work) -> None:
             )
     keys = pl.ds(item.tile * cut.kv_block, cut.kv_block)
 
-    def source(name, step):
+    def sources(step):
         rows = work.rows(lax.div(step, work.plan.total), lax.rem(step, work.plan.total))
         slots = pl.ds(rows.slot, cut.tiles.block_q)
-        if name in Tiles._fields:
-            return score_tile(gmem[name], rows, keys, slots)
-        vector = {"query": "lse2", "dout": "delta"}[name]
-        return (
-            gmem[name].at[rows.batch, slots, rows.head],
-            gmem[vector].at[rows.batch, rows.head, slots],
-        )
+
+        def source(name):
+            if name in Tiles._fields:
+                return score_tile(gmem[name], rows, keys, slots)
+            vector = {"query": "lse2", "dout": "delta"}[name]
+            return (
+                gmem[name].at[rows.batch, slots, rows.head],
+                gmem[vector].at[rows.batch, rows.head, slots],
+            )
+
+        return source
 
     rings = {name: work.smem[name] for name in ("query", *Tiles._fields, "dout")}
-    produce(rings, work.plan.total * cut.problem.group, source)
+    produce(rings, work.plan.total * cut.problem.group, sources)
 
 
 def _compute(work: _Work, *, dkey: bool, dvalue: bool) -> None:

@@ -108,7 +108,8 @@ def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
         return {"key_bias": _filled(vector.astype(jnp.float32), keys)}
     if bias.shape[3] == 1:
         return {"row_bias": _filled(bias[..., 0].astype(jnp.float32), rows)}
-    return {"bias": _aligned(bias)}
+    # TMA has no float64.
+    return {"bias": _aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
 
 def dense_mask(call: AttentionCall) -> jax.Array | None:

@@ -71,22 +71,23 @@ class Ring(NamedTuple):
 def produce(
     rings: Mapping[str, Ring | None],
     steps: jax.Array,
-    source: Callable[[str, jax.Array], Any],
+    sources: Callable[[jax.Array], Callable[[str], Any]],
 ) -> None:
-    """Fills the rings step by step, in their order, with ``source(name, n)`` in HBM.
+    """Fills the rings step by step, in their order, with ``sources(n)(name)`` in HBM.
 
-    ``source`` gives what the ring's buffers are, in the same structure.
+    That has the structure of the ring's buffers.
     """
     rings = {name: ring for name, ring in rings.items() if ring is not None}
 
     def step(n, _):
+        source = sources(n)
         for name, ring in rings.items():
             slot = ring.acquire(n)
             full = ring.full.at[slot]
             jax.tree.map(
                 lambda buffer, array, full=full: plgpu.copy_gmem_to_smem(array, buffer, full),
                 ring.at(slot),
-                source(name, n),
+                source(name),
             )
 
     lax.fori_loop(0, steps, step, None)

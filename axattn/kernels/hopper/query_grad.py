@@ -113,15 +113,19 @@ def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
 def _produce(work: _Work) -> None:
     cut, gmem, item = work.cut, work.gmem, work.item
 
-    def source(name, n):
+    def sources(n):
         keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
-        if name in ("key", "value"):
-            return gmem[name].at[item.batch, keys, item.kv_head]
         queries = pl.ds(item.tile * cut.q_block, cut.q_block)
-        return score_tile(gmem[name], item.rows, queries, keys)
+
+        def source(name):
+            if name in ("key", "value"):
+                return gmem[name].at[item.batch, keys, item.kv_head]
+            return score_tile(gmem[name], item.rows, queries, keys)
+
+        return source
 
     rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
-    produce(rings, work.plan.total, source)
+    produce(rings, work.plan.total, sources)
 
 
 def _compute(work: _Work) -> None:

@@ -110,7 +110,7 @@ class Scores:
             yield device.load_tile(tiles.bias).astype(jnp.float32)
         if "key_bias" in self.gmem:
             ref = _vector_of_head(self.gmem["key_bias"], self.rows.batch, self.rows.head)
-            yield self._over_keys(ref.at[_slots(kv_slot, self.shape[self.kv_axis])])
+            yield self._over_keys(ref.at[pl.ds(kv_slot, self.shape[self.kv_axis])])
         if "row_bias" in self.gmem:
             yield self._over_queries(self._of_rows("row_bias"))
         if "slopes" in self.gmem:
@@ -189,13 +189,13 @@ class Scores:
             ref = _vector_of_head(ref, rows.batch, rows.head)
         else:
             ref = ref.at[_own(ref, 0, rows.batch)]
-        slots = _slots(rows.place, self.shape[self.q_axis])
+        slots = pl.ds(rows.place, self.shape[self.q_axis])
         return device.load_vector(ref.at[slots], self.q_axis)
 
     def _of_batch(self, name: str, kv_slot: jax.Array):
         ref = self.gmem[name]
         size = self.shape[self.kv_axis]
-        return ref.at[_own(ref, 0, self.rows.batch), _slots(kv_slot, size)]
+        return ref.at[_own(ref, 0, self.rows.batch), pl.ds(kv_slot, size)]
 
     def _over_keys(self, ref) -> jax.Array:
         return device.spread(device.load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
@@ -244,10 +244,6 @@ def head_vector(ref, rows: Rows, size: int) -> jax.Array:
         values = jnp.where(head == member, ref[rows.head + member], values)
     # A tile of equal columns: its maximum along them is the vector.
     return values.max(axis=1)
-
-
-def _slots(start: jax.Array, size: int):
-    return pl.ds(start, size)
 
 
 def _own(ref, axis: int, index: jax.Array) -> jax.Array:

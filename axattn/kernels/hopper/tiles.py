@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from axattn.call import AttentionCall
+from axattn.kernels.hopper.memory import SHARED_BYTES, shared_bytes
 from axattn.kernels.hopper.operands import dense_mask
 from axattn.kernels.hopper.problem import ROWS
 
@@ -108,7 +109,27 @@ def _choose(kernel: str, call: AttentionCall) -> Any:
         and row["value_head_dim"] >= call.value_head_dim
     ]
     row = min(fitting, key=lambda row: (row["head_dim"], row["value_head_dim"]))
-    return TILES[kernel](**row["tiles"])
+    tiles = TILES[kernel](**row["tiles"])
+    return fit(kernel, tiles, call.head_dim, call.value_head_dim, score_tiles=wanted == "biased")
+
+
+def fit(kernel: str, tiles: Any, head_dim: int, value_head_dim: int, *, score_tiles: bool) -> Any:
+    """The tiles, or smaller ones where they do not fit shared memory.
+
+    Those of the table fit their own head sizes. Where H and h are not those, the forward kernel has
+    a buffer more.
+    """
+    sizes = (head_dim, value_head_dim)
+    while shared_bytes(kernel, tiles, *sizes, score_tiles=score_tiles) > SHARED_BYTES:
+        values = dataclasses.asdict(tiles)
+        stages = {k: v for k, v in values.items() if k.endswith("stages") and v > 1}
+        if stages:
+            name = max(stages, key=stages.__getitem__)
+            tiles = dataclasses.replace(tiles, **{name: stages[name] - 1})
+        else:
+            (name,) = (name for name in values if name.startswith("block"))
+            tiles = dataclasses.replace(tiles, **{name: values[name] // 2})
+    return tiles
 
 
 @functools.cache

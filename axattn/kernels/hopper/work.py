@@ -108,9 +108,7 @@ class Cut:
         if self.pack == 1:
             return vector
         length = self.num_q * self.slots
-        missing = max(length - vector.shape[1], 0)
-        vector = jnp.pad(vector, ((0, 0), (0, missing)), mode="edge")[:, :length]
-        vector = vector.reshape(-1, self.num_q, 1, self.slots)
+        vector = vector[:, :length].reshape(-1, self.num_q, 1, self.slots)
         vector = jnp.broadcast_to(vector, (*vector.shape[:2], self.pack, self.slots))
         return vector.reshape(-1, self.num_q * ROWS)
 

@@ -39,6 +39,37 @@ def test_scales_that_are_not_positive(interpreted, scale):
     precision.check(call, ("mosaic_gpu",))
 
 
+SEVERAL_TILES = {
+    "causal": dict(is_causal=True),
+    "rows": dict(is_causal=True, local_window_size=(150, 0), q_offset=np.array([0, 110])),
+    "ragged": dict(key_value_seq_lengths=np.array([400, 90]), query_seq_lengths=np.array([5, 300])),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_TILES)
+def test_several_tiles_of_rows_and_keys(interpreted, name):
+    """Rings go around; full and partial blocks meet in one row; the last tiles are clipped."""
+    q, k, v = arrays(B=2, T=300, S=410, N=2, K=1, H=16)
+    call = Call(dict(query=q, key=k, value=v), SEVERAL_TILES[name])
+    precision.check(call, ("mosaic_gpu",))
+
+
+def test_sinks_that_are_off(interpreted):
+    """A sink of -inf is none, also in rows without keys."""
+    q, k, v = arrays(T=24, S=40)
+    options = dict(is_causal=True, q_offset=-8, return_residual=True)
+    found = attend(q, k, v, sinks=jnp.full(4, -jnp.inf), **options)
+    close(found, attend(q, k, v, **options), tolerance=0)
+    assert (np.asarray(found[1])[:, :8] == -np.inf).all()
+
+
+def test_cotangents_of_empty_rows_do_not_count(interpreted):
+    q, k, v = arrays(T=24, S=40)
+    _, pull = jax.vjp(lambda *x: attend(*x, is_causal=True, q_offset=-8), q, k, v)
+    dout = jnp.ones(q.shape, q.dtype)
+    close(pull(dout.at[:, :8].set(jnp.nan)), pull(dout), tolerance=0)
+
+
 def test_bitwise_repeatable(interpreted):
     def gradients(q, k, v):
         out, pull = jax.vjp(lambda *x: attend(*x, is_causal=True), q, k, v)

@@ -28,8 +28,16 @@ def test_none_takes_the_kernels_on_hopper(hopper):
     }
 
 
-def test_decode_steps_stay(hopper):
-    assert axattn.explain_implementations(*shapes(T=1)).by_platform["cuda"] == "xla"
+@pytest.mark.parametrize("T, N", [(1, 8), (1, 128), (16, 64)])
+def test_decode_and_speculative_steps_stay(hopper, T, N):
+    why = axattn.explain_implementations(*shapes(T=T, N=N))
+    assert why["mosaic_gpu"] is None and why.by_platform["cuda"] != "mosaic_gpu"
+
+
+def test_a_ptxas_that_miscompiles(hopper, monkeypatch):
+    monkeypatch.setattr(_jax_compat, "cuda_runtime_version", lambda: 12080)
+    why = axattn.explain_implementations(*shapes())
+    assert "got 12080" in why["mosaic_gpu"] and why.by_platform["cuda"] == "xla_chunked"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,25 @@ def test_a_cache_is_refused(hopper):
     stored = cache.DenseCache.create(1, 64, 2, 64, dtype=jnp.bfloat16).stored()
     q = jnp.zeros((1, 128, 8, 64), jnp.bfloat16)
     assert mosaic_gpu.call_refusal(call_of(q, stored, None)) == "does not support a cache"
+
+
+@pytest.mark.parametrize("kind", ["full", "biased"])
+def test_all_head_sizes_have_tiles_that_fit(kind):
+    tiles = pytest.importorskip("axattn.kernels.hopper.tiles", exc_type=ImportError)
+    from axattn.kernels.hopper.memory import SHARED_BYTES, shared_bytes
+
+    options = dict(bias=np.zeros((1, 1, 24, 40))) if kind == "biased" else {}
+    for H in range(16, 257, 16):
+        for h in range(16, 257, 16):
+            call = make_call(1, 24, 40, 2, 2, H, h, **options)
+            backward = tiles.backward_tiles(call)
+            for kernel, own in (
+                ("forward", tiles.forward_tiles(call)),
+                ("query_grad", backward.query),
+                ("key_grad", backward.key),
+            ):
+                used = shared_bytes(kernel, own, H, h, score_tiles=kind == "biased")
+                assert used <= SHARED_BYTES, (kernel, H, h, own)
 
 
 @pytest.mark.parametrize(

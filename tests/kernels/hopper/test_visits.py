@@ -58,9 +58,7 @@ MASKS = {
     "narrow": dict(local_window_size=(3, 0), q_offset=20),
     "lengths": dict(query_seq_lengths=np.array([0, 150]), key_value_seq_lengths=np.array([299, 5])),
     "prefix": dict(mask=Mask.prefix(100)),
-    "packed": dict(
-        query_segment_ids=np.arange(T) // 64, key_value_segment_ids=np.arange(S) // 90
-    ),
+    "packed": dict(query_segment_ids=np.arange(T) // 64, key_value_segment_ids=np.arange(S) // 90),
     "unsorted": dict(
         query_segment_ids=RNG.integers(0, 3, (2, T)), key_value_segment_ids=RNG.integers(0, 3, S)
     ),

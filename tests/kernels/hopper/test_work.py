@@ -57,7 +57,9 @@ def test_each_row_once(B, T, N, K, warpgroups, pack):
 
 def test_heads_that_share_keys_run_together_and_long_rows_first():
     cut = cut_of(make_call(1, 600, 600, 8, 2, 64), packing=False)
-    order = [(int(item.tile), int(item.kv_head), int(item.rows.head)) for _, item in items(cut)][::2]
+    order = [(int(item.tile), int(item.kv_head), int(item.rows.head)) for _, item in items(cut)][
+        ::2
+    ]
     tiles = [tile for tile, _, _ in order]
     assert tiles == sorted(tiles, reverse=True)
     heads = [kv_head for tile, kv_head, _ in order if tile == tiles[0]]
@@ -71,8 +73,14 @@ def test_few_key_heads_at_a_time_where_their_keys_fill_the_cache():
 
 
 def test_packed_vectors():
-    cut = cut_of(make_call(1, 20, 70, 4, 2, 64))
+    """Vectors over rows in the order of the tiles' rows: all slots of one head, then the next's."""
+    from axattn.kernels.hopper import operands
+
+    call = make_call(1, 20, 70, 4, 2, 64, is_causal=True)
+    cut = cut_of(call)
     assert (cut.pack, cut.slots, cut.num_q) == (2, 32, 1)
-    vector = cut.packed(jnp.arange(20)[None])
-    rows = np.r_[np.arange(20), np.full(12, 19)]
-    np.testing.assert_array_equal(vector, np.tile(rows, 2)[None])
+    packed = np.asarray(cut.packed(operands.of(call).arrays["high"]))
+    assert packed.shape == (1, 64)
+    np.testing.assert_array_equal(packed[0, :20], np.arange(1, 21))
+    np.testing.assert_array_equal(packed[0, 32:52], np.arange(1, 21))
+    assert (packed[0, 20:32] <= 0).all() and (packed[0, 52:] <= 0).all()
