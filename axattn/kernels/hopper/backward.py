@@ -14,6 +14,7 @@ from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.problem import LOG2E, Problem
 from axattn.kernels.hopper.query_grad import query_grad
 from axattn.kernels.hopper.tiles import BackwardTiles
+from axattn.mask_parts import Causal, Prefix, Static, Window
 
 
 def backward(
@@ -54,13 +55,34 @@ def with_given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.
     # partial results are merged by their LSE). An infinite LSE gives weights of 0: there, and
     # behind the last row.
     empty = lse == -jnp.inf
-    dout = jnp.where(empty[..., None], 0.0, dout).astype(call.query.dtype)
+    dout = dout.astype(call.query.dtype)
+    if _may_have_empty_rows(call):
+        dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
     more = {
         "dout": operands.stored_rows(call, dout, stored),
         "lse2": _over_rows(jnp.where(empty, jnp.inf, lse * LOG2E), rows, jnp.inf),
         "delta": _over_rows(jnp.where(empty, 0.0, delta), rows, 0.0),
     }
     return dataclasses.replace(own, arrays={**own.arrays, **more})
+
+
+def _may_have_empty_rows(call: AttentionCall) -> bool:
+    """Whether a row may have no keys; False, where the mask's structure rules it out.
+
+    What cannot be ruled out costs a copy of ``dout``.
+    """
+    if any(x is not None for x in (call.q_positions, call.kv_positions, call.bias)):
+        return True
+    for part in call.mask.parts:
+        if isinstance(part, Causal):
+            if not isinstance(part.offset, Static) or part.offset < 0:
+                return True
+        elif isinstance(part, Window):
+            if call.q_len > call.kv_len:
+                return True
+        elif not isinstance(part, Prefix):
+            return True
+    return False
 
 
 def _over_rows(array: jax.Array, rows: int, fill: float) -> jax.Array:
