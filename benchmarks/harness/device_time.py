@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,14 +35,22 @@ class _Flushed:
         raise NotImplementedError
 
 
+@functools.cache
+def _sweep(size: int) -> Callable[[], Any]:
+    """Reads and writes ``size`` bytes each; one buffer for all timers."""
+    buffer = jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32)
+    return functools.partial(jax.jit(lambda x: x * 1.0001), buffer)
+
+
 def cold_timer(
-    step: Callable[[], Any], platform: str
+    step: Callable[[], Any], platform: str, *, kernels: str = ""
 ) -> tuple[Callable[[], float] | None, str | None]:
     """How to time ``step`` on the device.
 
     Args:
       step: runs compiled programs; blocks until the device is done.
       platform: JAX's name of the backend.
+      kernels: count those with this in their names alone.
 
     Returns:
       A function that runs ``step`` (twice: once to warm up) and returns the seconds that its
@@ -53,12 +62,7 @@ def cold_timer(
     try:
         from jax.experimental.mosaic.gpu import profiler
 
-        buffer = jax.random.normal(jax.random.key(0), (_FLUSH_BYTES // 4,), jnp.float32)
-        sweep = jax.jit(lambda x: x * 1.0001)
-
-        def flush():
-            return sweep(buffer)
-
+        flush = _sweep(_FLUSH_BYTES)
         _, flushing = profiler.measure(_Flushed(flush, lambda: None), aggregate=False)()
         names = [name for name, _ in flushing or ()]
         if not names:
@@ -66,11 +70,14 @@ def cold_timer(
         timed = profiler.measure(_Flushed(flush, step), aggregate=False)
 
         def seconds() -> float:
-            _, kernels = timed()
+            _, launched = timed()
             # Kernels come in the order of their launches: the sweep first.
-            if [name for name, _ in kernels[: len(names)]] != names:
+            if [name for name, _ in launched[: len(names)]] != names:
                 raise RuntimeError("the L2 flush is not what ran first")
-            return 1e-3 * sum(milliseconds for _, milliseconds in kernels[len(names) :])
+            times = [time for name, time in launched[len(names) :] if kernels in name]
+            if kernels and not times:
+                raise RuntimeError(f"no kernel is called {kernels}")
+            return 1e-3 * sum(times)
 
         seconds()
     except Exception as error:  # whatever a profiler may lack: drivers, rights, symbols

@@ -206,12 +206,13 @@ def implementations() -> tuple[str, ...]:
 
 def implementations_for(platform: str) -> list[str]:
     """axattn's implementations that exist for a platform: cpu, cuda, rocm or tpu."""
-    from axattn.implementations import registry
+    from axattn.implementations import flash, registry
 
     return [
         name
         for name, implementation in registry.IMPLEMENTATIONS.items()
-        if platform in implementation.platforms and implementation.attend is not None
+        if platform in implementation.platforms
+        and (implementation.attend is not None or name in flash.NAMES)
     ]
 
 

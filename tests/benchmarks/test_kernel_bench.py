@@ -265,18 +265,57 @@ class Dies(kernel_job.Measure):
                 yield kernel_rows.Cell.of(self.case, direction, name, seconds=1.0)
 
 
-def test_a_process_that_dies_costs_the_cell_it_was_at():
+def test_a_process_that_dies_costs_the_cell_it_was_at(worker):
     job = Dies(SMALL["causal"], ("fwd", "bwd"), ("xla_chunked", "xla"), 0.0, math.inf)
-    worker = processes.Worker()
-    try:
-        cells = list(kernel_job.cells(worker, job, 60))
-    finally:
-        worker.close()
+    cells = list(kernel_job.cells(worker, job, 60))
     found = {(cell.direction, cell.implementation): cell for cell in cells}
     assert len(found) == len(cells) == 4
     dead = found.pop(("fwd", "xla"))
     assert dead.status == kernel_rows.FAILED and "exit code 7" in dead.reason
     assert all(cell.seconds == 1.0 for cell in found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class FailsForGood(kernel_job.Measure):
+    """Tells of a failure and is of no use after it, as after an illegal access on a GPU."""
+
+    def __call__(self):
+        for name in self.implementations:
+            if ("fwd", name) in self.skip:
+                continue
+            yield kernel_job.Doing("fwd", (name,))
+            if name == "xla":
+                yield kernel_rows.Cell.of(self.case, "fwd", name, status="failed", reason="a")
+                raise RuntimeError("nothing works any more")
+            yield kernel_rows.Cell.of(self.case, "fwd", name, seconds=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeverStarts(kernel_job.Measure):
+    def __call__(self):
+        raise RuntimeError("no device")
+        yield
+
+
+@pytest.fixture
+def worker():
+    worker = processes.Worker()
+    yield worker
+    worker.close()
+
+
+def test_a_failure_that_was_told_costs_its_own_cell_alone(worker):
+    names = ("xla_chunked", "xla", "cudnn")
+    job = FailsForGood(SMALL["causal"], ("fwd",), names, 0.0, math.inf)
+    found = [(cell.implementation, cell.reason) for cell in kernel_job.cells(worker, job, 60)]
+    assert found == [("xla_chunked", None), ("xla", "a"), ("cudnn", None)]
+
+
+def test_a_case_that_never_starts_has_reasons(worker):
+    job = NeverStarts(SMALL["causal"], ("fwd", "bwd"), ("xla", "cudnn"), 0.0, math.inf)
+    found = list(kernel_job.cells(worker, job, 60))
+    assert len(found) == 4
+    assert all("RuntimeError: no device" in cell.reason for cell in found)
 
 
 # ---- the script -----------------------------------------------------------------------------

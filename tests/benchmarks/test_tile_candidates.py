@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from axattn.kernels.hopper.tiles import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
@@ -23,8 +21,6 @@ def test_every_row_has_candidates():
 def test_candidates_fit(place):
     for tiles in tile_candidates.candidates(place):
         assert tile_candidates.shared_bytes(place, tiles) <= 227 * 1024
-        block = next(v for k, v in dataclasses.asdict(tiles).items() if k.startswith("block"))
-        assert block % 64 == 0
 
 
 def test_shared_memory_by_hand():
@@ -61,8 +57,7 @@ def test_a_split_kernel_has_half_the_keys():
 def test_order_of_preference():
     place = Place("forward", "masked", 64, 64)
     found = tile_candidates.candidates(place)
-    first = found[0]
-    assert first.stages > 1
+    assert found[0].stages > 1 and found[0].block_kv % 64 == 0
     assert all(
         tile_candidates.preference(a) >= tile_candidates.preference(b)
         for a, b in zip(found, found[1:], strict=False)

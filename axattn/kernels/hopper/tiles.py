@@ -27,7 +27,7 @@ class ForwardTiles:
     warpgroups: int = 2
 
     def __post_init__(self):
-        _check(self, multiples_of_16=("block_kv",))
+        _check(self, block=("block_kv", 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class QueryGradTiles:
     warpgroups: int = 2
 
     def __post_init__(self):
-        _check(self, multiples_of_16=("block_kv",))
+        _check(self, block=("block_kv", 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class KeyGradTiles:
     split: bool = False
 
     def __post_init__(self):
-        _check(self, multiples_of_16=("block_q",))
+        _check(self, block=("block_q", 32))  # TMA copies 128 bytes of the LSE at a time
         if self.split and self.warpgroups != 2:
             raise ValueError(f"split takes 2 warpgroups, got {self.warpgroups}")
 
@@ -139,11 +139,13 @@ def table() -> dict[str, Any]:
     return json.loads(text)
 
 
-def _check(tiles: Any, *, multiples_of_16: tuple[str, ...]) -> None:
+def _check(tiles: Any, *, block: tuple[str, int]) -> None:
+    name, unit = block
+    value = getattr(tiles, name)
+    if not unit <= value <= 256 or value % unit:
+        raise ValueError(f"{name} takes a multiple of {unit} from {unit} to 256, got {value}")
     for field in dataclasses.fields(tiles):
         value = getattr(tiles, field.name)
-        if field.name in multiples_of_16 and (value < 16 or value > 256 or value % 16):
-            raise ValueError(f"{field.name} takes a multiple of 16 from 16 to 256, got {value}")
         if field.name.endswith("stages") and value < 1:
             raise ValueError(f"{field.name} takes an int >= 1, got {value}")
     if not 1 <= tiles.warpgroups <= 3:
