@@ -18,11 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device, visits
 from axattn.kernels.hopper.operands import Operands
-from axattn.kernels.hopper.pipeline import Ring, produce
+from axattn.kernels.hopper.pipeline import Ring
 from axattn.kernels.hopper.problem import LOG2E, ROWS, Problem
-from axattn.kernels.hopper.scores import Scores, Tiles, head_vector, score_tile
+from axattn.kernels.hopper.scores import Scores, Tiles, head_vector
 from axattn.kernels.hopper.tiles import ForwardTiles
-from axattn.kernels.hopper.work import Cut, Item
+from axattn.kernels.hopper.work import Cut, Work, run
 
 LN2 = 1.0 / LOG2E
 
@@ -95,80 +95,20 @@ def _scratch(cut: Cut, stages: int, arrays: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-class _Work(NamedTuple):
-    """What a warpgroup needs for its share of a block of work."""
-
-    cut: Cut
-    gmem: Mapping[str, Any]
-    smem: Mapping[str, Any]
-    item: Item
-    plan: visits.Visits
-    warpgroup: jax.Array
-
-    def own(self, name: str) -> Any:
-        """This warpgroup's part of a buffer ``[warpgroups, 64, ...]``."""
-        return self.smem[name].at[self.warpgroup]
-
-    def rows_of(self, name: str, member: int):
-        """Rows of one of the heads in HBM ``[B, T, N, size]``, and where they lie in the tile."""
-        rows, slots = self.item.rows, self.cut.slots
-        ref = self.gmem[name].at[rows.batch, pl.ds(rows.slot, slots), rows.head + member]
-        return ref, pl.ds(member * slots, slots)
-
-
 def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
-    gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
-    warpgroup, groups = lax.axis_index("warpgroup"), cut.warpgroups
-    item = cut.item(lax.axis_index("work"), warpgroup)
-    plan = visits.Visits.load(gmem, item.batch, item.tile)
-    work = _Work(cut, gmem, smem, item, plan, warpgroup)
-
-    @pl.when(warpgroup < groups)
-    def _():
-        device.claim_registers(groups)
-        _compute(work)
-
-    @pl.when(warpgroup == groups)
-    def _():
-        device.claim_registers(groups, producer=True)
-        _produce(work)
+    run(cut, dict(zip((*names, "out", "lse"), refs, strict=True)), smem, _compute)
 
 
-# ---- the producer ---------------------------------------------------------------------------
-
-
-def _produce(work: _Work) -> None:
-    cut, gmem, item = work.cut, work.gmem, work.item
-
-    def sources(n):
-        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
-        # Only unpacked calls have tiles over [T, S]: all rows are of one head.
-        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
-
-        def source(name):
-            if name in ("key", "value"):
-                return gmem[name].at[item.batch, keys, item.kv_head]
-            return score_tile(gmem[name], item.rows, queries, keys)
-
-        return source
-
-    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
-    produce(rings, work.plan.total, sources)
-
-
-# ---- the warpgroups that compute ------------------------------------------------------------
-
-
-def _compute(work: _Work) -> None:
+def _compute(work: Work) -> None:
     cut, plan = work.cut, work.plan
+    full = work.own("query_full")
     for member in range(cut.pack):
-        source, place = work.rows_of("query", member)
-        full = work.own("query_full")
-        plgpu.copy_gmem_to_smem(source, work.own("query").at[place], full)
+        place = work.own("query").at[_part(cut, member)]
+        plgpu.copy_gmem_to_smem(work.rows_of("query", member), place, full)
     shape = (ROWS, cut.block_kv)
     scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
     turns = device.Turns(work.smem["turns"], cut.warpgroups, work.warpgroup)
-    plgpu.barrier_wait(work.own("query_full"))
+    plgpu.barrier_wait(full)
 
     def step(partial):
         return functools.partial(_step, work, scores, turns, partial=partial)
@@ -187,7 +127,7 @@ def _compute(work: _Work) -> None:
 
 
 def _step(
-    work: _Work, scores: Scores, turns: device.Turns, n, state: _State, *, partial: bool
+    work: Work, scores: Scores, turns: device.Turns, n, state: _State, *, partial: bool
 ) -> _State:
     """One block of keys: the scores, the online softmax, and the weighted values."""
     cut, smem = work.cut, work.smem
@@ -209,7 +149,7 @@ def _step(
     return _State(values, top, total)
 
 
-def _softmax(work: _Work, scores: Scores, n, state: _State, dots: jax.Array, *, partial: bool):
+def _softmax(work: Work, scores: Scores, n, state: _State, dots: jax.Array, *, partial: bool):
     problem, shape = work.cut.problem, dots.shape
     kv_slot = work.plan.block(n) * shape[1] if partial or scores.reads_keys else None
     tiles = Tiles.wait(work.smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
@@ -234,7 +174,7 @@ def _softmax(work: _Work, scores: Scores, n, state: _State, dots: jax.Array, *, 
     return values, weights.astype(problem.dtype), top, total
 
 
-def _finish(work: _Work, state: _State) -> None:
+def _finish(work: Work, state: _State) -> None:
     """Divides by the sums, and writes the rows and their LSE."""
     problem, item = work.cut.problem, work.item
     top, total, scale = state.top, state.total, 1.0
@@ -262,12 +202,14 @@ def _finish(work: _Work, state: _State) -> None:
         pl.when(item.real)(lambda: _write(work, out))
 
 
-def _write(work: _Work, out: Any) -> None:
-    rows = work.item.rows
+def _write(work: Work, out: Any) -> None:
     for member in range(work.cut.pack):
-        target, place = work.rows_of("out", member)
-        plgpu.copy_smem_to_gmem(out.at[place], target)
-        slots = pl.ds(rows.slot, work.cut.slots)
-        target = work.gmem["lse"].at[rows.batch, rows.head + member, slots]
-        plgpu.copy_smem_to_gmem(work.own("lse").at[place], target)
+        part = _part(work.cut, member)
+        plgpu.copy_smem_to_gmem(out.at[part], work.rows_of("out", member))
+        plgpu.copy_smem_to_gmem(work.own("lse").at[part], work.vector_of("lse", member))
     plgpu.wait_smem_to_gmem(0)
+
+
+def _part(cut: Cut, member: int):
+    """Where one of the heads lies in a warpgroup's rows."""
+    return pl.ds(member * cut.slots, cut.slots)

@@ -105,9 +105,9 @@ def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
     bias = call.bias
     if bias.shape[2] == 1:
         vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
-        return {"key_bias": _filled(vector.astype(jnp.float32), keys)}
+        return {"key_bias": _padded(vector.astype(jnp.float32), keys, axis=-1)}
     if bias.shape[3] == 1:
-        return {"row_bias": _filled(bias[..., 0].astype(jnp.float32), rows)}
+        return {"row_bias": _padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
     # TMA has no float64.
     return {"bias": _aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
@@ -149,9 +149,7 @@ def _fold_key_masks(call: AttentionCall) -> AttentionCall:
         positions = jnp.where(used, positions, NEVER)
     length = call.mask.kv_lengths()
     if length is not None:
-        length = jnp.asarray(length)
-        used = kv.slots[None] < (length[:, None] if length.ndim else length)
-        positions = jnp.where(used, positions, NEVER)
+        positions = jnp.where(kv.slots[None] < _column(length), positions, NEVER)
     parts = tuple(part for part in call.mask.parts if part not in folded)
     return dataclasses.replace(
         call,
@@ -198,32 +196,24 @@ def _column(per_row) -> jax.Array:
 def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
     """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
     slots = jnp.arange(array.shape[1])
-    return _padded(zero_unused(array, slots, call.mask.q_lengths()), length, 0)
+    return _padded(zero_unused(array, slots, call.mask.q_lengths()), length)
 
 
 def _stored_keys(call: AttentionCall, array: jax.Array, problem: Problem) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return _padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len, 0)
+    return _padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len)
 
 
-def _padded(array: jax.Array, length: int, fill: int) -> jax.Array:
-    """``[B, n, ...]`` with its second axis filled up to ``length``."""
-    missing = length - array.shape[1]
+def _padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
+    """``array`` with one axis filled up to ``length``."""
+    missing = length - array.shape[axis]
     if not missing:
         return array
     widths = [(0, 0)] * array.ndim
-    widths[1] = (0, missing)
+    widths[axis] = (0, missing)
     return jnp.pad(array, widths, constant_values=fill)
-
-
-def _filled(array: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
 
 
 def _aligned(array: jax.Array) -> jax.Array:
     """A ``[..., S]`` array whose rows TMA can address: its last axis is filled up for that."""
-    unit = TMA_BYTES // array.dtype.itemsize
-    missing = -array.shape[-1] % unit
-    if not missing:
-        return array
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+    return _padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)

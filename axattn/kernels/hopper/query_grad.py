@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device, visits
 from axattn.kernels.hopper.operands import Operands
-from axattn.kernels.hopper.pipeline import Ring, produce
+from axattn.kernels.hopper.pipeline import Ring
 from axattn.kernels.hopper.problem import ROWS, Problem
-from axattn.kernels.hopper.scores import Scores, Tiles, score_tile
+from axattn.kernels.hopper.scores import Scores, Tiles
 from axattn.kernels.hopper.tiles import QueryGradTiles
-from axattn.kernels.hopper.work import Cut, Item
+from axattn.kernels.hopper.work import Cut, Work, run
 
 
 def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> jax.Array:
@@ -68,74 +68,18 @@ def _scratch(cut: Cut, tiles: QueryGradTiles, arrays: Mapping[str, Any]) -> dict
     }
 
 
-class _Work(NamedTuple):
-    cut: Cut
-    gmem: Mapping[str, Any]
-    smem: Mapping[str, Any]
-    item: Item
-    plan: visits.Visits
-    warpgroup: jax.Array
-
-    def own(self, name: str) -> Any:
-        return self.smem[name].at[self.warpgroup]
-
-    def rows_of(self, name: str) -> Any:
-        """This warpgroup's rows of ``[B, T, N, size]`` in HBM."""
-        rows = self.item.rows
-        return self.gmem[name].at[rows.batch, pl.ds(rows.slot, ROWS), rows.head]
-
-    def vector(self, name: str) -> jax.Array:
-        """This warpgroup's rows of float32 ``[B, N, T']``."""
-        rows = self.item.rows
-        return device.load_vector(
-            self.gmem[name].at[rows.batch, rows.head, pl.ds(rows.slot, ROWS)], 0
-        )
-
-
 def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
-    gmem = dict(zip((*names, "dquery"), refs, strict=True))
-    warpgroup, groups = lax.axis_index("warpgroup"), cut.warpgroups
-    item = cut.item(lax.axis_index("work"), warpgroup)
-    plan = visits.Visits.load(gmem, item.batch, item.tile)
-    work = _Work(cut, gmem, smem, item, plan, warpgroup)
-
-    @pl.when(warpgroup < groups)
-    def _():
-        device.claim_registers(groups)
-        _compute(work)
-
-    @pl.when(warpgroup == groups)
-    def _():
-        device.claim_registers(groups, producer=True)
-        _produce(work)
+    run(cut, dict(zip((*names, "dquery"), refs, strict=True)), smem, _compute)
 
 
-def _produce(work: _Work) -> None:
-    cut, gmem, item = work.cut, work.gmem, work.item
-
-    def sources(n):
-        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
-        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
-
-        def source(name):
-            if name in ("key", "value"):
-                return gmem[name].at[item.batch, keys, item.kv_head]
-            return score_tile(gmem[name], item.rows, queries, keys)
-
-        return source
-
-    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
-    produce(rings, work.plan.total, sources)
-
-
-def _compute(work: _Work) -> None:
+def _compute(work: Work) -> None:
     cut = work.cut
     full = work.own("rows_full")
     plgpu.copy_gmem_to_smem(work.rows_of("query"), work.own("query"), full)
     plgpu.copy_gmem_to_smem(work.rows_of("dout"), work.own("dout"), full)
     shape = (ROWS, cut.block_kv)
     scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
-    lse, delta = work.vector("lse2"), work.vector("delta")
+    lse, delta = (device.load_vector(work.vector_of(name), 0) for name in ("lse2", "delta"))
     plgpu.barrier_wait(full)
 
     def step(partial):
@@ -152,7 +96,7 @@ def _compute(work: _Work) -> None:
 
 
 def _step(
-    work: _Work, scores: Scores, lse, delta, n, dquery: jax.Array, *, partial: bool
+    work: Work, scores: Scores, lse, delta, n, dquery: jax.Array, *, partial: bool
 ) -> jax.Array:
     """One block of keys."""
     problem, smem = work.cut.problem, work.smem

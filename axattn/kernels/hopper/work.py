@@ -1,17 +1,23 @@
-"""How the forward kernel and the query's gradient are cut into blocks of work."""
+"""How the forward kernel and the query's gradient are cut into blocks of work, and run them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 
+from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.operands import Operands
+from axattn.kernels.hopper.pipeline import produce
 from axattn.kernels.hopper.problem import ROWS, Problem, cdiv
-from axattn.kernels.hopper.scores import Rows
+from axattn.kernels.hopper.scores import Rows, Tiles, score_tile
+from axattn.kernels.hopper.visits import Visits
 
 # Operands that packing does not rearrange.
 _NOT_PACKED = ("bias", "key_bias", "row_bias", "allowed")
@@ -121,3 +127,64 @@ class Item(NamedTuple):
     tile: jax.Array
     rows: Rows
     real: jax.Array  # False for a warpgroup without rows of its own
+
+
+class Work(NamedTuple):
+    """What a warpgroup needs for its share of a block of work."""
+
+    cut: Cut
+    gmem: Mapping[str, Any]
+    smem: Mapping[str, Any]
+    item: Item
+    plan: Visits
+    warpgroup: jax.Array
+
+    def own(self, name: str) -> Any:
+        """This warpgroup's part of a buffer ``[warpgroups, 64, ...]``."""
+        return self.smem[name].at[self.warpgroup]
+
+    def rows_of(self, name: str, member: int = 0) -> Any:
+        """Rows of one of the tile's heads in HBM ``[B, T, N, size]``."""
+        rows = self.item.rows
+        return self.gmem[name].at[rows.batch, pl.ds(rows.slot, self.cut.slots), rows.head + member]
+
+    def vector_of(self, name: str, member: int = 0) -> Any:
+        """The same rows of float32 ``[B, N, T']``."""
+        rows = self.item.rows
+        return self.gmem[name].at[rows.batch, rows.head + member, pl.ds(rows.slot, self.cut.slots)]
+
+
+def run(cut: Cut, gmem: Mapping[str, Any], smem: Mapping[str, Any], compute: Callable) -> None:
+    """The body of a kernel: ``compute(work)`` in its warpgroups, and a producer of their keys."""
+    warpgroup = lax.axis_index("warpgroup")
+    item = cut.item(lax.axis_index("work"), warpgroup)
+    work = Work(cut, gmem, smem, item, Visits.load(gmem, item.batch, item.tile), warpgroup)
+
+    @pl.when(warpgroup < cut.warpgroups)
+    def _():
+        device.claim_registers(cut.warpgroups)
+        compute(work)
+
+    @pl.when(warpgroup == cut.warpgroups)
+    def _():
+        device.claim_registers(cut.warpgroups, producer=True)
+        _produce(work)
+
+
+def _produce(work: Work) -> None:
+    cut, gmem, item = work.cut, work.gmem, work.item
+
+    def sources(n):
+        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
+        # Only unpacked calls have tiles over [T, S]: all rows are of one head.
+        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
+
+        def source(name):
+            if name in ("key", "value"):
+                return gmem[name].at[item.batch, keys, item.kv_head]
+            return score_tile(gmem[name], item.rows, queries, keys)
+
+        return source
+
+    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
+    produce(rings, work.plan.total, sources)
