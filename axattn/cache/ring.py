@@ -47,7 +47,7 @@ class RingCache(Cache):
         dtype: Any = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> RingCache:
-        """An empty cache of ``window + max_append`` slots per row.
+        """An empty cache of ``window + max_append`` slots per row, rounded up to a multiple of 8.
 
         Args:
           batch, num_kv_heads, head_dim: B, K and H.
@@ -55,13 +55,14 @@ class RingCache(Cache):
             ``local_window_size=(window, 0)``.
           max_append: most tokens that one `append` takes: the first of them still needs a window of
             tokens before it. `extend` takes any number and goes in steps of this many. It is also
-            how many of the newest tokens `truncate` can take back.
+            how many of the newest tokens `truncate` can take back. Rounding may add some.
           value_head_dim, values_in_keys, dtype, key_center: as in `DenseCache.create`.
         """
         positive("max_append", max_append)
         if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
             raise ValueError(f"window takes an int >= 0, got {window!r}")
-        slots = int(window) + max_append
+        # GPUs copy groups of 8 slots.
+        slots = -(-(int(window) + max_append) // 8) * 8
         fields = empty_fields(
             batch,
             batch,

@@ -44,11 +44,11 @@ def test_bytes(kind, dtype):
     scale = 4 if dtype in QUANTIZED else 0
     per_token = K * ((H + h) * size + 2 * scale)
     assert cache.bytes_per_token == per_token == bytes_per_token(K, H, h, dtype=dtype)
-    slots = {"dense": B * 48, "ring": B * (47 + 16), "paged": (B * 6 + 2) * PAGE}[kind]
+    slots = {"dense": B * 48, "ring": B * 64, "paged": (B * 6 + 2) * PAGE}[kind]
     assert cache.nbytes == slots * per_token
     assert isinstance(cache, Cache)
     assert (cache.batch, cache.num_kv_heads, cache.dtype) == (B, K, dtype)
-    assert cache.capacity == {"dense": 48, "ring": 63, "paged": 48}[kind]
+    assert cache.capacity == {"dense": 48, "ring": 64, "paged": 48}[kind]
 
 
 def test_published_sizes():
@@ -242,7 +242,7 @@ def test_truncate_takes_tokens_back(kind, jit):
 
 def test_a_ring_cannot_go_back_behind_its_window():
     lengths = np.array([40, 17, 0])
-    cache, _, _ = grown("ring", lengths, window=9, max_append=8)
+    cache, _, _ = grown("ring", lengths, window=8, max_append=8)
     np.testing.assert_array_equal(cache.truncate([32, 17, 0]).lengths, [32, 17, 0])
     with pytest.raises(ValueError, match="no longer in the ring"):
         cache.truncate([31, 17, 0])
@@ -377,16 +377,16 @@ def test_refused(kind, case):
 
 
 def test_a_ring_refuses_more():
-    cache = caches.make("ring", window=9, max_append=4)
+    cache = caches.make("ring", window=12, max_append=4)
     cases = [
         (lambda: cache.append(*caches.tokens(5)[1:]), "max_append = 4"),
         (lambda: cache.attend(QUERY, is_causal=False), "is_causal takes True"),
-        (lambda: cache.attend(QUERY, local_window_size=(10, 0)), "local_window_size takes at most"),
+        (lambda: cache.attend(QUERY, local_window_size=(13, 0)), "local_window_size takes at most"),
         (
             lambda: cache.attend(QUERY, local_window_size=(None, 0)),
             "local_window_size takes at most",
         ),
-        (lambda: cache.attend(QUERY, mask=np.ones((4, 13), bool)), "mask speaks of slots"),
+        (lambda: cache.attend(QUERY, mask=np.ones((4, 16), bool)), "mask speaks of slots"),
         (lambda: cache.extend(*caches.tokens(9), return_residual=True), "return_residual"),
         (lambda: cache.extend(QUERY[:, :3], *caches.tokens(9)[1:]), "as many tokens"),
     ]
@@ -497,11 +497,11 @@ def test_queries_that_are_not_those_of_the_tokens_are_refused():
 
 def test_a_ring_refuses_queries_whose_window_is_gone():
     q, k, v = caches.tokens(10)
-    cache = caches.make("ring", window=4, max_append=1)
+    cache = caches.make("ring", window=7, max_append=1)
     _, cache = cache.extend(q, k, v)
     with pytest.raises(ValueError, match="at most max_append = 1"):
         cache.attend(q[:, -3:])
-    with pytest.raises(ValueError, match="window of 4 is still in the ring"):
+    with pytest.raises(ValueError, match="window of 7 is still in the ring"):
         cache.attend(q[:, 7:8], q_positions=[7])
     assert np.isfinite(cache.attend(q[:, 9:], q_positions=[9])).all()
 
