@@ -227,6 +227,14 @@ def gpu_capability() -> str | None:
     return getattr(jax.devices()[0], "compute_capability", None)
 
 
+def gpu_cores() -> int:
+    """Multiprocessors of the GPU that is traced for; those of an H200 where it does not say."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores or 132
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
 def cuda_runtime_version() -> int | None:
     """The CUDA runtime of this process as 12090 for 12.9, or None without one."""
     try:

@@ -41,6 +41,7 @@ def normalize(
     q_positions: Any,
     kv_positions: Any,
     precision: Any,
+    kv_split_size: Any,
 ) -> tuple[AttentionCall, tuple[int, ...]]:
     """The call, and its leading dimensions ``(...)`` as the user gave them."""
     if isinstance(key, Stored):
@@ -86,8 +87,17 @@ def normalize(
         broadcast_dropout=_flag("broadcast_dropout", broadcast_dropout),
         precision=_precision(precision),
         return_residual=_flag("return_residual", return_residual),
+        kv_split_size=_split_size(kv_split_size),
     )
     return call, lead
+
+
+def _split_size(size: Any) -> int | None:
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"kv_split_size takes None or an int >= 1, got {size!r}")
+    return int(size)
 
 
 def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

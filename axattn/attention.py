@@ -42,6 +42,7 @@ def dot_product_attention(
     q_positions: ArrayLike | None = None,
     kv_positions: ArrayLike | None = None,
     precision: Any = None,
+    kv_split_size: int | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
 
@@ -94,6 +95,10 @@ def dot_product_attention(
       q_positions, kv_positions: int ``[T]`` or ``[..., T]`` (``[S]``, ``[..., S]``): positions of
         all tokens, instead of ``q_offset`` and of 0, 1, 2...
       precision: ``jax.lax.Precision`` or its names, for the matrix products.
+      kv_split_size: keys per part, for kernels that split the keys of few queries among processors
+        (rounded up to whole blocks): a row's result then has the same bits whatever else is in the
+        batch. None splits so that all processors have as much to do. Others split nothing, and
+        take no notice.
 
     Returns:
       Output ``[..., T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE

@@ -40,6 +40,7 @@ from axattn.stored import Stored
         "broadcast_dropout",
         "precision",
         "return_residual",
+        "kv_split_size",
     ),
 )
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class AttentionCall:
     broadcast_dropout: bool = False
     precision: Any = None
     return_residual: bool = False
+    kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
 
     @property
     def batch(self) -> int:

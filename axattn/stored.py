@@ -100,6 +100,23 @@ class Stored:
         scales = self.arrays.value_scales
         return None if scales is None else self._tile(scales, kv)
 
+    def center_dots(self, query: jax.Array, dtype: Any) -> jax.Array | None:
+        """Products of queries ``[B, T, N, H]`` with the center of the keys, ``[B, K, G, T]``.
+
+        With the center c, q . k = q . (k - c) + q . c: what a query's scores lack.
+        """
+        if self.key_center is None:
+            return None
+        batch, rows, heads, size = query.shape
+        query = query.reshape(batch, rows, self.num_kv_heads, heads // self.num_kv_heads, size)
+        # Few products, which shift whole rows of scores: in full precision.
+        return jnp.einsum(
+            "btkgh,kh->bkgt",
+            query.astype(dtype),
+            self.key_center.astype(dtype),
+            precision=lax.Precision.HIGHEST,
+        )
+
     def _tile(self, array: jax.Array, kv: Span) -> jax.Array:
         _, heads, page_size, *rest = array.shape
         if self.block_table is None:

@@ -27,6 +27,7 @@ def bad(id, error, words, *, q=Q, k=KV, v=KV, **kwargs):
 
 TABLE = [
     # ---- query, key, value
+    bad("split_size", ValueError, ["kv_split_size", "None or an int >= 1", "0"], kv_split_size=0),
     bad("heads_divide", ValueError, ["query", "2 key/value heads", "5"], q=zeros(B, T, 5, H)),
     bad("fewer_heads", ValueError, ["query", "multiple", "4", "2 heads"], q=zeros(B, T, 2, H), k=zeros(B, S, 4, H), v=zeros(B, S, 4, H)),
     bad("head_size", ValueError, ["key", "H = 8", "(2, 7, 2, 9)"], k=zeros(B, S, K, 9)),

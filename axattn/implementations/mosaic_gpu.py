@@ -7,7 +7,7 @@ import collections
 import jax
 import jax.numpy as jnp
 
-from axattn import _jax_compat
+from axattn import _jax_compat, quantization
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.implementations import blocks, chunked_backward
@@ -15,6 +15,15 @@ from axattn.implementations.chunked_backward import Gradients
 from axattn.mask_parts import Dense, Segments
 
 MAX_HEAD_DIM = 256
+
+# Latent attention: 512 features and 64 for positions.
+MAX_LATENT_DIM = 576
+
+# 16 tokens of 128 heads. All tiles of rows visit all blocks, and partial results have all rows.
+MAX_LATENT_ROWS = 2048
+
+# Up to this many query tokens a call is a read of its keys, and goes to the decode kernels.
+DECODE_TOKENS = 16
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -26,13 +35,11 @@ def call_refusal(call: AttentionCall) -> str | None:
     """The same on any device."""
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"needs float16 or bfloat16, got {call.query.dtype}"
-    for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
-        if size % 16 or size > MAX_HEAD_DIM:
-            return f"needs a {name} size that is a multiple of 16 and at most 256, got {size}"
-    if call.stored is not None:
-        return "does not support a cache"
     if 0 in (call.batch, call.q_len, call.kv_len):
         return "does not support arrays of no elements"
+    refusal = _head_refusal(call) or _cache_refusal(call)
+    if refusal is not None:
+        return refusal
     if call.traced_scale is not None:
         return "does not support a traced scale"
     kinds = collections.Counter(type(part) for part in call.mask.parts)
@@ -43,6 +50,64 @@ def call_refusal(call: AttentionCall) -> str | None:
         if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
             return "does not support a mask array per head that broadcasts along T or S"
     return None
+
+
+def _head_refusal(call: AttentionCall) -> str | None:
+    if _latent(call):
+        if call.head_dim % 64 or call.head_dim > MAX_LATENT_DIM or call.value_head_dim % 128:
+            return (
+                "where keys hold the values needs a head size that is a multiple of 64 and at most "
+                f"{MAX_LATENT_DIM}, and a value head size that is a multiple of 128, got "
+                f"{call.head_dim} and {call.value_head_dim}"
+            )
+        rows = call.q_len * call.group
+        if rows > MAX_LATENT_ROWS:
+            return (
+                f"where keys hold the values takes at most {MAX_LATENT_ROWS} query rows (tokens "
+                f"times heads of a group), got {rows}"
+            )
+        return None
+    for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
+        if size % 16 or size > MAX_HEAD_DIM:
+            return f"needs a {name} size that is a multiple of 16 and at most 256, got {size}"
+    return None
+
+
+def _cache_refusal(call: AttentionCall) -> str | None:
+    stored = call.stored
+    if stored is None:
+        return None
+    if not quantization.is_quantized(stored.dtype):
+        if call.query.dtype != stored.dtype:
+            return (
+                f"needs a query in the dtype of the cache, {stored.dtype}, got {call.query.dtype}"
+            )
+    elif stored.dtype == "int4":
+        return "does not support a cache of int4"
+    elif call.query.dtype != jnp.bfloat16:
+        return f"needs a bfloat16 query over a quantized cache, got {call.query.dtype}"
+    elif call.head_dim % 32 or call.value_head_dim % 32:
+        sizes = call.head_dim, call.value_head_dim
+        return f"needs head sizes that are multiples of 32 in a quantized cache, got {sizes}"
+    if stored.page_size % 8:
+        where = "a row" if stored.block_table is None else "a page"
+        return f"needs slots of {where} in a multiple of 8, got {stored.page_size}"
+    if call.dropout_key is not None and (_latent(call) or call.q_len <= DECODE_TOKENS):
+        return "does not support dropout over a cache"
+    return None
+
+
+def _latent(call: AttentionCall) -> bool:
+    """Whether the values are the first features of the keys."""
+    return call.stored is not None and call.stored.arrays.values is None
+
+
+def kernel(call: AttentionCall) -> str:
+    """Which forward kernel takes the call: "latent", "decode" or "forward"."""
+    if _latent(call):
+        return "latent"
+    few = call.q_len <= DECODE_TOKENS and call.dropout_key is None
+    return "decode" if few else "forward"
 
 
 def _device_refusal() -> str | None:
@@ -61,13 +126,30 @@ def _device_refusal() -> str | None:
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    name = kernel(call)
+    if name == "forward":
+        results = _forward(call, interpret)
+    else:
+        results = _decode(call, name, interpret)
+    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+
+
+def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
     from axattn.kernels.hopper import operands, tiles
     from axattn.kernels.hopper.forward import forward as kernel
     from axattn.kernels.hopper.problem import Problem
 
     problem = Problem.of(call, interpret=interpret)
-    results = kernel(problem, operands.of(call), tiles.forward_tiles(call))
-    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+    return kernel(problem, operands.of(call), tiles.forward_tiles(call))
+
+
+def _decode(call: AttentionCall, name: str, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    from axattn.kernels.hopper import decode, decode_tiles, latent
+
+    options = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
+    if name == "latent":
+        return latent.decode(call, decode_tiles.latent_tiles(call), **options)
+    return decode.decode(call, decode_tiles.decode_tiles(call), **options)
 
 
 def backward(

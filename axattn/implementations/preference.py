@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
+from axattn.implementations import mosaic_gpu
 from axattn.implementations.products import DECODE_ROWS
 
 # CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
@@ -26,18 +27,19 @@ DECODE_LOGITS_BYTES = 2**27
 RAGGED_FROM_KEYS = 1024
 
 
-# The Hopper kernels come first wherever they take a call that is no decode step (nor a speculative
-# one: without a split along the keys its few blocks leave most of the chip idle). They are compiled
-# and interpreted, not measured: no figure says that another path is faster anywhere.
-SPECULATIVE_ROWS = 16
+# The Hopper kernels come first wherever they take a call: its bytes and its work say so, since no
+# kernel is measured yet. All but a decode step over few keys, where the several small programs that
+# plan it cost more than XLA's reading everything.
+HOPPER_DECODE_FROM_KEYS = 1024
 
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
-        return _over_cache(call, platform, scores)
-    if reasons["mosaic_gpu"] is None and call.q_len > SPECULATIVE_ROWS:
+        return _over_cache(call, platform, scores, reasons)
+    long = call.q_len > mosaic_gpu.DECODE_TOKENS or call.kv_len >= HOPPER_DECODE_FROM_KEYS
+    if reasons["mosaic_gpu"] is None and long:
         # A Hopper GPU is at hand. Elsewhere the other flash path, so that both share residuals.
         return "mosaic_gpu" if platform == "cuda" else "xla_chunked"
     if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:
@@ -51,8 +53,12 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     return "xla_chunked" if scores >= CHUNKED_FROM_SCORES else "xla"
 
 
-def _over_cache(call: AttentionCall, platform: str, scores: int) -> str:
-    """A cache is longer than what it holds, and the chunked path ends where that ends."""
+def _over_cache(
+    call: AttentionCall, platform: str, scores: int, reasons: dict[str, str | None]
+) -> str:
+    """A cache is longer than what it holds, and these end where that ends."""
+    if platform == "cuda" and reasons["mosaic_gpu"] is None:
+        return "mosaic_gpu"
     if call.stored.block_table is not None or platform != "tpu":
         return "xla_chunked"
     # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.

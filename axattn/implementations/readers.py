@@ -10,7 +10,6 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from axattn.call import AttentionCall
 from axattn.implementations.products import DECODE_ROWS, Folded, Grouped
@@ -62,7 +61,7 @@ def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> 
 class _OfCache:
     """Keys and values ``[B, K, s, size]``, whose scales are folded into scores and weights.
 
-    With the center c of the keys, q . k = q . (k - c) + q . c, so the scores are those of the keys.
+    Where keys are stored without their center, the scores are those of the keys with it.
     """
 
     def __init__(self, call: AttentionCall, query: jax.Array):
@@ -72,25 +71,16 @@ class _OfCache:
             "preferred_element_type": call.accumulator_dtype,
         }
         batch, rows, heads, size = query.shape
+        self.from_center = self.stored.center_dots(query, call.accumulator_dtype)
         query = query.reshape(batch, rows, call.num_kv_heads, heads // call.num_kv_heads, size)
-        query = query.transpose(0, 2, 3, 1, 4)
-        self.query = query.astype(self.dtype)
-        self.from_center = None
-        if self.stored.key_center is not None:
-            # Few products, which shift whole rows of scores: in full precision.
-            self.from_center = jnp.einsum(
-                "bkgth,kh->bkgt",
-                query.astype(call.accumulator_dtype),
-                self.stored.key_center.astype(call.accumulator_dtype),
-                precision=lax.Precision.HIGHEST,
-            )[..., None]
+        self.query = query.transpose(0, 2, 3, 1, 4).astype(self.dtype)
 
     def dots(self, kv):
         dots = self._products(self.stored.keys(kv, self.dtype))
         scales = self.stored.key_scales(kv)
         if scales is not None:
             dots = dots * scales[:, :, None, None].astype(dots.dtype)
-        return dots if self.from_center is None else dots + self.from_center
+        return dots if self.from_center is None else dots + self.from_center[..., None]
 
     def _products(self, key: jax.Array) -> jax.Array:
         batch, kv_heads, group, rows, size = self.query.shape

@@ -19,26 +19,44 @@ from axattn import _jax_compat
 
 REGISTER_TILE = plgpu.Layout.WGMMA
 
+# How 8-bit numbers of a tile come from swizzled shared memory, four at a time.
+CODE_TILE = plgpu.Layout.WGMMA_8BIT
+
 # Registers per thread by the number of warpgroups that compute: (theirs, the producer's). A block
 # of 3 warpgroups is launched with 168 each, one of 4 with 128: the sums stay within that.
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
 
+# For producers that look up pages and find their own share of the work.
+_REGISTERS_TO_SEARCH = {2: (232, 40), 3: (160, 32)}
 
-def claim_registers(warpgroups: int, *, producer: bool = False) -> None:
+
+def claim_registers(warpgroups: int, *, producer: bool = False, searching: bool = False) -> None:
     """Hands registers of the producer to the ``warpgroups`` that compute."""
-    if warpgroups not in _REGISTERS:
+    table = _REGISTERS_TO_SEARCH if searching else _REGISTERS
+    if warpgroups not in table:
         return  # two warpgroups in all have as many as a thread can address
-    computing, producing = _REGISTERS[warpgroups]
+    computing, producing = table[warpgroups]
     if producer:
         plgpu.set_max_registers(producing, action="decrease")
     else:
         plgpu.set_max_registers(computing, action="increase")
 
 
-def kernel(body, *, name: str, out: Any, scratch: Any, work: int, warpgroups: int, interpret: bool):
+def kernel(
+    body,
+    *,
+    name: str,
+    out: Any,
+    scratch: Any,
+    work: int,
+    warpgroups: int,
+    interpret: bool,
+    reduction_bytes: int = 2048,
+):
     """``body(*inputs, *outputs, *scratch)`` on ``work`` blocks of ``warpgroups`` warpgroups.
 
     The block's index is ``lax.axis_index("work")``, the warpgroup's ``"warpgroup"``.
+    ``reduction_bytes``: shared memory for reductions across warps.
     """
     return plgpu.kernel(
         body,
@@ -51,20 +69,26 @@ def kernel(body, *, name: str, out: Any, scratch: Any, work: int, warpgroups: in
         kernel_name=name,
         # Lane semantics take the layouts that are written here; the other ones infer them.
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=reduction_bytes,
         ),
         interpret=_jax_compat.gpu_interpreter() if interpret else None,
     )
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any, block: int):
-    """Shared memory ``[..., rows, size]`` as WGMMA and TMA want it; size is a multiple of 16.
+    """Shared memory ``[..., rows, size]`` as WGMMA and TMA want it; rows of 32 bytes at least.
 
     A block of ``block`` rows that is summed over (values under weights, keys under gradients) must
     be a multiple of the columns that are swizzled together: small blocks have smaller ones.
     """
-    columns = next(n for n in (64, 32, 16) if shape[-1] % n == 0 and block % n == 0)
-    atom = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    dtype = jnp.dtype(dtype)
+    # 64 codes, so that they can be read by as many columns as 16-bit numbers are written.
+    widths = (n // dtype.itemsize for n in ((64, 32) if dtype.itemsize == 1 else (128, 64, 32)))
+    summed = dtype.itemsize == 2
+    columns = next(n for n in widths if shape[-1] % n == 0 and (block % n == 0 or not summed))
+    atom = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)
     return plgpu.SMEM(shape, dtype, transforms=atom)
 
 
@@ -100,10 +124,11 @@ def products(first: tuple, second: tuple) -> tuple[jax.Array, jax.Array]:
     return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def add_product(total: jax.Array, a: jax.Array, b_ref, *, interpret: bool) -> jax.Array:
-    """``total + a @ b`` with ``total`` and ``a`` in registers, ``b`` in shared memory."""
+def add_product(total: jax.Array, a: Any, b_ref, *, interpret: bool) -> jax.Array:
+    """``total + a @ b``: ``total`` in registers, ``b`` in shared memory, ``a`` in either."""
     if interpret:
         b = b_ref[...]
+        a = a if isinstance(a, jax.Array) else a[...]
         # On the device this read is the tensor core's; a thread's own read must be fenced.
         plgpu.commit_smem()
         return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
@@ -150,7 +175,11 @@ def vector_layout(axis: int):
 
 def load_vector(ref, axis: int) -> jax.Array:
     """A vector in HBM or shared memory, as it lies along ``axis`` of a register tile."""
-    return plgpu.load(ref, layout=vector_layout(axis), optimized=False)
+    return load_as(ref, vector_layout(axis))
+
+
+def load_as(ref, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def load_tile(ref) -> jax.Array:
@@ -158,14 +187,38 @@ def load_tile(ref) -> jax.Array:
     return plgpu.load(ref, layout=REGISTER_TILE, optimized=False)
 
 
+def load_codes(ref) -> jax.Array:
+    """A tile of 8-bit numbers in swizzled shared memory, as bfloat16 in registers."""
+    codes = plgpu.load(ref, layout=CODE_TILE)
+    if codes.dtype != jnp.int8:
+        # Exact, and the only way from float8 that Hopper's compiler has.
+        codes = codes.astype(jnp.float32)
+    return codes.astype(jnp.bfloat16)
+
+
+def load_operand(ref) -> jax.Array:
+    """A tile of 16-bit numbers in swizzled shared memory as a register tile."""
+    return plgpu.load(ref, layout=REGISTER_TILE)
+
+
 def spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     """A vector along ``axis`` as a register tile of ``shape``."""
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
+def spread_over_codes(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A vector over the rows of a tile of codes, as that tile."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), CODE_TILE)
+
+
 def index_tile(shape: tuple[int, int], axis: int) -> jax.Array:
     """int32 index along ``axis`` for each place of a register tile."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=REGISTER_TILE)
+
+
+def index_vector(length: int, layout: Any) -> jax.Array:
+    """int32 0, 1, 2..."""
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout)
 
 
 def unknown(index: jax.Array) -> jax.Array:

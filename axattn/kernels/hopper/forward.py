@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels.hopper import device, visits
+from axattn.kernels.hopper import device, prepare, softmax, visits
 from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.pipeline import Ring
 from axattn.kernels.hopper.problem import LOG2E, ROWS, Problem
 from axattn.kernels.hopper.scores import Scores, Tiles, head_vector
+from axattn.kernels.hopper.softmax import State
+from axattn.kernels.hopper.sources import Block
 from axattn.kernels.hopper.tiles import ForwardTiles
 from axattn.kernels.hopper.work import Cut, Work, run
 
@@ -28,14 +30,6 @@ LN2 = 1.0 / LOG2E
 
 # Vectors over rows, which packing rearranges.
 _ROW_VECTORS = ("low", "high", "q_positions", "q_segments")
-
-
-class _State(NamedTuple):
-    """Online softmax of a warpgroup's rows, in units of log2."""
-
-    values: jax.Array  # [64, h]
-    top: jax.Array  # [64]
-    total: jax.Array  # [64]
 
 
 def forward(
@@ -80,18 +74,27 @@ def _scratch(cut: Cut, stages: int, arrays: Mapping[str, Any]) -> dict[str, Any]
         shape = (stages, ROWS * groups, keys)
         return ring(device.flat(shape, arrays[name].dtype)) if name in arrays else None
 
+    source = cut.source
+
+    def operand(size):
+        return device.swizzled((1, keys, size), dtype, keys) if source.scaled else None
+
     own_out = problem.head_dim != problem.value_head_dim
     out = device.swizzled((groups, ROWS, problem.value_head_dim), dtype, ROWS) if own_out else None
     return {
         "query": device.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
         "out": out,
         "lse": device.flat((groups, ROWS), jnp.float32),
-        "key": ring(device.swizzled((stages, keys, problem.head_dim), dtype, keys)),
-        "value": ring(device.swizzled((stages, keys, problem.value_head_dim), dtype, keys)),
+        "key": source.ring(stages, keys, problem.head_dim, consumers=groups),
+        "value": source.ring(stages, keys, problem.value_head_dim, consumers=groups),
+        "key_operand": operand(problem.head_dim),
+        "value_operand": operand(problem.value_head_dim),
         "bias": extra("bias"),
         "allowed": extra("allowed"),
         "query_full": plgpu.Barrier(num_arrivals=cut.pack, num_barriers=groups),
-        "turns": plgpu.Barrier(num_arrivals=groups) if groups == 2 else None,
+        # Warpgroups that prepare blocks together cannot take turns at them.
+        "turns": plgpu.Barrier(num_arrivals=groups) if groups == 2 and not cut.meets else None,
+        "together": plgpu.Barrier(num_arrivals=groups) if cut.meets else None,
     }
 
 
@@ -113,11 +116,7 @@ def _compute(work: Work) -> None:
     def step(partial):
         return functools.partial(_step, work, scores, turns, partial=partial)
 
-    state = _State(
-        device.zeros((ROWS, cut.problem.value_head_dim)),
-        device.per_row(-jnp.inf),
-        device.per_row(0.0),
-    )
+    state = State.empty(cut.problem.value_head_dim)
     turns.start()
     state = lax.fori_loop(0, plan.full, step(False), state)
     if cut.masked:
@@ -127,54 +126,81 @@ def _compute(work: Work) -> None:
 
 
 def _step(
-    work: Work, scores: Scores, turns: device.Turns, n, state: _State, *, partial: bool
-) -> _State:
+    work: Work, scores: Scores, turns: device.Turns, n, state: State, *, partial: bool
+) -> State:
     """One block of keys: the scores, the online softmax, and the weighted values."""
     cut, smem = work.cut, work.smem
-    key = smem["key"].wait(n)
+    scaled = cut.source.scaled
+    key = _operand(work, "key", smem["key"].wait(n), n, partial=False)
     query = smem["query"].at[device.unknown(work.warpgroup)]
     dots = device.product(query, device.transposed(key), then=turns.take)
-    smem["key"].release(n)
+    # The scales come with the codes, and are needed for as long as the softmax takes.
+    block = smem["value"].wait(n) if scaled else smem["key"].release(n)
 
     values, weights, top, total = lax.optimization_barrier(
         _softmax(work, scores, n, state, dots, partial=partial)
     )
     # Not before all of the above is done: the other warpgroup's exponentials are next.
     turns.leave()
-    value = smem["value"].wait(n)
+    block = block if scaled else smem["value"].wait(n)
+    value = _operand(work, "value", block, n, partial=partial)
     turns.enter()
     interpret = cut.problem.interpret
     values = device.add_product(values, weights, value, interpret=interpret)
     smem["value"].release(n)
-    return _State(values, top, total)
+    if scaled:
+        smem["key"].release(n)
+    return State(values, top, total)
 
 
-def _softmax(work: Work, scores: Scores, n, state: _State, dots: jax.Array, *, partial: bool):
-    problem, shape = work.cut.problem, dots.shape
-    kv_slot = work.plan.block(n) * shape[1] if partial or scores.reads_keys else None
+def _operand(work: Work, name: str, block: Block, n, *, partial: bool) -> Any:
+    """The keys or values of step ``n`` for the tensor core.
+
+    The warpgroups share a block of a cache: each prepares some of its columns for all.
+    """
+    cut, smem = work.cut, work.smem
+    source, numbers = cut.source, block.numbers
+    # Keys need no zeros: what they would stop is masked in the scores.
+    clean = source.has_nan and partial and name == "value"
+    if not cut.meets or not (source.scaled or clean):
+        return numbers
+    used = None
+    if clean:
+        slot = work.plan.block(n) * cut.block_kv
+        used = prepare.used_slots(
+            work.gmem, work.item.batch, slot, cut.block_kv, codes=source.scaled
+        )
+    operand = numbers
+    if source.scaled:
+        operand = smem[f"{name}_operand"].at[device.unknown(jnp.int32(0))]
+        work.meet()  # the block before this one is done with
+    for warpgroup, columns in enumerate(prepare.shares(operand.shape[1], cut.warpgroups)):
+
+        @pl.when(work.warpgroup == warpgroup)
+        def _(columns=columns):
+            if source.scaled:
+                prepare.converted(numbers, operand, columns, used)
+            else:
+                prepare.cleaned(operand, used, columns)
+
+    prepare.commit()
+    work.meet()
+    return operand
+
+
+def _softmax(work: Work, scores: Scores, n, state: State, dots: jax.Array, *, partial: bool):
+    kv_slot = work.plan.block(n) * dots.shape[1] if partial or scores.reads_keys else None
     tiles = Tiles.wait(work.smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
-    factor = 1.0
-    if scores.plain:
-        factor = problem.scale * LOG2E
-    else:
-        dots, _ = scores.scores(dots, kv_slot, tiles)
-    if partial:
-        dots = jnp.where(scores.allowed(kv_slot, tiles), dots, -jnp.inf)
+    scales = work.cut.source.loaders(work.smem, n, work.cut.block_kv)
+    new = softmax.update(
+        scores, state.top, state.total, dots, kv_slot, tiles, scales, partial=partial
+    )
     Tiles.release(work.smem, n)
-    top = jnp.maximum(state.top, dots.max(axis=1) * factor)
-    # While a row has seen nothing, its maximum is -inf and must not shift.
-    shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp2(dots * factor - device.spread(shift, shape, 0))
-    decay = jnp.exp2(state.top - shift)
-    total = state.total * decay + weights.sum(axis=1)
-    values = state.values * device.spread(decay, state.values.shape, 0)
-    kept = scores.kept(kv_slot)
-    if kept is not None:
-        weights = jnp.where(kept, weights, 0.0)
-    return values, weights.astype(problem.dtype), top, total
+    values = state.values * device.spread(new.decay, state.values.shape, 0)
+    return values, new.weights.astype(work.cut.problem.dtype), new.top, new.total
 
 
-def _finish(work: Work, state: _State) -> None:
+def _finish(work: Work, state: State) -> None:
     """Divides by the sums, and writes the rows and their LSE."""
     problem, item = work.cut.problem, work.item
     top, total, scale = state.top, state.total, 1.0

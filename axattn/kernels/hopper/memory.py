@@ -95,3 +95,55 @@ _SCORE_TILES = {
         tiles.block_q,
     ),
 }
+
+
+def cache_bytes(
+    tiles: Any, source: Any, head_dim: int, value_head_dim: int, *, score_tiles: bool
+) -> int:
+    """Bytes of a block of work of the forward kernel over a cache."""
+    sizes = (head_dim, value_head_dim)
+    total = shared_bytes("forward", tiles, *sizes, score_tiles=score_tiles) + 2 * _BARRIER
+    if not source.scaled:
+        return total
+    # Operands of one block, and rings of codes in place of those of 16-bit numbers.
+    own = [tiles.block_kv * size * _HALF for size in sizes]
+    codes = [source.stored_bytes(tiles.stages, tiles.block_kv, size) for size in sizes]
+    return total - tiles.stages * sum(own) + _total([*own, *codes[0], *codes[1]], 0)
+
+
+# ---- decode: one function per kernel ------------------------------------------------------------
+
+
+def decode_bytes(tiles: Any, source: Any, head: int, value_head: int, tile_bytes: int) -> int:
+    """Of `decode`; ``tile_bytes``: bytes per score of a bias and a mask over queries and keys."""
+    groups, stages, keys = tiles.warpgroups, tiles.stages, tiles.block_kv
+    buffers = [2 * ROWS * head * _HALF, groups * ROWS * _FLOAT]
+    buffers.append(groups * ROWS * staged_columns(value_head) * _FLOAT)
+    rings = [source.stored_bytes(stages, keys, size) for size in (head, value_head)]
+    if source.scaled:
+        sizes = {head, value_head}
+        buffers += [groups * keys * size * _HALF for size in sizes]
+    buffers += [stages * ROWS * keys * tile_bytes]
+    barriers = 2 * 2 + 4 * _ring(stages)
+    return _total([*buffers, *rings[0], *rings[1]], barriers)
+
+
+def latent_bytes(tiles: Any, source: Any, head: int, value_head: int, tile_bytes: int) -> int:
+    """Of `latent`."""
+    stages, keys = tiles.stages, tiles.block_kv
+    buffers = [ROWS * head * _HALF, ROWS * keys * _HALF, 2 * ROWS * _FLOAT]
+    if source.scaled:
+        buffers.append(keys * head * _HALF)
+    buffers += [stages * ROWS * keys * tile_bytes]
+    barriers = 3 * 2 + 1 + 3 * _ring(stages)
+    return _total([*buffers, *source.stored_bytes(stages, keys, head)], barriers)
+
+
+def staged_columns(value_head_dim: int) -> int:
+    """Columns of a result that `decode` sends to HBM at a time: large heads leave little room."""
+    fitting = (64, 32, 16) if value_head_dim <= 192 else (32, 16)
+    return next(n for n in fitting if value_head_dim % n == 0)
+
+
+def _total(buffers: list[int], barriers: int) -> int:
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in buffers) + _BARRIER * barriers

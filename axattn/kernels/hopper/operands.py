@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from axattn.call import AttentionCall
 from axattn.implementations.scores import zero_unused
 from axattn.kernels.hopper.problem import Problem, round_up
+from axattn.kernels.hopper.sources import Source
 from axattn.mask_parts import Causal, Dense, Lengths, Prefix, Segments, Window
 from axattn.stored import NEVER
 
@@ -27,13 +28,16 @@ TMA_BYTES = 16
 class Operands:
     """Arrays by name. Vectors over rows or keys are padded, so that whole tiles can be loaded.
 
-    query, key, value     as in the call, T and S rounded up to 8, unused slots zeroed
+    query, key, value     as in the call, T and S rounded up to 8, unused slots zeroed; of a cache,
+                          what `Source.arrays` says
     low, high             int32 [B or 1, T']: what each query row attends to
     q_positions           int32 [B or 1, T'] where ALiBi asks
     kv_positions          int32 [B or 1, S'] where they are not 0, 1, 2...
+    kv_lengths            int32 [B], of a cache
     q_segments, kv_segments   int32 [B or 1, T'], [B or 1, S']
     bias                  [B or 1, N or 1, T, S]
     key_bias, row_bias    float32 [B or 1, N or 1, S'], [B or 1, N or 1, T']
+    row_shift             float32 [B, N, T']: products with the center of stored keys
     allowed               int8 [B or 1, N or 1, T, S]
     sinks, slopes         float32 [N]
     dropout               int32 [3]: the key's words and the first row's counter
@@ -47,40 +51,52 @@ class Operands:
 
 
 def of(call: AttentionCall) -> Operands:
-    call = _fold_key_masks(call)
+    """What the kernels read that have a tile of rows per head."""
+    call = fold_key_masks(call)
     problem = Problem.of(call)
+    arrays = {"query": stored_rows(call, call.query, problem.stored_q_len)}
+    if call.stored is None:
+        arrays["key"] = _stored_keys(call, call.key, problem)
+        arrays["value"] = _stored_keys(call, call.value, problem)
+    else:
+        arrays["query"] = arrays["query"].astype(call.product_dtype)
+        arrays.update(Source.of(call).arrays(call))
+    return Operands(arrays | score_arrays(call), call)
+
+
+def score_arrays(call: AttentionCall) -> dict[str, jax.Array]:
+    """Everything but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
     rows, keys = vector_length(call.q_len), vector_length(call.kv_len)
-    low, high = _bounds(call)
-    arrays = {
-        "query": stored_rows(call, call.query, problem.stored_q_len),
-        "key": _stored_keys(call, call.key, problem),
-        "value": _stored_keys(call, call.value, problem),
-        "high": _padded(high, rows, -NEVER),
-    }
+    low, high = bounds(call)
+    arrays = {"high": padded(high, rows, -NEVER)}
     if low is not None:
-        arrays["low"] = _padded(low, rows, 0)
+        arrays["low"] = padded(low, rows, 0)
     if call.kv_positions is not None:
-        arrays["kv_positions"] = _padded(call.kv_positions, keys, NEVER)
+        arrays["kv_positions"] = padded(call.kv_positions, keys, NEVER)
     if call.alibi_slopes is not None:
         arrays["slopes"] = call.alibi_slopes.astype(jnp.float32)
-        arrays["q_positions"] = _padded(call.spans()[0].positions, rows, 0)
+        arrays["q_positions"] = padded(call.spans()[0].positions, rows, 0)
     for part in call.mask.parts:
         if isinstance(part, Segments):
-            arrays["q_segments"] = _padded(part.q_ids, rows, 0)
-            arrays["kv_segments"] = _padded(part.kv_ids, keys, 0)
+            arrays["q_segments"] = padded(part.q_ids, rows, 0)
+            arrays["kv_segments"] = padded(part.kv_ids, keys, 0)
     allowed = dense_mask(call)
     if allowed is not None:
         shape = (*allowed.shape[:2], call.q_len, call.kv_len)
-        arrays["allowed"] = _aligned(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
+        arrays["allowed"] = aligned(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
     if call.bias is not None:
         arrays.update(_biases(call, rows, keys))
     if call.sinks is not None:
         arrays["sinks"] = call.sinks.astype(jnp.float32)
+    if call.stored is not None and call.stored.key_center is not None:
+        shift = call.stored.center_dots(call.query, jnp.float32)
+        shift = shift.reshape(call.batch, call.num_heads, call.q_len)
+        arrays["row_shift"] = padded(shift, rows, axis=-1)
     if call.dropout_key is not None:
         first = jnp.asarray(call.first_row, jnp.int32)
         words = jax.lax.bitcast_convert_type(call.dropout_key, jnp.int32)
         arrays["dropout"] = jnp.concatenate([words, first[None]])
-    return Operands(arrays, call)
+    return arrays
 
 
 def vector_length(length: int) -> int:
@@ -96,7 +112,7 @@ def with_transposed_tiles(operands: Operands) -> Operands:
     arrays = dict(operands.arrays)
     for name in {"bias", "allowed"} & set(arrays):
         array = arrays[name][..., : operands.call.kv_len].swapaxes(2, 3)
-        arrays[name] = _aligned(array)
+        arrays[name] = aligned(array)
     return dataclasses.replace(operands, arrays=arrays)
 
 
@@ -105,11 +121,11 @@ def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
     bias = call.bias
     if bias.shape[2] == 1:
         vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
-        return {"key_bias": _padded(vector.astype(jnp.float32), keys, axis=-1)}
+        return {"key_bias": padded(vector.astype(jnp.float32), keys, axis=-1)}
     if bias.shape[3] == 1:
-        return {"row_bias": _padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
+        return {"row_bias": padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
     # TMA has no float64.
-    return {"bias": _aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
+    return {"bias": aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
 
 def dense_mask(call: AttentionCall) -> jax.Array | None:
@@ -137,7 +153,7 @@ def row_mask(part: object) -> bool:
     return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
 
 
-def _fold_key_masks(call: AttentionCall) -> AttentionCall:
+def fold_key_masks(call: AttentionCall) -> AttentionCall:
     """Key masks, and lengths of given positions, as keys that are far away from every query."""
     folded = [part for part in call.mask.parts if key_mask(part)]
     if not folded and call.kv_positions is None:
@@ -158,10 +174,10 @@ def _fold_key_masks(call: AttentionCall) -> AttentionCall:
     )
 
 
-def _bounds(call: AttentionCall) -> tuple[jax.Array | None, jax.Array]:
+def bounds(call: AttentionCall) -> tuple[jax.Array | None, jax.Array]:
     """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
 
-    ``low`` is None where nothing bounds it.
+    ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).
     """
     q, _ = call.spans()
     positions = q.positions
@@ -196,15 +212,15 @@ def _column(per_row) -> jax.Array:
 def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
     """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
     slots = jnp.arange(array.shape[1])
-    return _padded(zero_unused(array, slots, call.mask.q_lengths()), length)
+    return padded(zero_unused(array, slots, call.mask.q_lengths()), length)
 
 
 def _stored_keys(call: AttentionCall, array: jax.Array, problem: Problem) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return _padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len)
+    return padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len)
 
 
-def _padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
+def padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
     """``array`` with one axis filled up to ``length``."""
     missing = length - array.shape[axis]
     if not missing:
@@ -214,6 +230,6 @@ def _padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> j
     return jnp.pad(array, widths, constant_values=fill)
 
 
-def _aligned(array: jax.Array) -> jax.Array:
+def aligned(array: jax.Array) -> jax.Array:
     """A ``[..., S]`` array whose rows TMA can address: its last axis is filled up for that."""
-    return _padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)
+    return padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)

@@ -52,6 +52,24 @@ class Ring(NamedTuple):
 
         return slot
 
+    def fill(self, n: jax.Array) -> None:
+        """Says that step n is filled, where a warpgroup did that and no copy."""
+        plgpu.barrier_arrive(self.full.at[rem(n, self.stages)])
+
+    def copy(self, n: jax.Array, sources: Any, part: Any = None) -> None:
+        """Has step n filled from HBM; ``sources`` has the structure of the buffers.
+
+        With ``part``, only those rows of the buffers are filled.
+        """
+        slot = self.acquire(n)
+        full = self.full.at[slot]
+
+        def copy(buffer, source):
+            buffer = buffer if part is None else buffer.at[part]
+            plgpu.copy_gmem_to_smem(source, buffer, full)
+
+        jax.tree.map(copy, self.at(slot), sources)
+
     def drain(self, steps: jax.Array) -> None:
         def step(n, _):
             plgpu.barrier_wait(self.free.at[rem(n, self.stages)])
@@ -73,22 +91,13 @@ def produce(
     steps: jax.Array,
     sources: Callable[[jax.Array], Callable[[str], Any]],
 ) -> None:
-    """Fills the rings step by step, in their order, with ``sources(n)(name)`` in HBM.
-
-    That has the structure of the ring's buffers.
-    """
+    """Fills the rings step by step, in their order, with ``sources(n)(name)`` in HBM."""
     rings = {name: ring for name, ring in rings.items() if ring is not None}
 
     def step(n, _):
         source = sources(n)
         for name, ring in rings.items():
-            slot = ring.acquire(n)
-            full = ring.full.at[slot]
-            jax.tree.map(
-                lambda buffer, array, full=full: plgpu.copy_gmem_to_smem(array, buffer, full),
-                ring.at(slot),
-                source(name),
-            )
+            ring.copy(n, source(name))
 
     lax.fori_loop(0, steps, step, None)
     for ring in rings.values():

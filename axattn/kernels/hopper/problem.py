@@ -44,7 +44,7 @@ class Problem:
             call.num_kv_heads,
             call.head_dim,
             call.value_head_dim,
-            call.query.dtype.name,
+            call.product_dtype.name,
             call.scale,
             call.logits_soft_cap,
             call.dropout_rate if call.dropout_key is not None else 0.0,

@@ -55,13 +55,12 @@ def _scratch(cut: Cut, tiles: QueryGradTiles, arrays: Mapping[str, Any]) -> dict
         shape = (1, ROWS * groups, keys)
         return ring(1, device.flat(shape, arrays[name].dtype)) if name in arrays else None
 
-    key = (tiles.key_stages, keys, problem.head_dim)
-    value = (tiles.value_stages, keys, problem.value_head_dim)
+    source, sizes = cut.source, (problem.head_dim, problem.value_head_dim)
     return {
         "query": device.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
         "dout": device.swizzled((groups, ROWS, problem.value_head_dim), dtype, keys),
-        "key": ring(tiles.key_stages, device.swizzled(key, dtype, keys)),
-        "value": ring(tiles.value_stages, device.swizzled(value, dtype, keys)),
+        "key": source.ring(tiles.key_stages, keys, sizes[0], consumers=groups),
+        "value": source.ring(tiles.value_stages, keys, sizes[1], consumers=groups),
         "bias": extra("bias"),
         "allowed": extra("allowed"),
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
@@ -105,7 +104,7 @@ def _step(
     tiles = Tiles.wait(smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
     kept = scores.kept(kv_slot)
 
-    key, value = smem["key"].wait(n), smem["value"].wait(n)
+    key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers
     own = device.unknown(work.warpgroup)
     operands = smem["query"].at[own], device.transposed(key)
     other = smem["dout"].at[own], device.transposed(value)

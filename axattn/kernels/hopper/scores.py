@@ -23,6 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.problem import LOG2E, Problem
 
+# Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
+_OF_HEADS = ("row_bias", "row_slopes", "row_shift")
+
 
 class Rows(NamedTuple):
     """The query rows of a tile: rows of one head, or equal slots of several heads after another."""
@@ -70,10 +73,19 @@ class Scores:
     @classmethod
     def of(cls, problem: Problem, gmem: Mapping[str, Any], rows: Rows, shape, q_axis: int):
         """Scores of many blocks of keys: what belongs to the rows is loaded once, here."""
-        lazy = cls(problem, gmem, rows, {}, shape, q_axis)
-        names = ("low", "high", "q_positions", "q_segments", "row_bias")
-        vectors = {name: lazy._of_rows(name) for name in names if name in gmem}
-        return dataclasses.replace(lazy, vectors=vectors)
+        return cls.of_full_blocks(problem, gmem, rows, shape, q_axis).with_bounds()
+
+    @classmethod
+    def of_full_blocks(cls, problem: Problem, gmem: Mapping[str, Any], rows: Rows, shape, q_axis):
+        """The same without what only partial blocks need, for kernels short of registers."""
+        return cls(problem, gmem, rows, {}, shape, q_axis)._with(*_OF_HEADS, "q_positions")
+
+    def with_bounds(self) -> Scores:
+        return self._with("low", "high", "q_segments")
+
+    def _with(self, *names: str) -> Scores:
+        loaded = {name: self._of_rows(name) for name in names if name in self.gmem}
+        return dataclasses.replace(self, vectors={**self.vectors, **loaded})
 
     @property
     def kv_axis(self) -> int:
@@ -82,15 +94,21 @@ class Scores:
     @property
     def plain(self) -> bool:
         """Whether scores are a positive multiple of the products: the scale can wait."""
-        additive = {"bias", "key_bias", "row_bias", "slopes"} & set(self.gmem)
+        additive = {"bias", "key_bias", "row_bias", "slopes", "row_slopes"} & set(self.gmem)
         return not additive and self.problem.logits_soft_cap is None and self.problem.scale > 0
 
     @property
     def reads_keys(self) -> bool:
         """Whether full blocks, too, need to know which keys they have."""
-        return bool({"key_bias", "slopes", "dropout"} & set(self.gmem))
+        return bool({"key_bias", "slopes", "row_slopes", "dropout"} & set(self.gmem))
 
     # ---- the scores ---------------------------------------------------------------------------
+
+    def shifted(self, dots: jax.Array) -> jax.Array:
+        """The products with the keys themselves, where a cache has stored them without a center."""
+        if "row_shift" not in self.gmem:
+            return dots
+        return dots + self._over_queries(self._of_rows("row_shift"))
 
     def scores(self, dots: jax.Array, kv_slot: jax.Array, tiles: Tiles) -> tuple[jax.Array, Any]:
         """Scores before the mask, and tanh(scaled products / cap) where there is a cap."""
@@ -113,12 +131,12 @@ class Scores:
             yield self._over_keys(ref.at[pl.ds(kv_slot, self.shape[self.kv_axis])])
         if "row_bias" in self.gmem:
             yield self._over_queries(self._of_rows("row_bias"))
-        if "slopes" in self.gmem:
+        if "slopes" in self.gmem or "row_slopes" in self.gmem:
             # Press et al., arXiv 2108.12409, symmetric: -slope * |i - j|.
             distance = self._over_queries(self._of_rows("q_positions")) - self._kv_positions(
                 kv_slot
             )
-            yield jnp.abs(distance).astype(jnp.float32) * -self.of_head("slopes")
+            yield jnp.abs(distance).astype(jnp.float32) * -self._slopes()
 
     def allowed(self, kv_slot: jax.Array, tiles: Tiles) -> jax.Array:
         """The mask of a partial tile."""
@@ -175,6 +193,11 @@ class Scores:
             return ref[rows.head]
         return self._over_queries(head_vector(ref, rows, self.shape[self.q_axis]))
 
+    def _slopes(self) -> jax.Array:
+        if "row_slopes" in self.gmem:
+            return self._over_queries(self._of_rows("row_slopes"))
+        return self.of_head("slopes")
+
     def _kv_positions(self, kv_slot: jax.Array) -> jax.Array:
         if "kv_positions" in self.gmem:
             return self._over_keys(self._of_batch("kv_positions", kv_slot))
@@ -185,7 +208,7 @@ class Scores:
         if name in self.vectors:
             return self.vectors[name]
         ref, rows = self.gmem[name], self.rows
-        if name == "row_bias":
+        if name in _OF_HEADS:
             ref = _vector_of_head(ref, rows.batch, rows.head)
         else:
             ref = ref.at[_own(ref, 0, rows.batch)]

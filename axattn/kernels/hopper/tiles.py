@@ -13,9 +13,10 @@ from importlib import resources
 from typing import Any
 
 from axattn.call import AttentionCall
-from axattn.kernels.hopper.memory import SHARED_BYTES, shared_bytes
+from axattn.kernels.hopper.memory import SHARED_BYTES, cache_bytes, shared_bytes
 from axattn.kernels.hopper.operands import dense_mask
 from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ def kind(call: AttentionCall) -> str:
 
 
 def forward_tiles(call: AttentionCall) -> ForwardTiles:
-    return _choose("forward", call)
+    tiles = _choose("forward", call)
+    return tiles if call.stored is None else _fit_cache(tiles, call)
 
 
 def backward_tiles(call: AttentionCall) -> BackwardTiles:
@@ -130,6 +132,27 @@ def fit(kernel: str, tiles: Any, head_dim: int, value_head_dim: int, *, score_ti
             (name,) = (name for name in values if name.startswith("block"))
             tiles = dataclasses.replace(tiles, **{name: values[name] // 2})
     return tiles
+
+
+def _fit_cache(tiles: ForwardTiles, call: AttentionCall) -> ForwardTiles:
+    """The tiles for a cache, whose blocks are cleaned and converted 64 rows at a time."""
+    source, sizes = Source.of(call), (call.head_dim, call.value_head_dim)
+    score_tiles = kind(call) == "biased"
+    # Converting 128 keys at a time takes more registers than there are.
+    blocks = [
+        n for n in (tiles.block_kv, ROWS) if n % ROWS == 0 and not (source.scaled and n > ROWS)
+    ]
+    choices = [
+        dataclasses.replace(tiles, block_kv=block, stages=stages)
+        for block in dict.fromkeys(blocks)
+        for stages in range(max(tiles.stages, 2), 0, -1)
+    ]
+    fitting = (
+        tiles
+        for tiles in choices
+        if cache_bytes(tiles, source, *sizes, score_tiles=score_tiles) <= SHARED_BYTES
+    )
+    return next(fitting, choices[-1])
 
 
 @functools.cache

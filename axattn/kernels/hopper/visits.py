@@ -16,6 +16,9 @@ from axattn.call import AttentionCall
 from axattn.mask_parts import EMPTY, FULL, PARTIAL, Dense, Segments
 from axattn.stored import NEVER
 
+# What each query row attends to, int32 ``[B or 1, T]``: positions in [low, high).
+Bounds = tuple[jax.Array | None, jax.Array]
+
 
 class Plan(NamedTuple):
     """Arrays that a kernel reads to find its blocks."""
@@ -42,6 +45,36 @@ def of_queries(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
 def of_keys(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
     """Query blocks for each tile of ``block_kv`` key slots."""
     return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2))
+
+
+def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array:
+    """``Plan.spans`` of one tile with all query rows, from what each row attends to.
+
+    Without a list: blocks that a mask with holes would leave out are visited, as partial ones.
+    """
+    low, high = bounds
+    count = -(-call.kv_len // block_kv)
+    zero = jnp.zeros((), jnp.int32)
+    if call.kv_positions is not None:
+        # Positions may be in any order (a ring's are): all blocks up to the last slot in use.
+        slots = jnp.arange(1, call.kv_len + 1)
+        used = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
+        total = jnp.where(high.max(1) > -NEVER, -(-used // block_kv), 0)
+        return _spans(zero, zero, zero, total)
+    first = zero if low is None else jnp.clip(low.min(1) // block_kv, 0, count)
+    last = jnp.clip(-(-high.max(1) // block_kv), 0, count)
+    total = jnp.maximum(last - first, 0)
+    if _has_holes(call):
+        return _spans(first, zero, zero, total)
+    first_full = zero if low is None else jnp.maximum(-(-low.max(1) // block_kv), 0)
+    last_full = jnp.minimum(high.min(1), call.kv_len) // block_kv
+    full = jnp.maximum(last_full - first_full, 0)
+    return _spans(first, jnp.where(full > 0, first_full - first, 0), full, total)
+
+
+def _spans(*numbers: jax.Array) -> jax.Array:
+    """Four numbers, each of them ``[B or 1]`` or a scalar, as ``[B or 1, 1, 4]``."""
+    return _stack(*jnp.broadcast_arrays(*numbers)).reshape(-1, 1, 4)
 
 
 def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:

@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.operands import Operands
-from axattn.kernels.hopper.pipeline import produce
 from axattn.kernels.hopper.problem import ROWS, Problem, cdiv
 from axattn.kernels.hopper.scores import Rows, Tiles, score_tile
+from axattn.kernels.hopper.sources import Source
 from axattn.kernels.hopper.visits import Visits
 
 # Operands that packing does not rearrange.
-_NOT_PACKED = ("bias", "key_bias", "row_bias", "allowed")
+_NOT_PACKED = ("bias", "key_bias", "row_bias", "row_shift", "allowed")
 
 # Key/value heads of which the blocks at work at one time fit the 50 MB of L2, with room to spare.
 _L2_BYTES = 32 * 2**20
@@ -35,6 +36,7 @@ class Cut:
     """
 
     problem: Problem
+    source: Source
     block_kv: int
     warpgroups: int
     pack: int
@@ -51,7 +53,13 @@ class Cut:
                 pack *= 2
         masked = bool(operands.call.mask.parts) or problem.kv_len % block_kv > 0
         masked = masked or operands.call.kv_positions is not None
-        return cls(problem, block_kv, warpgroups, pack, masked)
+        source = Source.of(operands.call)
+        return cls(problem, source, block_kv, warpgroups, pack, masked)
+
+    @property
+    def meets(self) -> bool:
+        """Whether the warpgroups prepare blocks of a cache together, in shared memory."""
+        return self.source.kind != "arrays" and (self.source.scaled or self.source.dirty)
 
     @property
     def slots(self) -> int:
@@ -143,6 +151,11 @@ class Work(NamedTuple):
         """This warpgroup's part of a buffer ``[warpgroups, 64, ...]``."""
         return self.smem[name].at[self.warpgroup]
 
+    def meet(self) -> None:
+        """Waits until all warpgroups that compute are here."""
+        plgpu.barrier_arrive(self.smem["together"])
+        plgpu.barrier_wait(self.smem["together"])
+
     def rows_of(self, name: str, member: int = 0) -> Any:
         """Rows of one of the tile's heads in HBM ``[B, T, N, size]``."""
         rows = self.item.rows
@@ -160,31 +173,34 @@ def run(cut: Cut, gmem: Mapping[str, Any], smem: Mapping[str, Any], compute: Cal
     item = cut.item(lax.axis_index("work"), warpgroup)
     work = Work(cut, gmem, smem, item, Visits.load(gmem, item.batch, item.tile), warpgroup)
 
+    searching = cut.source.kind == "pages"
+
     @pl.when(warpgroup < cut.warpgroups)
     def _():
-        device.claim_registers(cut.warpgroups)
+        device.claim_registers(cut.warpgroups, searching=searching)
         compute(work)
 
     @pl.when(warpgroup == cut.warpgroups)
     def _():
-        device.claim_registers(cut.warpgroups, producer=True)
+        device.claim_registers(cut.warpgroups, producer=True, searching=searching)
         _produce(work)
 
 
 def _produce(work: Work) -> None:
-    cut, gmem, item = work.cut, work.gmem, work.item
+    cut, gmem, item, smem = work.cut, work.gmem, work.item, work.smem
+    tiles = [name for name in Tiles._fields if smem[name] is not None]
 
-    def sources(n):
-        keys = pl.ds(work.plan.block(n) * cut.block_kv, cut.block_kv)
+    def step(n, _):
+        slot = work.plan.block(n) * cut.block_kv
+        keys = pl.ds(slot, cut.block_kv)
         # Only unpacked calls have tiles over [T, S]: all rows are of one head.
         queries = pl.ds(item.tile * cut.q_block, cut.q_block)
+        places = cut.source.places(gmem, item.batch, item.kv_head, slot, cut.block_kv)
+        cut.source.fill(smem["key"], n, gmem, "key", places)
+        for name in tiles:
+            smem[name].copy(n, score_tile(gmem[name], item.rows, queries, keys))
+        cut.source.fill(smem["value"], n, gmem, "value", places)
 
-        def source(name):
-            if name in ("key", "value"):
-                return gmem[name].at[item.batch, keys, item.kv_head]
-            return score_tile(gmem[name], item.rows, queries, keys)
-
-        return source
-
-    rings = {name: work.smem[name] for name in ("key", *Tiles._fields, "value")}
-    produce(rings, work.plan.total, sources)
+    lax.fori_loop(0, work.plan.total, step, None)
+    for name in ("key", *tiles, "value"):
+        smem[name].drain(work.plan.total)

@@ -9,6 +9,7 @@ import pytest
 
 import axattn
 from axattn import Mask, _jax_compat
+from axattn.cache import DenseCache, PagedCache
 from axattn.implementations import mosaic_gpu
 from tests.kernels.hopper.calls import call_of, make_call
 
@@ -29,9 +30,11 @@ def test_none_takes_the_kernels_on_hopper(hopper):
 
 
 @pytest.mark.parametrize("T, N", [(1, 8), (1, 128), (16, 64)])
-def test_decode_and_speculative_steps_stay(hopper, T, N):
-    why = axattn.explain_implementations(*shapes(T=T, N=N))
-    assert why["mosaic_gpu"] is None and why.by_platform["cuda"] != "mosaic_gpu"
+def test_decode_and_speculative_steps(hopper, T, N):
+    """Over many keys the decode kernel; over few, one program of XLA's costs less than four."""
+    assert axattn.explain_implementations(*shapes(T=T, N=N)).by_platform["cuda"] == "mosaic_gpu"
+    few = axattn.explain_implementations(*shapes(T=T, S=1016, N=N))
+    assert few["mosaic_gpu"] is None and few.by_platform["cuda"] != "mosaic_gpu"
 
 
 def test_a_ptxas_that_miscompiles(hopper, monkeypatch):
@@ -77,12 +80,79 @@ def test_other_gpus(kind, capability):
     assert why["mosaic_gpu"] == f"needs a Hopper GPU (compute capability 9.0), got {capability}"
 
 
-def test_a_cache_is_refused(hopper):
-    from axattn import cache
+def cache_call(T=1, N=8, K=2, H=128, query_dtype=jnp.bfloat16, kind="dense", **options):
+    slots = options.pop("slots", 64)
+    if kind == "paged":
+        stored = PagedCache.create(1, 4, slots, 4, K, H, **options).stored()
+    else:
+        stored = DenseCache.create(1, slots, K, H, **options).stored()
+    return call_of(jnp.zeros((1, T, N, H), query_dtype), stored, None, is_causal=True)
 
-    stored = cache.DenseCache.create(1, 64, 2, 64, dtype=jnp.bfloat16).stored()
-    q = jnp.zeros((1, 128, 8, 64), jnp.bfloat16)
-    assert mosaic_gpu.call_refusal(call_of(q, stored, None)) == "does not support a cache"
+
+@pytest.mark.parametrize(
+    "kernel, options",
+    [
+        ("decode", {}),
+        ("decode", dict(T=16, kind="paged", dtype="int8")),
+        ("decode", dict(dtype=jnp.float16, query_dtype=jnp.float16)),
+        ("forward", dict(T=17, dtype="float8_e4m3fn")),
+        ("forward", dict(T=512, kind="paged", slots=16)),
+        ("latent", dict(K=1, H=576, value_head_dim=512, values_in_keys=True)),
+        ("latent", dict(T=20, K=1, H=576, value_head_dim=512, values_in_keys=True, dtype="int8")),
+    ],
+)
+def test_the_kernel_for_a_cache(kernel, options):
+    call = cache_call(**options)
+    assert mosaic_gpu.call_refusal(call) is None
+    assert mosaic_gpu.kernel(call) == kernel
+
+
+@pytest.mark.parametrize(
+    "reason, options",
+    [
+        ("a cache of int4", dict(dtype="int4")),
+        ("in the dtype of the cache, float16, got bfloat16", dict(dtype=jnp.float16)),
+        ("needs float16 or bfloat16, got float32", dict(query_dtype=jnp.float32)),
+        ("a bfloat16 query over a quantized cache", dict(query_dtype=jnp.float16, dtype="int8")),
+        ("multiples of 32 in a quantized cache, got (80, 80)", dict(H=80, dtype="int8")),
+        ("slots of a row in a multiple of 8, got 60", dict(slots=60)),
+        ("slots of a page in a multiple of 8, got 4", dict(slots=4, kind="paged")),
+        ("at most 576", dict(K=1, H=640, value_head_dim=512, values_in_keys=True)),
+        (
+            "at most 2048 query rows (tokens times heads of a group), got 4096",
+            dict(T=32, N=128, K=1, H=576, value_head_dim=512, values_in_keys=True),
+        ),
+        ("got 128 and 64", dict(K=1, H=128, value_head_dim=64, values_in_keys=True)),
+    ],
+)
+def test_caches_that_are_refused(reason, options):
+    assert reason in mosaic_gpu.call_refusal(cache_call(**options))
+
+
+def test_none_takes_the_kernels_over_a_cache(hopper):
+    cache = DenseCache.create(1, 64, 2, 128, dtype="int8")
+    query = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
+    why = axattn.explain_implementations(query, cache.stored(), None)
+    assert why.by_platform["cuda"] == "mosaic_gpu" and why.by_platform["cpu"] == "xla_chunked"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("extras", [{}, dict(bias=np.zeros((1, 8, 1, 256), np.float32))])
+def test_tiles_of_the_decode_kernels_fit(dtype, extras):
+    """Something always fits; for one head size, two warpgroups that take turns."""
+    pytest.importorskip("axattn.kernels.hopper.decode_tiles", exc_type=ImportError)
+    from axattn.kernels.hopper import decode_tiles, memory
+    from axattn.kernels.hopper.sources import Source
+
+    for H in range(32, 257, 32):
+        for h in range(32, 257, 32):
+            stored = DenseCache.create(1, 256, 2, H, value_head_dim=h, dtype=dtype).stored()
+            call = call_of(jnp.zeros((1, 1, 8, H), jnp.bfloat16), stored, None, **extras)
+            tiles, source = decode_tiles.decode_tiles(call), Source.of(call)
+            per_score = 4 if extras else 0
+            needed = memory.decode_bytes(tiles, source, H, h, per_score)
+            assert needed <= memory.SHARED_BYTES, (H, h, tiles)
+            assert tiles.warpgroups == 2 or extras or H != h, (H, h, tiles)
 
 
 @pytest.mark.parametrize("kind", ["full", "biased"])
