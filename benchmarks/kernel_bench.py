@@ -27,123 +27,55 @@ process goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 
 from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import (
-    environment,
-    jobs,
-    kernel_job,
-    kernel_rows,
-    output,
-    processes,
-    sections,
-    units,
-)
-from benchmarks.harness.kernel_cases import DIRECTIONS, PRESETS, Case
+from benchmarks.harness import kernel_job, kernel_rows, kernel_script, units
+from benchmarks.harness.kernel_cases import DIRECTIONS, PRESETS
 from benchmarks.harness.kernel_programs import IMPLEMENTATIONS
 
-_PRESET = flags.DEFINE_enum("preset", None, sorted(PRESETS), "issue on a GPU, else smoke")
-_CASES = flags.DEFINE_list("cases", [], "parts of the cases' names, e.g. causal,packed")
+FLAGS = kernel_script.Flags(PRESETS, IMPLEMENTATIONS, not_on_gpu=("xla",), example="causal,packed")
 _DIRECTIONS = flags.DEFINE_list("directions", [*DIRECTIONS], f"of {', '.join(DIRECTIONS)}")
-_IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations", None, f"of {', '.join(IMPLEMENTATIONS)}; all but xla, which smoke has too"
-)
-_SECONDS = flags.DEFINE_float("seconds", 0.3, "to time a cell for", lower_bound=0)
-_BUDGET = flags.DEFINE_float("budget_minutes", 60.0, "begin no cell after this", lower_bound=0)
-_SILENCE = flags.DEFINE_float("silence", 120.0, "seconds after which a cell hangs", lower_bound=1)
-_MARKDOWN = flags.DEFINE_string("markdown", None, "file to write: .md")
-_JSON = flags.DEFINE_string("json", None, "file to write: .json")
 
 
-def cases(platform: str) -> list[Case]:
-    """Those of the preset that are asked for."""
-    preset = _PRESET.value or ("issue" if platform == "cuda" else "smoke")
-    found = PRESETS[preset]()
-    wanted = [c for c in found if not _CASES.value or any(part in c.name for part in _CASES.value)]
-    if not wanted:
-        raise ValueError(f"--cases: nothing among {', '.join(case.name for case in found)}")
-    return wanted
+class Table(kernel_script.Table):
+    """Cells beside what a matrix product reaches."""
 
+    notes = (
+        "Errors are relative to the largest element of their row, against float32; allowed: twice "
+        "that of plain attention in the same precision, or the chunked path where its logits are "
+        "large. One batch row and one key/value head are checked.",
+    )
 
-def checked_flags() -> list[pathlib.Path]:
-    """The files to write; ValueError for what cannot be."""
-    for flag, known in ((_DIRECTIONS, DIRECTIONS), (_IMPLEMENTATIONS, IMPLEMENTATIONS)):
-        for name in flag.value or ():
-            if name not in known:
-                raise ValueError(f"--{flag.name}: {name!r} takes some of {', '.join(known)}")
-    files = []
-    for flag, suffix in ((_MARKDOWN, ".md"), (_JSON, ".json")):
-        if flag.value is not None:
-            files.append(output.check_path(flag.value))
-            if files[-1].suffix != suffix:
-                raise ValueError(f"--{flag.name}: {flag.value!r} does not end in {suffix}")
-    return files
+    def check(self):
+        kernel_script.check_names("directions", _DIRECTIONS.value, tuple(DIRECTIONS))
 
-
-def implementations(platform: str) -> tuple[str, ...]:
-    if _IMPLEMENTATIONS.value is not None:
-        return tuple(dict.fromkeys(_IMPLEMENTATIONS.value))
-    return tuple(name for name in IMPLEMENTATIONS if name != "xla" or platform != "cuda")
-
-
-def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    started = time.time()
-    try:
-        files = checked_flags()
-        # In a process of its own: asking starts JAX, which takes a GPU's memory.
-        where = processes.call(jobs.Describe())
-        asked = cases(where.platform)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    where = dataclasses.replace(where, command=environment.command_line(sys.argv))
-    out = sections.Sections(where)
-    on_gpu, worker = where.platform == "cuda", processes.Worker()
-    try:
-        (matmul,) = worker.run(kernel_job.Matmul(8192 if on_gpu else 512), _SILENCE.value)
-        ceiling = kernel_rows.Ceiling(matmul, kernel_rows.peak_of(where.device))
-        peak = f" of {units.amount(ceiling.peak, 'FLOP/s')}" if ceiling.peak else ""
+    def begin(self, out, worker, silence):
+        where = out.environment
+        (matmul,) = worker.run(
+            kernel_job.Matmul(8192 if where.platform == "cuda" else 512), silence
+        )
+        self.ceiling = kernel_rows.Ceiling(matmul, kernel_rows.peak_of(where.device))
+        peak = f" of {units.amount(self.ceiling.peak, 'FLOP/s')}" if self.ceiling.peak else ""
         title = (
             f"{units.amount(matmul, 'FLOP/s')}{peak} in a bfloat16 matrix product on random data"
         )
         out.begin("kernels", title, kernel_rows.COLUMNS)
-        for case in asked:
-            job = kernel_job.Measure(
-                case,
-                tuple(_DIRECTIONS.value),
-                implementations(where.platform),
-                _SECONDS.value,
-                started + 60 * _BUDGET.value,
-            )
-            for cell in kernel_job.cells(worker, job, _SILENCE.value):
-                cell = kernel_rows.rated(cell, case, ceiling)
-                out.row(cell, cell.failure)
-        code = 0
-    except KeyboardInterrupt:
-        out.print("\ninterrupted")
-        code = 130
-    finally:
-        worker.close()
-    against = (
-        "plain attention in the same precision, or the chunked path where its logits are large"
-    )
-    out.note(
-        f"Errors are relative to the largest element of their row, against float32; allowed: twice "
-        f"that of {against}. One batch row and one key/value head are checked."
-    )
-    out.close()
-    for path in files:
-        out.write(path)
-    return code or (1 if out.failures else 0)
+
+    def job(self, case, implementations, seconds, stop):
+        return kernel_job.Measure(case, tuple(_DIRECTIONS.value), implementations, seconds, stop)
+
+    def rated(self, cell, case):
+        return kernel_rows.rated(cell, case, self.ceiling)
+
+
+def main(argv: Sequence[str]) -> int:
+    return kernel_script.run(argv, FLAGS, Table())
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.harness import inputs
+from benchmarks.harness import environment, inputs, rounds
 
 
 def bytes_per_second(size: int = 512 << 20, repetitions: int = 5) -> float:
@@ -24,3 +28,25 @@ def bytes_per_second(size: int = 512 << 20, repetitions: int = 5) -> float:
         array = jax.block_until_ready(scale(array))
         best = min(best, time.perf_counter() - start)
     return 2 * size / best
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Bytes per second of a kernel that reads ``size`` bytes and writes as many; both count.
+
+    A job for a worker; timed as kernels are (`rounds.timer`). It scales what it copies: a bare copy
+    is no kernel, and none in the eyes of a profiler of kernels.
+    """
+
+    size: int
+
+    def __call__(self) -> Iterator[float]:
+        environment.choose_backend()
+        struct = jax.ShapeDtypeStruct((self.size // 4,), jnp.float32)
+        arrays = itertools.cycle([inputs.normal_on_device(struct, seed) for seed in range(3)])
+        scale = jax.jit(lambda x: x * 1.0001)
+        timer, _ = rounds.timer(
+            lambda: jax.block_until_ready(scale(next(arrays))), jax.default_backend()
+        )
+        times = [seconds for _, seconds in rounds.samples({"": timer}, seconds=0.5)]
+        yield 2 * self.size / statistics.median(times)

@@ -100,13 +100,19 @@ class Case:
         return found
 
 
-def _heads(heads: int, kv_heads: int) -> str:
+def heads_name(heads: int, kv_heads: int) -> str:
+    """``gqa32/8``."""
     return f"{'mqa' if kv_heads == 1 else 'gqa'}{heads}/{kv_heads}"
 
 
+def length_name(length: int) -> str:
+    """``4k`` for 4096."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
 def _plain(heads: int, kv_heads: int, length: int, head_dim: int, *, causal: bool) -> Case:
-    size = f"{length // 1024}k" if length % 1024 == 0 else str(length)
-    name = f"{'causal' if causal else 'full'}/{_heads(heads, kv_heads)}/{size}/{head_dim}"
+    shape = f"{heads_name(heads, kv_heads)}/{length_name(length)}/{head_dim}"
+    name = f"{'causal' if causal else 'full'}/{shape}"
     batch = max(1, _TOKENS // length)
     return Case(name, batch, length, heads, kv_heads, head_dim, head_dim, causal)
 

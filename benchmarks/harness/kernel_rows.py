@@ -16,8 +16,36 @@ NOT_MEASURED = "not measured"
 OURS = ("mosaic_gpu", "xla_chunked", "xla")
 
 
+class Verdict:
+    """What a cell's ``status`` and ``reason`` come to."""
+
+    @property
+    def failure(self) -> str | None:
+        """What must not go unseen: wrong results, impossible times, failures of our own."""
+        own = self.status in (FAILED, OUT_OF_MEMORY) and self.implementation in OURS
+        if self.status not in (WRONG, IMPOSSIBLE) and not own:
+            return None
+        return f"{self.case} {self.direction} {self.implementation}: {self.why}"
+
+    @property
+    def why(self) -> str:
+        return ": ".join(part for part in (self.status, self.reason) if part)
+
+    @property
+    def remark(self) -> str:
+        """The last cell of its line."""
+        text = self.why if self.status != OK else self.note or ""
+        text = " ".join(text.split())
+        return text if len(text) <= 200 else text[:197] + "..."
+
+    @property
+    def errors(self) -> str:
+        """Its error and what is allowed."""
+        return units.NOTHING if self.error is None else f"{self.error:.1e}/{self.allowed:.1e}"
+
+
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Verdict):
     """One implementation on one case in one direction.
 
     Attributes:
@@ -72,18 +100,6 @@ class Cell:
             **values,
         )
 
-    @property
-    def failure(self) -> str | None:
-        """What must not go unseen: wrong results, impossible times, failures of our own."""
-        own = self.status in (FAILED, OUT_OF_MEMORY) and self.implementation in OURS
-        if self.status not in (WRONG, IMPOSSIBLE) and not own:
-            return None
-        return f"{self.case} {self.direction} {self.implementation}: {self.why}"
-
-    @property
-    def why(self) -> str:
-        return ": ".join(part for part in (self.status, self.reason) if part)
-
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
@@ -95,7 +111,13 @@ class Ceiling:
 
 def peak_of(device: str) -> float | None:
     """The data sheet's peak of a device by the name it reports."""
-    known = {target.description: target.peak_bf16_flops for target in aot.TARGETS.values()}
+    target = target_of(device)
+    return target and target.peak_bf16_flops
+
+
+def target_of(device: str) -> aot.Target | None:
+    """The entry of `axattn.aot.TARGETS` for a device by the name it reports."""
+    known = {target.description: target for target in aot.TARGETS.values()}
     return known.get(device) if device else None
 
 
@@ -125,18 +147,6 @@ def _size(cell: Cell) -> str:
     return str(cell.head_dim) if same else f"{cell.head_dim}/{cell.value_head_dim}"
 
 
-def _errors(cell: Cell) -> str:
-    if cell.error is None:
-        return units.NOTHING
-    return f"{cell.error:.1e}/{cell.allowed:.1e}"
-
-
-def _remark(cell: Cell) -> str:
-    text = cell.why if cell.status != OK else cell.note or ""
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 COLUMNS = (
     tables.Column("Case", 22, lambda c: c.case, "left"),
     tables.Column("Mask", 12, lambda c: c.mask, "left"),
@@ -150,6 +160,6 @@ COLUMNS = (
     tables.Column("TFLOP/s", 7, lambda c: f"{c.tflops:.4g}" if c.tflops else units.NOTHING),
     tables.Column("Of matmul", 9, lambda c: units.percent(c.of_matmul, 1.0)),
     tables.Column("cudnn/this", 10, lambda c: units.ratio(c.ratio)),
-    tables.Column("Error/allowed", 15, _errors),
-    tables.Column("", 0, _remark, "left"),
+    tables.Column("Error/allowed", 15, lambda c: c.errors),
+    tables.Column("", 0, lambda c: c.remark, "left"),
 )
