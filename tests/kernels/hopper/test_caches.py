@@ -34,7 +34,7 @@ def filled(kind, dtype="bfloat16", lengths=LENGTHS, head_dim=H, value_dim=H, kv_
     v = None if options.get("values_in_keys") else v
     cache = caches.make(
         kind,
-        capacity=CAPACITY,
+        capacity=options.pop("capacity", CAPACITY),
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_head_dim=value_dim,
@@ -185,6 +185,16 @@ def test_fixed_splits_are_batch_invariant(interpreted, kind):
         first, second = again(cache, query), again(cache, query)
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_many_parts(interpreted):
+    """More results of a sequence than one warpgroup joins; sequences with few of them besides."""
+    lengths = np.array([1290, 65, 0])
+    cache = filled("dense", lengths=lengths, kv_heads=1, capacity=1296)
+    sinks = np.array([0.5, -0.5], np.float32)
+    attend_and_check(
+        cache, queries(1, 2), lengths, kv_split_size=64, sinks=sinks, reference=dict(sinks=sinks)
+    )
 
 
 def test_decode_over_arrays(interpreted):
