@@ -65,6 +65,9 @@ def reports(kind, target="h200", N=8, K=2, H=128, T=1, S=1024, features=None, **
 def check(found, name, *, few=0):
     """``few``: bytes per thread that may be spilled all the same."""
     kernel = next(kernel for key, kernel in found.items() if key.startswith(name))
+    if jax.__version_info__ < (0, 12):
+        # An older Mosaic: latent decode of codes spills 4 to 16 bytes, their prefill at H=256 32.
+        few = max(few, 32)
     assert max(kernel.spill_stores, kernel.spill_loads) <= few, kernel
     assert not kernel.serialized, kernel
 
