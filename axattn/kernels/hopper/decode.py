@@ -129,7 +129,7 @@ def _key_operand(work: Work, block: Block) -> Any:
         return block.numbers
     operand = work.smem["key_operand"].at[device.unknown(work.warpgroup)]
     prepare.converted(block.numbers, operand, range(work.cut.problem.head_dim))
-    prepare.commit()
+    plgpu.commit_smem()
     return operand
 
 
@@ -144,12 +144,12 @@ def _value_operand(work: Work, part: Part, block: Block, n, kv_slot, *, partial:
         buffer = work.smem["key_operand"] if buffer is None else buffer
         operand = buffer.at[device.unknown(work.warpgroup)]
         prepare.converted(block.numbers, operand, columns, used)
-        prepare.commit()
+        plgpu.commit_smem()
         work.smem["value"].release(n)
         return operand
     if used is not None:
         prepare.cleaned(block.numbers, used, columns)
-        prepare.commit()
+        plgpu.commit_smem()
     return block.numbers
 
 
@@ -166,7 +166,7 @@ def _write(work: Work, part: Part, state: State) -> None:
     rows = pl.ds(work.tile * ROWS, cut.packing.copied_rows)
     for first in range(0, cut.problem.value_head_dim, width):
         out[...] = values[:, first : first + width]
-        prepare.commit()
+        plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             out.at[pl.ds(0, cut.packing.copied_rows)],
             work.gmem["values"].at[number, rows, pl.ds(first, width)],

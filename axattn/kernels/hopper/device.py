@@ -221,6 +221,12 @@ def index_vector(length: int, layout: Any) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout)
 
 
+def meet(barrier) -> None:
+    """Waits until every warpgroup that arrives at ``barrier`` is here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def unknown(index: jax.Array) -> jax.Array:
     """The same index, about which the compiler knows nothing.
 

@@ -183,7 +183,7 @@ def _operand(work: Work, name: str, block: Block, n, *, partial: bool) -> Any:
             else:
                 prepare.cleaned(operand, used, columns)
 
-    prepare.commit()
+    plgpu.commit_smem()
     work.meet()
     return operand
 

@@ -201,21 +201,16 @@ def _operand(work: Work, part: Part, n, kv_slot, which: int, *, partial: bool):
         return block.numbers
     used = _used(work, part, kv_slot, codes=True) if partial else None
     operand, size = smem["operand"].at[_zero()], cut.problem.head_dim
-    _meet(work)  # the block before this one is done with
+    device.meet(smem["together"])  # the block before this one is done with
     columns = prepare.shares(size, WARPGROUPS)[which]
     prepare.converted(block.numbers, operand, columns, used)
-    prepare.commit()
-    _meet(work)
+    plgpu.commit_smem()
+    device.meet(smem["together"])
     return operand
 
 
 def _vector(work: Work, name: str) -> Any:
     return work.smem["vectors"].at[_VECTORS[name]]
-
-
-def _meet(work: Work) -> None:
-    plgpu.barrier_arrive(work.smem["together"])
-    plgpu.barrier_wait(work.smem["together"])
 
 
 def _used(work: Work, part: Part, kv_slot, *, codes: bool) -> jax.Array | None:

@@ -34,8 +34,7 @@ def shared_bytes(
         stages, rows, columns = _SCORE_TILES[kernel](tiles)
         buffers = buffers + [stages * rows * columns * size for size in (_FLOAT, _BYTE)]
         barriers += 2 * _ring(stages)
-    aligned = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in buffers)
-    return aligned + (_REDUCTION if kernel == "forward" else 0) + _BARRIER * barriers
+    return _total(buffers, barriers) + (_REDUCTION if kernel == "forward" else 0)
 
 
 def _ring(stages: int) -> int:

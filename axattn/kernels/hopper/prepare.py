@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device
 from axattn.stored import NEVER
@@ -38,7 +37,7 @@ def converted(codes: Any, operand: Any, columns: range, used: jax.Array | None =
 
 
 def cleaned(operand: Any, used: jax.Array, columns: range) -> None:
-    """Zeros in rows that are not ``used``, a bool vector over them, in place."""
+    """Zeros in rows that are not ``used``, a bool vector over them, in place; commits nothing."""
     for part in _slices(columns):
         tile = device.load_operand(operand.at[:, part])
         keep = device.spread(used, tile.shape, 0)
@@ -50,11 +49,6 @@ def shares(size: int, warpgroups: int) -> list[range]:
     group = next(n for n in (_COLUMNS, 32, 16) if size % n == 0)
     cuts = [size // group * i // warpgroups * group for i in range(warpgroups + 1)]
     return [range(*pair) for pair in itertools.pairwise(cuts)]
-
-
-def commit() -> None:
-    """Makes a thread's writes visible to the tensor core and to TMA."""
-    plgpu.commit_smem()
 
 
 def used_slots(

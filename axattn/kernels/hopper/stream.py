@@ -66,8 +66,8 @@ class Body:
     """What makes a kernel of the walk.
 
     ``scratch(cut, arrays)``: its shared memory; rings "query", "key", "bias", "allowed" and "value"
-    (None where values are in the keys) are filled here. ``compute(work, part)`` runs in the
-    warpgroups that compute. ``rows(packing)``: rows of a partial result in HBM.
+    (None where values are in the keys) are filled here. ``compute(work)`` runs in the warpgroups
+    that compute. ``entries``: partial results per part; ``rows(packing)``: their rows in HBM.
     """
 
     name: str
@@ -75,8 +75,6 @@ class Body:
     compute: Callable[[Work], Any]
     entries: int
     rows: Callable[[Packing], int]
-    # The kernels reduce along rows only, which needs no shared memory.
-    reduction_bytes: int = 0
 
 
 def run(
@@ -97,7 +95,7 @@ def run(
         work=cut.shape.grid * cut.packing.tiles,
         warpgroups=cut.warpgroups + 1,
         interpret=interpret,
-        reduction_bytes=body.reduction_bytes,
+        reduction_bytes=0,  # rows only are reduced, within a warp
     )(*arrays.values())
     return merge(call, cut, Partials(*partials), arrays["begin"])
 

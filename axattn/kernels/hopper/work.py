@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
@@ -153,8 +152,7 @@ class Work(NamedTuple):
 
     def meet(self) -> None:
         """Waits until all warpgroups that compute are here."""
-        plgpu.barrier_arrive(self.smem["together"])
-        plgpu.barrier_wait(self.smem["together"])
+        device.meet(self.smem["together"])
 
     def rows_of(self, name: str, member: int = 0) -> Any:
         """Rows of one of the tile's heads in HBM ``[B, T, N, size]``."""
