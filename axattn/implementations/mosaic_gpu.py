@@ -137,7 +137,7 @@ def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array,
 def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
     from axattn.kernels.hopper import operands, tiles
     from axattn.kernels.hopper.forward import forward as kernel
-    from axattn.kernels.hopper.problem import Problem
+    from axattn.kernels.problem import Problem
 
     problem = Problem.of(call, interpret=interpret)
     return kernel(problem, operands.of(call), tiles.forward_tiles(call))

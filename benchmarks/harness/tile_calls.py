@@ -116,8 +116,8 @@ def runner(place: Place, tiles: Any, features: tuple[str, ...]) -> Callable[...,
     from axattn.kernels.hopper import backward, operands
     from axattn.kernels.hopper.forward import forward
     from axattn.kernels.hopper.key_grad import key_grad
-    from axattn.kernels.hopper.problem import Problem
     from axattn.kernels.hopper.query_grad import query_grad
+    from axattn.kernels.problem import Problem
 
     def run(lse=None, dout=None, delta=None, **arrays):
         call = make_call(**arrays, **options(features))

@@ -17,7 +17,7 @@ from typing import Any
 
 from axattn.kernels.hopper import memory
 from axattn.kernels.hopper.memory import SHARED_BYTES
-from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.tiles import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
 
 KERNELS = ("forward", "query_grad", "key_grad")

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
+from axattn.kernels import gradients
 from axattn.kernels.hopper import operands
 from axattn.kernels.hopper.key_grad import key_grad
 from axattn.kernels.hopper.operands import Operands
-from axattn.kernels.hopper.problem import LOG2E, Problem
 from axattn.kernels.hopper.query_grad import query_grad
+from axattn.kernels.hopper.rows import stored_length
 from axattn.kernels.hopper.tiles import BackwardTiles
-from axattn.mask_parts import Causal, Prefix, Static, Window
+from axattn.kernels.problem import Problem
 
 
 def backward(
@@ -28,17 +29,12 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value and sinks, each in its input's dtype."""
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
+    delta = gradients.row_deltas(out, dout, dlse)
     problem = Problem.of(call, interpret=interpret)
     given = with_given(call, lse, dout, delta)
     dquery = query_grad(problem, given, tiles.query)
     dkey, dvalue = key_grad(problem, given, tiles.key)
-    dsinks = None
-    if call.sinks is not None:
-        empty = lse == -jnp.inf
-        share = jnp.exp(call.sinks - jnp.where(empty, 0.0, lse))
-        dsinks = -jnp.where(empty, 0.0, share * delta).sum((0, 1)).astype(call.sinks.dtype)
-    return dquery, dkey, dvalue, dsinks
+    return dquery, dkey, dvalue, gradients.of_sinks(call, lse, delta)
 
 
 def with_given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array) -> Operands:
@@ -50,39 +46,13 @@ def with_given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.
       delta: rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``.
     """
     own, rows = operands.of(call), operands.vector_length(call.q_len)
-    stored = Problem.of(call).stored_q_len
-    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
-    # partial results are merged by their LSE). An infinite LSE gives weights of 0: there, and
-    # behind the last row.
-    empty = lse == -jnp.inf
-    dout = dout.astype(call.query.dtype)
-    if _may_have_empty_rows(call):
-        dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+    given = gradients.given(call, lse, dout, delta)
     more = {
-        "dout": operands.stored_rows(call, dout, stored),
-        "lse2": _over_rows(jnp.where(empty, jnp.inf, lse * LOG2E), rows, jnp.inf),
-        "delta": _over_rows(jnp.where(empty, 0.0, delta), rows, 0.0),
+        "dout": operands.stored_rows(call, given.dout, stored_length(call.q_len)),
+        "lse2": _over_rows(given.lse2, rows, jnp.inf),
+        "delta": _over_rows(given.delta, rows, 0.0),
     }
     return dataclasses.replace(own, arrays={**own.arrays, **more})
-
-
-def _may_have_empty_rows(call: AttentionCall) -> bool:
-    """Whether a row may have no keys; False, where the mask's structure rules it out.
-
-    What cannot be ruled out costs a copy of ``dout``.
-    """
-    if any(x is not None for x in (call.q_positions, call.kv_positions, call.bias)):
-        return True
-    for part in call.mask.parts:
-        if isinstance(part, Causal):
-            if not isinstance(part.offset, Static) or part.offset < 0:
-                return True
-        elif isinstance(part, Window):
-            if call.q_len > call.kv_len:
-                return True
-        elif not isinstance(part, Prefix):
-            return True
-    return False
 
 
 def _over_rows(array: jax.Array, rows: int, fill: float) -> jax.Array:

@@ -20,7 +20,7 @@ from axattn.kernels.hopper.decode_tiles import DecodeTiles
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.memory import staged_columns
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.schedule import Part
 from axattn.kernels.hopper.scores import Scores, Tiles
 from axattn.kernels.hopper.softmax import State

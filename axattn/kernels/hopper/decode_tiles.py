@@ -6,8 +6,8 @@ import dataclasses
 
 from axattn.call import AttentionCall
 from axattn.kernels.hopper import memory
-from axattn.kernels.hopper.operands import dense_mask
 from axattn.kernels.hopper.sources import Source
+from axattn.kernels.masks import dense_mask
 
 # Rows that a warpgroup cleans or converts at a time, and a score tile's columns.
 BLOCK_KV = 64

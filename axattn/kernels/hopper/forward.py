@@ -16,15 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels.hopper import device, prepare, softmax, visits
+from axattn.kernels import visits
+from axattn.kernels.hopper import device, prepare, softmax
 from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import LOG2E, ROWS, Problem
+from axattn.kernels.hopper.rows import ROWS, stored_length
 from axattn.kernels.hopper.scores import Scores, Tiles, head_vector
 from axattn.kernels.hopper.softmax import State
 from axattn.kernels.hopper.sources import Block
 from axattn.kernels.hopper.tiles import ForwardTiles
 from axattn.kernels.hopper.work import Cut, Work, run
+from axattn.kernels.problem import LOG2E, Problem
 
 LN2 = 1.0 / LOG2E
 
@@ -44,7 +46,7 @@ def forward(
             arrays[name] = cut.packed(arrays[name])
     arrays.update(plan.arrays())
     dtype = jnp.dtype(problem.dtype)
-    shape = (problem.batch, problem.stored_q_len, problem.num_heads, problem.value_head_dim)
+    shape = (problem.batch, stored_length(problem.q_len), problem.num_heads, problem.value_head_dim)
     lse_len = cut.num_q * cut.q_block
     out = (
         jax.ShapeDtypeStruct(shape, dtype),

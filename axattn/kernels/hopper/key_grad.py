@@ -18,13 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels.hopper import device, visits
+from axattn.kernels import visits
+from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.operands import Operands, with_transposed_tiles
 from axattn.kernels.hopper.pipeline import Ring, produce
-from axattn.kernels.hopper.problem import ROWS, Problem, cdiv
+from axattn.kernels.hopper.rows import ROWS, stored_length
 from axattn.kernels.hopper.scores import Rows, Scores, Tiles, score_tile
 from axattn.kernels.hopper.tiles import KeyGradTiles
+from axattn.kernels.problem import Problem, cdiv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def key_grad(
     dtype = jnp.dtype(problem.dtype)
     out = tuple(
         jax.ShapeDtypeStruct(
-            (problem.batch, problem.stored_kv_len, problem.num_kv_heads, size), dtype
+            (problem.batch, stored_length(problem.kv_len), problem.num_kv_heads, size), dtype
         )
         for size in (problem.head_dim, problem.value_head_dim)
     )

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from axattn.kernels.hopper import device, prepare, softmax
 from axattn.kernels.hopper.decode_tiles import WARPGROUPS, LatentTiles
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.schedule import Part
 from axattn.kernels.hopper.scores import Scores, Tiles
 from axattn.kernels.hopper.stream import Body, Cut, Work, run

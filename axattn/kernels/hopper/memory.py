@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.rows import ROWS
 
 # Dynamic shared memory of one block on Hopper: 227 KiB.
 SHARED_BYTES = 232_448

@@ -20,8 +20,9 @@ from axattn.call import AttentionCall
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.packed import Packing
-from axattn.kernels.hopper.problem import LOG2E, ROWS, Problem, cdiv, round_up
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.schedule import Line
+from axattn.kernels.problem import LOG2E, Problem, cdiv, round_up
 
 # Warpgroups for a row with results of many parts.
 _MANY = 4

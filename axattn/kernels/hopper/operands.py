@@ -1,9 +1,4 @@
-"""From an AttentionCall to the arrays that the kernels read.
-
-Every mask becomes one of four things: a pair of bounds per query row (causal, windows, prefixes,
-lengths: the row attends to positions in [low, high)), positions per key (given, or far away where a
-key is masked for all rows), ids on both sides (segments), or a tile of booleans (a [T, S] array).
-"""
+"""From an AttentionCall to the arrays that the kernels read."""
 
 from __future__ import annotations
 
@@ -15,9 +10,12 @@ import jax.numpy as jnp
 
 from axattn.call import AttentionCall
 from axattn.implementations.scores import zero_unused
-from axattn.kernels.hopper.problem import Problem, round_up
+from axattn.kernels.hopper.rows import stored_length
 from axattn.kernels.hopper.sources import Source
-from axattn.mask_parts import Causal, Dense, Lengths, Prefix, Segments, Window
+from axattn.kernels.masks import bounds, dense_mask, fold_key_masks
+from axattn.kernels.padding import padded
+from axattn.kernels.problem import Problem, round_up
+from axattn.mask_parts import Segments
 from axattn.stored import NEVER
 
 # TMA needs rows that start at multiples of 16 bytes.
@@ -54,7 +52,7 @@ def of(call: AttentionCall) -> Operands:
     """What the kernels read that have a tile of rows per head."""
     call = fold_key_masks(call)
     problem = Problem.of(call)
-    arrays = {"query": stored_rows(call, call.query, problem.stored_q_len)}
+    arrays = {"query": stored_rows(call, call.query, stored_length(problem.q_len))}
     if call.stored is None:
         arrays["key"] = _stored_keys(call, call.key, problem)
         arrays["value"] = _stored_keys(call, call.value, problem)
@@ -128,87 +126,6 @@ def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
     return {"bias": aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
 
-def dense_mask(call: AttentionCall) -> jax.Array | None:
-    """The mask arrays of a call over queries and keys as one, or None."""
-    arrays = [
-        part.array
-        for part in call.mask.parts
-        if isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
-    ]
-    if not arrays:
-        return None
-    together = arrays[0]
-    for array in arrays[1:]:
-        together = together & array
-    return together
-
-
-def key_mask(part: object) -> bool:
-    """Whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
-    return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
-
-
-def row_mask(part: object) -> bool:
-    """Whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
-    return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
-
-
-def fold_key_masks(call: AttentionCall) -> AttentionCall:
-    """Key masks, and lengths of given positions, as keys that are far away from every query."""
-    folded = [part for part in call.mask.parts if key_mask(part)]
-    if not folded and call.kv_positions is None:
-        return call
-    _, kv = call.spans()
-    positions = kv.positions
-    for part in folded:
-        used = jnp.broadcast_to(part.array[:, 0, 0], (len(part.array), call.kv_len))
-        positions = jnp.where(used, positions, NEVER)
-    length = call.mask.kv_lengths()
-    if length is not None:
-        positions = jnp.where(kv.slots[None] < _column(length), positions, NEVER)
-    parts = tuple(part for part in call.mask.parts if part not in folded)
-    return dataclasses.replace(
-        call,
-        kv_positions=positions,
-        mask=dataclasses.replace(call.mask, parts=parts),
-    )
-
-
-def bounds(call: AttentionCall) -> tuple[jax.Array | None, jax.Array]:
-    """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
-
-    ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).
-    """
-    q, _ = call.spans()
-    positions = q.positions
-    low = None
-    high = jnp.full_like(positions, call.kv_len if call.kv_positions is None else NEVER)
-    for part in call.mask.parts:
-        if isinstance(part, Causal):
-            high = jnp.minimum(high, positions + _column(part.offset) + 1)
-        elif isinstance(part, Window):
-            if part.left is not None:
-                left = positions - part.left
-                low = left if low is None else jnp.maximum(low, left)
-            if part.right is not None:
-                high = jnp.minimum(high, positions + part.right + 1)
-        elif isinstance(part, Prefix):
-            high = jnp.minimum(high, jnp.maximum(_column(part.length), positions + 1))
-        elif isinstance(part, Lengths):
-            if part.kv is not None and call.kv_positions is None:
-                high = jnp.minimum(high, _column(part.kv))
-            if part.q is not None:
-                high = jnp.where(q.slots[None] < _column(part.q), high, -NEVER)
-        elif row_mask(part):
-            high = jnp.where(part.array[:, 0, :, 0], high, -NEVER)
-    return low, high
-
-
-def _column(per_row) -> jax.Array:
-    per_row = jnp.asarray(per_row, jnp.int32)
-    return per_row[:, None] if per_row.ndim else per_row
-
-
 def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
     """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
     slots = jnp.arange(array.shape[1])
@@ -217,17 +134,7 @@ def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array
 
 def _stored_keys(call: AttentionCall, array: jax.Array, problem: Problem) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, call.mask.kv_lengths()), problem.stored_kv_len)
-
-
-def padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
-    """``array`` with one axis filled up to ``length``."""
-    missing = length - array.shape[axis]
-    if not missing:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(array, widths, constant_values=fill)
+    return padded(zero_unused(array, slots, call.mask.kv_lengths()), stored_length(problem.kv_len))
 
 
 def aligned(array: jax.Array) -> jax.Array:

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
+from axattn.kernels import masks
 from axattn.kernels.hopper import operands
-from axattn.kernels.hopper.operands import Operands, padded
-from axattn.kernels.hopper.problem import ROW_GROUP, ROWS, cdiv, round_up
+from axattn.kernels.hopper.operands import Operands
+from axattn.kernels.hopper.rows import ROW_GROUP, ROWS
 from axattn.kernels.hopper.sources import Source
+from axattn.kernels.padding import padded
+from axattn.kernels.problem import cdiv, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ def of(call: AttentionCall) -> Operands:
     """
     source = Source.of(call)
     packing = Packing(call.group, call.q_len)
-    call = operands.fold_key_masks(call)
+    call = masks.fold_key_masks(call)
     arrays = operands.score_arrays(call)
     query = packing.heads(call.query.astype(call.product_dtype))
     query = query.reshape(-1, *query.shape[2:])

@@ -17,13 +17,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels.hopper import device, visits
+from axattn.kernels import visits
+from axattn.kernels.hopper import device
 from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import ROWS, Problem
+from axattn.kernels.hopper.rows import ROWS, stored_length
 from axattn.kernels.hopper.scores import Scores, Tiles
 from axattn.kernels.hopper.tiles import QueryGradTiles
 from axattn.kernels.hopper.work import Cut, Work, run
+from axattn.kernels.problem import Problem
 
 
 def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> jax.Array:
@@ -31,7 +33,7 @@ def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> j
     cut = Cut.of(problem, operands, tiles.block_kv, tiles.warpgroups, packing=False)
     plan = visits.of_queries(operands.call, cut.q_block, cut.block_kv)
     arrays = {**operands.arrays, **plan.arrays()}
-    shape = (problem.batch, problem.stored_q_len, problem.num_heads, problem.head_dim)
+    shape = (problem.batch, stored_length(problem.q_len), problem.num_heads, problem.head_dim)
     dquery = device.kernel(
         functools.partial(_body, cut, tuple(arrays)),
         name="axattn_query_grad",

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn.kernels.hopper.problem import cdiv
+from axattn.kernels.problem import cdiv
 
 # A worker with fewer blocks than this waits for memory more than it reads.
 MIN_BLOCKS = 4

@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels.hopper import device
-from axattn.kernels.hopper.problem import LOG2E, Problem
+from axattn.kernels.problem import LOG2E, Problem
+from axattn.kernels.threefry import threefry
 
 # Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
 _OF_HEADS = ("row_bias", "row_slopes", "row_shift")
@@ -179,7 +180,7 @@ class Scores:
             head = row if self.rows.heads == 1 else row + lax.div(index, jnp.int32(size))
             slots = head * problem.q_len + slots
         columns = kv_slot + device.index_tile(self.shape, self.kv_axis)
-        bits = _threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
+        bits = threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
         # Unsigned bits >= rate * 2^32, as a signed comparison.
         threshold = min(round(problem.dropout_rate * 2**32), 2**32 - 1) - 2**31
         return (bits ^ jnp.int32(-(2**31))) >= jnp.int32(threshold)
@@ -281,24 +282,3 @@ def _vector_of_head(ref, batch: jax.Array, head: jax.Array):
 def _tanh(x: jax.Array) -> jax.Array:
     # The hardware's approximate tanh has 11 bits; times a cap of 50 that would show in the weights.
     return 1.0 - 2.0 / (jnp.exp2(x * (2.0 * LOG2E)) + 1.0)
-
-
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def _threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
-    """First word of Threefry-2x32-20 at counter (x0, x1), in int32 arithmetic that wraps around.
-
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-    """
-    keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for block in range(5):
-        for rotation in _ROTATIONS[block % 2]:
-            x0 = x0 + x1
-            high = lax.shift_left(x1, jnp.full_like(x1, rotation))
-            low = lax.shift_right_logical(x1, jnp.full_like(x1, 32 - rotation))
-            x1 = (high | low) ^ x0
-        x0 = x0 + keys[(block + 1) % 3]
-        x1 = x1 + (keys[(block + 2) % 3] + (block + 1))
-    return x0

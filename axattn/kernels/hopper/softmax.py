@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from axattn.kernels.hopper import device
-from axattn.kernels.hopper.problem import LOG2E, ROWS
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.scores import Scores, Tiles
 from axattn.kernels.hopper.sources import KeyScales
+from axattn.kernels.problem import LOG2E
 
 
 class State(NamedTuple):

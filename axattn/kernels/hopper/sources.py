@@ -23,7 +23,7 @@ from axattn.call import AttentionCall
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import ROW_GROUP
+from axattn.kernels.hopper.rows import ROW_GROUP
 
 # The shortest copy of TMA, in float32: shorter pieces of scales come with what lies behind them.
 _MIN_SCALES = 32

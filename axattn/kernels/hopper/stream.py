@@ -20,16 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from axattn.call import AttentionCall
-from axattn.kernels.hopper import device, operands, packed, visits
+from axattn.kernels import masks, visits
+from axattn.kernels.hopper import device, packed
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.merge import Partials, merge
 from axattn.kernels.hopper.packed import Packing
 from axattn.kernels.hopper.pipeline import Ring
-from axattn.kernels.hopper.problem import ROWS, Problem, cdiv
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.schedule import Line, Part, Shape, Share, begin_of_rows, each_part
 from axattn.kernels.hopper.scores import Rows, Tiles, score_tile
 from axattn.kernels.hopper.sources import Source
-from axattn.kernels.hopper.visits import Visits
+from axattn.kernels.problem import Problem, cdiv
+from axattn.kernels.visits import Visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _plan(
         split,
         blocks,
     )
-    spans = visits.of_few_rows(found.call, operands.bounds(found.call), tiles.block_kv)
+    spans = visits.of_few_rows(found.call, masks.bounds(found.call), tiles.block_kv)
     total = jnp.broadcast_to(spans[:, 0, 3], (call.batch,))
     arrays = {**found.arrays, "spans": spans, "begin": begin_of_rows(total, shape)}
     masked = bool(found.call.mask.parts) or found.call.kv_positions is not None

@@ -14,9 +14,9 @@ from typing import Any
 
 from axattn.call import AttentionCall
 from axattn.kernels.hopper.memory import SHARED_BYTES, cache_bytes, shared_bytes
-from axattn.kernels.hopper.operands import dense_mask
-from axattn.kernels.hopper.problem import ROWS
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.sources import Source
+from axattn.kernels.masks import dense_mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.operands import Operands
-from axattn.kernels.hopper.problem import ROWS, Problem, cdiv
+from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.scores import Rows, Tiles, score_tile
 from axattn.kernels.hopper.sources import Source
-from axattn.kernels.hopper.visits import Visits
+from axattn.kernels.problem import Problem, cdiv
+from axattn.kernels.visits import Visits
 
 # Operands that packing does not rearrange.
 _NOT_PACKED = ("bias", "key_bias", "row_bias", "row_shift", "allowed")

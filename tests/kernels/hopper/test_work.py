@@ -15,7 +15,7 @@ work = pytest.importorskip("axattn.kernels.hopper.work", exc_type=ImportError)
 
 def cut_of(call, warpgroups=2, packing=True):
     from axattn.kernels.hopper import operands
-    from axattn.kernels.hopper.problem import Problem
+    from axattn.kernels.problem import Problem
 
     given = operands.of(call)
     return work.Cut.of(Problem.of(call), given, 64, warpgroups, packing=packing)

@@ -9,12 +9,6 @@ from axattn.call import AttentionCall
 
 LOG2E = math.log2(math.e)
 
-# A warpgroup multiplies 64 rows at a time.
-ROWS = 64
-
-# TMA cuts rows into groups of 8 (the swizzled shared-memory atom): lengths in HBM are multiples.
-ROW_GROUP = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -56,15 +50,6 @@ class Problem:
     def group(self) -> int:
         """Query heads per key/value head, G."""
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def stored_q_len(self) -> int:
-        """T as the arrays have it in HBM."""
-        return round_up(self.q_len, ROW_GROUP)
-
-    @property
-    def stored_kv_len(self) -> int:
-        return round_up(self.kv_len, ROW_GROUP)
 
 
 def cdiv(a: int, b: int) -> int:

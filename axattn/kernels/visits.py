@@ -33,18 +33,26 @@ class Plan(NamedTuple):
         return {name: array for name, array in self._asdict().items() if array is not None}
 
 
-def of_queries(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
-    """Key blocks for each tile of ``block_q`` query slots."""
+def of_queries(
+    call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
+) -> Plan:
+    """Key blocks for each tile of ``block_q`` query slots.
+
+    Where a list would have more than ``longest_list`` entries, all blocks from the first to the
+    last of a tile are visited, as partial ones.
+    """
     states = _states(call, block_q, block_kv)
     if call.kv_len % block_kv:
         # Slots behind the end of the last block are no keys.
         states = states.at[:, :, -1].min(PARTIAL)
-    return _plan(call, states)
+    return _plan(call, states, longest_list)
 
 
-def of_keys(call: AttentionCall, block_q: int, block_kv: int) -> Plan:
+def of_keys(
+    call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
+) -> Plan:
     """Query blocks for each tile of ``block_kv`` key slots."""
-    return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2))
+    return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2), longest_list)
 
 
 def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array:
@@ -89,10 +97,12 @@ def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
     return states
 
 
-def _plan(call: AttentionCall, states: jax.Array) -> Plan:
+def _plan(call: AttentionCall, states: jax.Array, longest_list: int | None) -> Plan:
     """A plan from block states ``[B or 1, tiles, blocks]``."""
     some, full = states != EMPTY, states == FULL
-    if _has_holes(call):
+    if _has_holes(call) and longest_list is not None and states.size > longest_list:
+        full = jnp.zeros_like(full)
+    elif _has_holes(call):
         # A stable sort keeps the blocks of one kind in their own order.
         order = jnp.argsort(-states.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
         zero = jnp.zeros(states.shape[:2], jnp.int32)

@@ -1,4 +1,4 @@
-"""What the gradient kernels are given."""
+"""What kernels know of a mask before they see a value of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from axattn import Mask
+from axattn.kernels import masks
 from tests.kernels.hopper.calls import make_call
-
-backward = pytest.importorskip("axattn.kernels.hopper.backward", exc_type=ImportError)
 
 OPTIONS = {
     "none": {},
@@ -33,9 +32,9 @@ def test_rows_without_keys_are_expected_where_there_may_be_some(name):
     seen = np.broadcast_to(seen, (*seen.shape[:2], 20, 20))
     if call.bias is not None:
         seen = seen & np.isfinite(np.asarray(call.bias))
-    expected = backward._may_have_empty_rows(call)
+    expected = masks.may_have_empty_rows(call)
     assert expected == (not seen.any(-1).all())
 
 
 def test_a_window_over_more_rows_than_keys():
-    assert backward._may_have_empty_rows(make_call(1, 40, 20, 2, 1, 64, local_window_size=3))
+    assert masks.may_have_empty_rows(make_call(1, 40, 20, 2, 1, 64, local_window_size=3))

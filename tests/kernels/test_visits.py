@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from axattn import Mask
+from axattn.kernels import masks, visits
 from axattn.mask_parts import EMPTY, FULL
 from axattn.stored import NEVER
 from tests.kernels.hopper.calls import make_call
-
-visits = pytest.importorskip("axattn.kernels.hopper.visits", exc_type=ImportError)
 
 T, S, Q, KV = 200, 300, 32, 48
 
@@ -71,9 +70,7 @@ MASKS = {
 @pytest.mark.parametrize("by_keys", [False, True], ids=["of_queries", "of_keys"])
 @pytest.mark.parametrize("name", MASKS)
 def test_visits(name, by_keys):
-    from axattn.kernels.hopper import operands
-
-    call = operands.of(make_call(2, T, S, 4, 2, 64, **MASKS[name])).call
+    call = masks.fold_key_masks(make_call(2, T, S, 4, 2, 64, **MASKS[name]))
     plan = (visits.of_keys if by_keys else visits.of_queries)(call, Q, KV)
     want = states(call, by_keys)
     for batch in range(2):

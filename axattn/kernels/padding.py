@@ -1,0 +1,16 @@
+"""Arrays filled up to the lengths that kernels load."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
+    """``array`` with one axis filled up to ``length``."""
+    missing = length - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, constant_values=fill)
