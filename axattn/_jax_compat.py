@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.extend.random as jex_random
@@ -57,6 +58,11 @@ def varying_axes(*arrays: jax.Array) -> frozenset:
         manual = getattr(jax.typeof(array), "manual_axis_type", None)
         axes |= frozenset(getattr(manual, "varying", None) or ())
     return axes
+
+
+def result_of(array: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """The shape of a kernel's result that varies over the same manual mesh axes as ``array``."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 
 def vary_over(tree, axes: frozenset):
@@ -252,3 +258,50 @@ def gpu_interpreter():
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(detect_races=True)
+
+
+class TpuChip(NamedTuple):
+    """The TPU that is traced for; figures per TensorCore."""
+
+    kind: str
+    generation: int
+    cores: int  # of one JAX device
+    vmem_bytes: int
+    bf16_flops: float
+    hbm_bandwidth: float  # bytes/s
+
+
+def tpu_chip() -> TpuChip | None:
+    """The TPU of the context (`use_abstract_device`), else of this process, or None without one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        if jax.default_backend() != "tpu":
+            return None
+        device = jax.devices()[0]
+        kind = device.device_kind
+    elif device.platform != "tpu":
+        return None
+    else:
+        kind = device.device_kind
+    from jax._src.pallas.mosaic import tpu_info
+
+    version = tpu_info.chip_version_from_device_kind(kind)
+    if version is None:
+        return None
+    cores = device.num_cores or 1
+    info = tpu_info.get_tpu_info_for_chip(version, cores)
+    return TpuChip(
+        kind,
+        info.generation,
+        cores,
+        info.vmem_capacity_bytes,
+        info.bf16_ops_per_second,
+        info.mem_bw_bytes_per_second,
+    )
+
+
+def tpu_interpreter():
+    """Parameters with which a Mosaic TPU kernel runs on the CPU and its races are detected."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=True)

@@ -20,10 +20,18 @@ from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
-from axattn.implementations import blocks, chunked_backward, chunked_forward, mosaic_gpu
+from axattn.implementations import (
+    blocks,
+    chunked_backward,
+    chunked_forward,
+    mosaic_gpu,
+    mosaic_tpu,
+)
 from axattn.implementations.chunked_backward import Gradients
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+_KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 # What has a gradient: the fields of the call that the VJP answers for.
 _INPUTS = Gradients._fields
@@ -38,18 +46,18 @@ class Way:
     interpret: bool = False
 
     def forward(self, call: AttentionCall):
-        if self.name == "mosaic_gpu":
-            return mosaic_gpu.forward(call, interpret=self.interpret)
+        if self.name in _KERNELS:
+            return _KERNELS[self.name].forward(call, interpret=self.interpret)
         return chunked_forward.forward(call, self.blocks)
 
     def backward(self, call: AttentionCall, *arrays: jax.Array) -> Gradients:
-        if self.name == "mosaic_gpu":
-            return mosaic_gpu.backward(call, *arrays, interpret=self.interpret)
+        if self.name in _KERNELS:
+            return _KERNELS[self.name].backward(call, *arrays, interpret=self.interpret)
         return chunked_backward.backward(call, self.blocks, *arrays)
 
 
 # The implementations that are ways of this function.
-NAMES = ("xla_chunked", "mosaic_gpu")
+NAMES = ("xla_chunked", *_KERNELS)
 
 # (platform, way) for each platform that the call may be lowered for; hashable.
 Ways = tuple[tuple[str, Way], ...]

@@ -38,10 +38,13 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
         return _over_cache(call, platform, scores, reasons)
-    long = call.q_len > mosaic_gpu.DECODE_TOKENS or call.kv_len >= HOPPER_DECODE_FROM_KEYS
-    if reasons["mosaic_gpu"] is None and long:
+    long = call.q_len > mosaic_gpu.DECODE_TOKENS
+    if reasons["mosaic_gpu"] is None and (long or call.kv_len >= HOPPER_DECODE_FROM_KEYS):
         # A Hopper GPU is at hand. Elsewhere the other flash path, so that both share residuals.
         return "mosaic_gpu" if platform == "cuda" else "xla_chunked"
+    if reasons["mosaic_tpu"] is None and long:
+        # Likewise a TPU. (A decode step over arrays would have them copied, head by head.)
+        return "mosaic_tpu" if platform == "tpu" else "xla_chunked"
     if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:
         return "xla_chunked"
     if call.q_len * call.num_heads <= DECODE_ROWS:
@@ -57,8 +60,9 @@ def _over_cache(
     call: AttentionCall, platform: str, scores: int, reasons: dict[str, str | None]
 ) -> str:
     """A cache is longer than what it holds, and these end where that ends."""
-    if platform == "cuda" and reasons["mosaic_gpu"] is None:
-        return "mosaic_gpu"
+    for kernels, there in (("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")):
+        if platform == there and reasons[kernels] is None:
+            return kernels
     if call.stored.block_table is not None or platform != "tpu":
         return "xla_chunked"
     # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.

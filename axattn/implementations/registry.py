@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from axattn._jax_compat import with_auto_axes
 from axattn.call import AttentionCall
-from axattn.implementations import cudnn, flash, mosaic_gpu, preference, xla
+from axattn.implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
 from axattn.implementations.flash import PLATFORMS
 
 
@@ -35,17 +35,13 @@ def _takes_all(_: AttentionCall) -> None:
     return None
 
 
-def _not_there(what: str) -> Callable[[AttentionCall], str]:
-    return lambda _: f"is not part of this version: {what} have not landed yet"
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
         Implementation("xla", xla.attend, _takes_all, PLATFORMS),
         Implementation("xla_chunked", None, _takes_all, PLATFORMS),
         Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",)),
-        Implementation("mosaic_tpu", None, _not_there("the TPU kernels"), ("tpu",)),
+        Implementation("mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",)),
         Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
     )
 }

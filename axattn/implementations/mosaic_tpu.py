@@ -1,0 +1,148 @@
+"""``"mosaic_tpu"``: the Pallas kernels for TPUs, and the calls that they take."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from axattn import _jax_compat
+from axattn._jax_compat import TpuChip, vary_over, varying_axes
+from axattn.call import AttentionCall
+from axattn.implementations import blocks, chunked_backward
+from axattn.implementations.chunked_backward import Gradients
+from axattn.kernels import gradients
+from axattn.kernels.batching import in_one_batch
+from axattn.mask_parts import Dense, Segments
+
+MAX_HEAD_DIM = 256
+
+# TPU v4 and later.
+FIRST_GENERATION = 4
+
+
+def refuses(call: AttentionCall) -> str | None:
+    """Why this call cannot go to the kernels, or None."""
+    # Pallas is imported where there is a TPU to say no to.
+    return (
+        _plain_refusal(call) or _device_refusal() or _cache_refusal(call) or _memory_refusal(call)
+    )
+
+
+def call_refusal(call: AttentionCall) -> str | None:
+    """The same on any device."""
+    return _plain_refusal(call) or _cache_refusal(call)
+
+
+def _plain_refusal(call: AttentionCall) -> str | None:
+    if call.query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs bfloat16 or float32, got {call.query.dtype}"
+    if 0 in (call.batch, call.q_len, call.kv_len):
+        return "does not support arrays of no elements"
+    if call.traced_scale is not None:
+        return "does not support a traced scale"
+    kinds = collections.Counter(type(part) for part in call.mask.parts)
+    if kinds[Segments] > 1:
+        return "does not support two pairs of segment ids"
+    for part in call.mask.parts:
+        whole = (call.q_len, call.kv_len)
+        if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
+            return "does not support a mask array per head that broadcasts along T or S"
+    if call.stored is not None:
+        return None
+    for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
+        if size > MAX_HEAD_DIM:
+            return f"needs a {name} size of at most {MAX_HEAD_DIM}, got {size}"
+    return None
+
+
+def _cache_refusal(call: AttentionCall) -> str | None:
+    if call.stored is None:
+        return None
+    from axattn.kernels.tpu import cached_tiles
+
+    return cached_tiles.refuses(call)
+
+
+def _device_refusal() -> str | None:
+    chip = _jax_compat.tpu_chip()
+    if chip is None:
+        return "needs a TPU (v4 or later), and none is attached"
+    if chip.generation < FIRST_GENERATION:
+        return f"needs a TPU v4 or later, got {chip.kind}"
+    return None
+
+
+def _memory_refusal(call: AttentionCall) -> str | None:
+    """Blocks of the smallest size still have all heads of a group."""
+    if call.stored is not None:
+        return None
+    from axattn.kernels.tpu import tiles
+
+    chip = _chip()
+    needed = tiles.least_bytes(call)
+    if needed <= chip.vmem_bytes:
+        return None
+    return f"needs {needed >> 20} MiB of VMEM for its smallest blocks, and {chip.kind} has less"
+
+
+def _chip() -> TpuChip:
+    chip = _jax_compat.tpu_chip()
+    if chip is None:
+        raise NotImplementedError('implementation "mosaic_tpu" ' + _device_refusal())
+    return chip
+
+
+def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    results = in_one_batch(functools.partial(_forward, interpret=interpret))(call)
+    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+
+
+def _forward(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    chip = _chip()
+    mode = _jax_compat.tpu_interpreter() if interpret else False
+    if call.stored is None:
+        from axattn.kernels.tpu import tiles
+        from axattn.kernels.tpu.forward import forward as kernel
+
+        return kernel(call, tiles.forward_tiles(call, chip), interpret=mode)
+    from axattn.kernels.tpu import cached, cached_tiles
+
+    cut = cached_tiles.cached_tiles(call, chip.vmem_bytes)
+    return cached.attend(call, cut, cores=chip.cores, interpret=mode)
+
+
+def backward(
+    call: AttentionCall,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    interpret: bool = False,
+) -> Gradients:
+    """Gradients from kernels; that of a bias from the chunked sweep, which XLA drops if unused."""
+    given = (out, lse, dout, dlse)
+    delta = gradients.row_deltas(out, dout, dlse)
+    kernels = in_one_batch(functools.partial(_backward, interpret=interpret))
+    results = kernels(call, lse, dout, delta)
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    dquery, dkey, dvalue = vary_over(results, axes)
+    dsinks = gradients.of_sinks(call, lse, delta)
+    dbias = None
+    if call.bias is not None:
+        cut = blocks.choose(call, "tpu")
+        dbias = chunked_backward.backward(call, cut, *given).bias
+    return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
+
+
+def _backward(call: AttentionCall, lse, dout, delta, *, interpret: bool):
+    from axattn.kernels.tpu import tiles
+    from axattn.kernels.tpu.backward import backward as kernels
+
+    mode = _jax_compat.tpu_interpreter() if interpret else False
+    given = gradients.given(call, lse, dout, delta)
+    return kernels(call, tiles.backward_tiles(call, _chip()), given, interpret=mode)
