@@ -38,7 +38,7 @@ _BATCH = flags.DEFINE_integer("batch", None, "batch size in place of the preset'
 _DTYPES = flags.DEFINE_list("dtypes", [], f"of {', '.join(cases.DTYPES)}")
 _DIRECTIONS = flags.DEFINE_list("directions", [], f"of {', '.join(cases.DIRECTIONS)}")
 _IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations", [], "of repeat_kv, jax_nn, default and axattn's; empty: all that fit"
+    "implementations", [], "of repeat_kv, jax_nn, splash, default and axattn's; empty: all that fit"
 )
 _TARGET = flags.DEFINE_multi_string(
     "target", [], "compile for this chip (v5p, h200, ...); repeatable, or separated by commas"
@@ -91,7 +91,8 @@ def implementations(platform: str) -> list[str]:
         raise ValueError(
             f"--implementations: {unknown[0]!r} is unknown; there are {', '.join(known)}"
         )
-    names = _IMPLEMENTATIONS.value or [cases.BASELINE, *jobs.implementations_for(platform)]
+    every = [cases.BASELINE, *jobs.implementations_for(platform), *jobs.peers_for(platform)]
+    names = _IMPLEMENTATIONS.value or every
     return sorted(dict.fromkeys(names), key=lambda name: name != cases.BASELINE)
 
 

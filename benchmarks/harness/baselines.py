@@ -30,4 +30,21 @@ def jax_nn(query, key, value, mask=None, *, is_causal: bool = False):
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
 
-BASELINES = {"repeat_kv": repeat_kv, "jax_nn": jax_nn}
+def splash(query, key, value, mask=None, *, is_causal: bool = False):
+    """jax's splash attention, for TPUs: causal or whole, one batch row at a time under vmap."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    q_len, heads, size = query.shape[-3:]
+    if mask is not None or q_len % 128 or key.shape[-3] != q_len:
+        raise NotImplementedError("splash is called here for causal or no mask, T = S, T % 128 = 0")
+    make = library.CausalMask if is_causal else library.FullMask
+    masks = library.MultiHeadMask([make((q_len, q_len)) for _ in range(heads)])
+    block = next(n for n in (512, 256, 128) if q_len % n == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = library.BlockSizes(**{f"block_{name}": block for name in names})
+    kernel = library.make_splash_mha(masks, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+    by_head = [x.swapaxes(-3, -2) for x in (query * size**-0.5, key, value)]
+    return jax.vmap(kernel)(*by_head).swapaxes(-3, -2)
+
+
+BASELINES = {"repeat_kv": repeat_kv, "jax_nn": jax_nn, "splash": splash}

@@ -216,6 +216,11 @@ def implementations_for(platform: str) -> list[str]:
     ]
 
 
+def peers_for(platform: str) -> list[str]:
+    """Kernels of others for a platform."""
+    return ["splash"] if platform == "tpu" else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Describe:
     """Where we are, asked in a process of its own: starting a backend takes hold of the device."""
