@@ -1,0 +1,120 @@
+"""What the TPU kernels do, by arithmetic: products, HBM traffic, and the time that both bound.
+
+    python benchmarks/tpu_roofline.py                              # v4, v5e, v5p, v6e
+    python benchmarks/tpu_roofline.py --target=v5p --lengths=2048,32768
+
+Nothing is run or compiled. A row is a causal call in bfloat16 on one chip, with the blocks that the
+kernels would take there. "Reads" is what the kernels read and write in HBM, each block of keys once
+per group; "splash" the same for jax's kernel, which reads keys for every query head, with blocks of
+512. "Floor" is the longer of products at the peak and of keys, queries and results once through HBM;
+"model" the time that the choice of blocks goes by, "MXU" the share of the peak that it would be.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from axattn import _jax_compat, aot
+from axattn.kernels.tpu import tiles
+from axattn.kernels.tpu.extent import blocks_per_tile
+from benchmarks.harness.tile_calls import make_call
+
+_TARGETS = flags.DEFINE_list("target", ["v4", "v5e", "v5p", "v6e"], "chips")
+_LENGTHS = flags.DEFINE_list("lengths", ["8192"], "T = S")
+_HEADS = flags.DEFINE_list(
+    "heads", ["16/2/128", "32/8/128", "16/8/256", "32/32/128"], "query heads/kv heads/head size"
+)
+
+SPLASH_BLOCK = 512
+DIRECTIONS = ("fwd", "bwd")
+COLUMNS = ("Chip", "Heads", "T", "", "Blocks", "GFLOP", "Reads", "splash", "Floor", "Model", "MXU")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    table = Table(*COLUMNS, title="One layer's attention, causal, bfloat16, B=1; arithmetic")
+    for name in _TARGETS.value:
+        # The name of the device is all that the kernels ask for.
+        with aot.tracing_for(name):
+            chip = _jax_compat.tpu_chip()
+        for length in _LENGTHS.value:
+            for heads in _HEADS.value:
+                for cells in _rows(name, chip, int(length), *map(int, heads.split("/"))):
+                    table.add_row(*cells)
+    Console(width=130).print(table)
+
+
+def _rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> Iterator[tuple]:
+    call = _call(length, heads, kv_heads, size)
+    splash_blocks = int(blocks_per_tile(call, SPLASH_BLOCK, SPLASH_BLOCK, "q").sum())
+    for direction in DIRECTIONS:
+        passes = _passes(call, chip, direction)
+        seconds, flops, moved = 0.0, 0.0, 0.0
+        for kind, blocks in passes:
+            found = tiles.estimate(call, chip, kind, *blocks)
+            seconds += found.total / chip.cores
+            moved += found.memory * chip.hbm_bandwidth
+            flops += length**2 / 2 * heads * 2 * size * (kind.head + kind.value)
+        useful = length**2 / 2 * heads * 2 * size * (2 if direction == "fwd" else 5)
+        peak, bandwidth = chip.bf16_flops * chip.cores, chip.hbm_bandwidth * chip.cores
+        arrays = 2 if direction == "fwd" else 4
+        once = 2 * length * size * (arrays * heads + arrays * kv_heads)
+        # Forward: K and V for each head and block of queries. Backward: those again, and Q and dO
+        # for each head and block of keys.
+        tile = 2 * 2 * SPLASH_BLOCK * size * heads * splash_blocks
+        splash = 2 * length * size * arrays * heads + tile * (1 if direction == "fwd" else 2)
+        yield (
+            name,
+            f"{heads}/{kv_heads}/{size}",
+            str(length),
+            direction,
+            " ".join(f"{q}x{kv}" for _, (q, kv) in passes),
+            f"{flops / 1e9:.0f}",
+            f"{moved / 1e6:.0f} MB",
+            f"{splash / 1e6:.0f} MB",
+            f"{max(useful / peak, once / bandwidth) * 1e3:.2f} ms",
+            f"{seconds * 1e3:.2f} ms",
+            f"{useful / peak / seconds:.0%}",
+        )
+
+
+def _passes(call, chip, direction: str) -> list:
+    """(kind, blocks) of each kernel."""
+    if direction == "fwd":
+        found = tiles.forward_tiles(call, chip)
+        return [(tiles.FORWARD, (found.block_q, found.block_kv))]
+    found = tiles.backward_tiles(call, chip)
+    first = (found.query.block_q, found.query.block_kv)
+    if found.key is None:
+        return [(tiles.FUSED, first)]
+    return [
+        (tiles.QUERY_GRAD, first),
+        (tiles.KEY_GRAD, (found.key.block_q, found.key.block_kv)),
+    ]
+
+
+def _call(length: int, heads: int, kv_heads: int, size: int):
+    kept = []
+
+    def keep(q, k, v):
+        kept.append(make_call(q, k, v, is_causal=True))
+        return q
+
+    shapes = (jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, kv_heads))
+    query, key = shapes
+    jax.eval_shape(keep, query, key, key)
+    return kept[0]
+
+
+if __name__ == "__main__":
+    app.run(main)
