@@ -24,12 +24,23 @@ from rich.table import Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axattn import _jax_compat, aot
+from axattn import _jax_compat
 from axattn.kernels.tpu import tiles
 from axattn.kernels.tpu.extent import blocks_per_tile
 from benchmarks.harness.tile_calls import make_call
 
-_TARGETS = flags.DEFINE_list("target", ["v4", "v5e", "v5p", "v6e"], "chips")
+# What the devices call themselves, and their cores.
+DEVICES = {
+    "v4": ("TPU v4", 2),
+    "v5e": ("TPU v5 lite", 1),
+    "v5p": ("TPU v5", 2),
+    "v6e": ("TPU v6 lite", 1),
+    "tpu7x": ("TPU7x", 1),
+}
+
+_TARGETS = flags.DEFINE_multi_enum(
+    "target", ["v4", "v5e", "v5p", "v6e"], list(DEVICES), "chips; repeatable"
+)
 _LENGTHS = flags.DEFINE_list("lengths", ["8192"], "T = S")
 _HEADS = flags.DEFINE_list(
     "heads", ["16/2/128", "32/8/128", "16/8/256", "32/32/128"], "query heads/kv heads/head size"
@@ -44,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     table = Table(*COLUMNS, title="One layer's attention, causal, bfloat16, B=1; arithmetic")
     for name in _TARGETS.value:
-        # The name of the device is all that the kernels ask for.
-        with aot.tracing_for(name):
+        with _jax_compat.use_abstract_device(*DEVICES[name], "tpu", None):
             chip = _jax_compat.tpu_chip()
         for length in _LENGTHS.value:
             for heads in _HEADS.value:
