@@ -6,8 +6,8 @@
 Nothing is run or compiled. A row is a causal call in bfloat16 on one chip, with the blocks that the
 kernels would take there. "Reads" is what the kernels read and write in HBM, each block of keys once
 per group; "splash" the same for jax's kernel, which reads keys for every query head, with blocks of
-512. "Floor" is the longer of products at the peak and of keys, queries and results once through HBM;
-"model" the time that the choice of blocks goes by, "MXU" the share of the peak that it would be.
+512. "Floor" is the longer of products at the peak and of keys, queries and results once through
+HBM; "model" the time that the choice of blocks goes by, "MXU" the share of the peak in it.
 """
 
 from __future__ import annotations
