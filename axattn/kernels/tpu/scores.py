@@ -146,13 +146,15 @@ def finished(state: State) -> tuple[jax.Array, jax.Array]:
 
 def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any) -> jax.Array:
     """A matrix product with float32 sums over axis ``axes[0]`` of a and ``axes[1]`` of b."""
-    if a.dtype != jnp.float32:
-        # Products of 16-bit numbers are exact, and the compiler takes no other word for them.
-        precision = lax.Precision.DEFAULT
     return lax.dot_general(
         a,
         b,
         (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
+        precision=precision_of(a, precision),
         preferred_element_type=jnp.float32,
     )
+
+
+def precision_of(operand: jax.Array, precision: Any) -> Any:
+    """Products of 16-bit numbers are exact, and the compiler takes no other word for them."""
+    return precision if operand.dtype == jnp.float32 else lax.Precision.DEFAULT

@@ -1,0 +1,167 @@
+"""The TPU kernel over caches through the TPU compiler: it fits, and nothing copies the cache."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from axattn import aot
+from axattn.cache import DenseCache, PagedCache, RingCache, base
+from axattn.kernels.tpu import cached
+from axattn.kernels.tpu.cached_tiles import cached_tiles, refuses
+from benchmarks.harness.tile_calls import make_call
+
+pytestmark = pytest.mark.aot
+
+B, S = 8, 8192
+DTYPES = ("bfloat16", "int8", "float8_e4m3fn", "int4")
+VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128}  # MiB of a core
+CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}  # of one device
+
+# Query heads, key/value heads, head size, value head size.
+HEADS = {
+    "llama_8b": (32, 8, 128, 128),
+    "llama_70b": (64, 8, 128, 128),
+    "gemma_9b": (16, 8, 256, 256),
+    "falcon": (71, 1, 64, 64),
+    "qwen_7b": (28, 4, 128, 128),
+    "mha": (32, 32, 128, 128),
+    "deepseek": (128, 1, 576, 512),
+}
+
+
+def structs(kind, heads, tokens, dtype="bfloat16", batch=B, query_dtype="bfloat16"):
+    """Shapes of a cache and a query."""
+    num_heads, kv_heads, size, value_size = HEADS[heads]
+    options = dict(value_head_dim=value_size, values_in_keys=size != value_size, dtype=dtype)
+    if kind == "dense":
+        make = functools.partial(DenseCache.create, batch, S, kv_heads, size, **options)
+    elif kind == "ring":
+        make = functools.partial(
+            RingCache.create, batch, 4096, kv_heads, size, max_append=16, **options
+        )
+    else:
+        page, pages = kind, S // kind
+        make = functools.partial(
+            PagedCache.create, batch, batch * pages, page, pages, kv_heads, size, **options
+        )
+    query = jax.ShapeDtypeStruct((batch, tokens, num_heads, size), query_dtype)
+    return jax.eval_shape(make), query
+
+
+def call_of(cache, query, **options):
+    """The call that ``cache.attend`` makes."""
+    found = []
+
+    def door(*args, **kwargs):
+        found.append(make_call(*args, **kwargs))
+        return query
+
+    with mock.patch.object(base, "dot_product_attention", door):
+        cache.attend(query, **options)
+    return found[0]
+
+
+def compiled(target, cache, query, arrays=None, **options):
+    """The report; the kernel with the tiles of its own choice."""
+    try:
+        aot.check_installed(aot.target(target))
+    except aot.MissingCompilerError as error:
+        pytest.skip(str(error))
+
+    def program(cache, query, arrays):
+        call = call_of(cache, query, **options, **(arrays or {}))
+        assert refuses(call) is None
+        tiles = cached_tiles(call, VMEM[target] * 2**20)
+        return cached.attend(call, tiles, cores=CORES[target])
+
+    r = aot.analyze(program, cache, query, arrays, target=target)
+    assert r.ok, r
+    return r
+
+
+def outer_bytes(query):
+    """Of the query in whole lanes and sublanes, with room for the output and both laid out."""
+    batch, tokens, heads, size = query.shape
+    return 4 * batch * -(-tokens // 16) * 16 * heads * -(-size // 128) * 128 * 2
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("target", VMEM)
+@pytest.mark.parametrize("heads", HEADS)
+def test_models(heads, target, tokens):
+    """A step, and a speculative one."""
+    cache, query = structs("dense", heads, tokens)
+    # What is there besides the cache is the query, laid out in tiles, and the output.
+    assert compiled(target, cache, query).temp_bytes < cache.nbytes // 2
+
+
+# Every kind with every dtype on the chips with the least VMEM and with two cores; on the others a
+# choice.
+KINDS = [
+    *itertools.product(["dense", "ring", 16, 64, 128], ["v4", "v5p"], DTYPES),
+    *itertools.product(["dense", 64], ["v5e", "v6e"], DTYPES),
+]
+
+
+@pytest.mark.parametrize("kind, target, dtype", KINDS)
+def test_kinds(kind, target, dtype):
+    cache, query = structs(kind, "llama_8b", 1, dtype)
+    r = compiled(target, cache, query)
+    # Scales of small pages are laid out anew.
+    gathered = dtype != "bfloat16" and kind in (16, 64)
+    assert r.temp_bytes < (30 if gathered else 4) * 2**20
+    assert r.temp_bytes < cache.nbytes // 2
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "int4"])
+@pytest.mark.parametrize("heads", ["falcon", "deepseek"])
+def test_slots_that_are_lanes(heads, dtype):
+    for kind in ("dense", 128):
+        cache, query = structs(kind, heads, 1, dtype)
+        assert compiled("v5p", cache, query).temp_bytes < cache.nbytes // 2
+
+
+@pytest.mark.parametrize("target", ["v4", "v6e"])  # the least VMEM, and the most
+@pytest.mark.parametrize("heads", HEADS)
+def test_prompts(heads, target):
+    cache, query = structs("dense", heads, 512, batch=2)
+    r = compiled(target, cache, query)
+    assert r.temp_bytes < outer_bytes(query) + 2**22
+
+
+ARRAYS = {
+    "mask": jax.ShapeDtypeStruct((2, 1, 4, S), jnp.bool_),
+    "bias": jax.ShapeDtypeStruct((1, 32, 4, S), jnp.float32),
+    "sinks": jax.ShapeDtypeStruct((32,), jnp.float32),
+    "alibi_slopes": jax.ShapeDtypeStruct((32,), jnp.float32),
+    "query_segment_ids": jax.ShapeDtypeStruct((2, 4), jnp.int32),
+    "key_value_segment_ids": jax.ShapeDtypeStruct((2, S), jnp.int32),
+    "query_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("target", VMEM)
+def test_features(target, dtype):
+    cache, query = structs(64, "llama_8b", 4, dtype, batch=2)
+    compiled(target, cache, query, ARRAYS, logits_soft_cap=30.0, local_window_size=(4096, 0))
+
+
+@pytest.mark.parametrize("target", VMEM)
+def test_float32(target):
+    for dtype in ("float32", "int8"):
+        cache, query = structs("dense", "llama_8b", 4, dtype, 2, "float32")
+        compiled(target, cache, query, precision="highest")
+        compiled(target, cache, query)
+
+
+@pytest.mark.parametrize("target", ["v4", "v5p"])
+def test_one_row_for_two_cores(target):
+    cache, query = structs("dense", "llama_8b", 1, batch=1)
+    assert compiled(target, cache, query).temp_bytes < 2**21
