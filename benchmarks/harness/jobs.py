@@ -165,11 +165,13 @@ def _compile(job: Compile) -> Row:
         workload.fn, *workload.args, target=chip, donate_argnums=workload.donate_argnums
     )
     refusal = _refusal_values(report.refusal) if report.refusal is not None else {}
+    with aot.tracing_for(chip):
+        is_default = _is_default(case, chip.platform)
     return rows.of_case(
         case,
         job.where,
         device=report.device_kind,
-        is_default=_is_default(case, chip.platform),
+        is_default=is_default,
         memory_kind="host" if chip.platform == "cpu" else "HBM",
         memory_bytes=report.total_bytes,
         temp_bytes=report.temp_bytes,

@@ -13,7 +13,7 @@ from absl import app
 from absl.testing import flagsaver
 
 from benchmarks import mqa_bench
-from benchmarks.harness import jobs, output
+from benchmarks.harness import cases, jobs, output
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
@@ -178,3 +178,18 @@ def test_a_target_that_is_not_here(tmp_path):
     assert small.memory_kind == "HBM" and small.memory_bytes > 0 and small.flops > 0
     assert small.time is None
     assert large.status == "out_of_memory" and large.requested_bytes > large.available_bytes
+
+
+@pytest.mark.aot
+def test_the_star_is_what_the_target_takes():
+    from axattn import aot
+
+    try:
+        aot.check_installed(aot.target("v5p"))
+    except aot.MissingCompilerError as error:
+        pytest.skip(str(error))
+    config = cases.parse_config("512/4/1/512")
+    for name in ("xla_chunked", "mosaic_tpu"):
+        case = cases.Case(config, name, 1, "bfloat16", "fwd")
+        row = jobs._compile(jobs.Compile(case, "v5p"))
+        assert row.is_default == (name == "mosaic_tpu")
