@@ -26,9 +26,8 @@ class Scalars(NamedTuple):
     """One-dimensional, since scalar memory pads the last axis."""
 
     spans: jax.Array  # int32 [steps, 4]: first block, full ones from here, to here, blocks
-    following: (
-        jax.Array
-    )  # int32 [steps + cores]: the step with work after each; of each core, the first
+    # int32 [steps + cores]: the step with work after each; the first one of each core.
+    following: jax.Array
     ends: jax.Array  # int32 [B]: slots up to the last one in use
     table: jax.Array  # int32 [B, pages], or one number
     first_row: jax.Array  # int32 [1]: of the cache's arrays

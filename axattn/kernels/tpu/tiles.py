@@ -81,7 +81,11 @@ def backward_tiles(call: AttentionCall, chip: TpuChip) -> BackwardTiles:
     """One pass where all gradients of a group's keys and values fit VMEM, and it is faster."""
     fused = _best(call, chip, FUSED, needed=False)
     query, key = _best(call, chip, QUERY_GRAD), _best(call, chip, KEY_GRAD)
-    if fused is not None and fused[0] <= query[0] + key[0]:
+    # The cores of a chip share out rows of the batch and key/value heads; only two passes have
+    # blocks to share out, too.
+    shares = call.batch * call.num_kv_heads // heads_together(call)
+    idle = cdiv(shares, chip.cores) * chip.cores / shares
+    if fused is not None and fused[0] * idle <= query[0] + key[0]:
         return BackwardTiles(fused[1])
     return BackwardTiles(query[1], key[1])
 

@@ -1,0 +1,58 @@
+"""The choice of blocks: it fits VMEM, and knows what a chip's cores can share."""
+
+from __future__ import annotations
+
+import pytest
+
+from axattn import _jax_compat
+from axattn.kernels.tpu import tiles
+from tests.kernels.tpu.calls import call_of
+
+CHIPS = {"TPU v4": 2, "TPU v5 lite": 1, "TPU v5": 2, "TPU v6 lite": 1, "TPU7x": 1}
+
+
+def chip_of(kind):
+    with _jax_compat.use_abstract_device(kind, CHIPS[kind], "tpu", None):
+        return _jax_compat.tpu_chip()
+
+
+def small(N, K, T=2048, B=1, **options):
+    """A call whose arrays are small: heads and lengths are what counts."""
+    return call_of(B, T, T, N, K, 8, is_causal=True, **options)
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+@pytest.mark.parametrize("N, K", [(16, 2), (8, 8), (28, 4), (71, 1)])
+def test_blocks_fit(kind, N, K):
+    call, chip = small(N, K), chip_of(kind)
+    forward, backward = tiles.forward_tiles(call, chip), tiles.backward_tiles(call, chip)
+    first = tiles.FUSED if backward.key is None else tiles.QUERY_GRAD
+    chosen = [(tiles.FORWARD, forward), (first, backward.query)]
+    if backward.key is not None:
+        chosen.append((tiles.KEY_GRAD, backward.key))
+    for what, found in chosen:
+        assert found.vmem_limit < chip.vmem_bytes
+        assert tiles.vmem_bytes(call, what, found.block_q, found.block_kv) < found.vmem_limit
+        assert found.block_kv % tiles.LANES == 0 and found.block_q % tiles.SUBLANES == 0
+
+
+def test_one_pass_where_every_core_has_a_share():
+    """Of one key/value head and one row, a single pass would leave a core of two idle."""
+    two, one = chip_of("TPU v5"), chip_of("TPU v6 lite")
+    assert tiles.backward_tiles(small(8, 1), two).key is not None
+    assert tiles.backward_tiles(small(8, 1), one).key is None
+    assert tiles.backward_tiles(small(16, 2), two).key is None
+
+
+def test_one_pass_as_long_as_the_keys_fit():
+    chip = chip_of("TPU v5")
+    assert tiles.backward_tiles(small(16, 2, T=4096), chip).key is None
+    assert tiles.backward_tiles(small(16, 2, T=131072), chip).key is not None
+
+
+def test_refused_where_nothing_fits():
+    from axattn.implementations import mosaic_tpu
+
+    with _jax_compat.use_abstract_device("TPU v4", 2, "tpu", None):
+        assert mosaic_tpu.refuses(small(8, 2)) is None
+        assert "MiB of VMEM" in mosaic_tpu.refuses(small(521, 521, T=8))
