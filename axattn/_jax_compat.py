@@ -301,7 +301,15 @@ def tpu_chip() -> TpuChip | None:
 
 
 def tpu_interpreter():
-    """Parameters with which a Mosaic TPU kernel runs on the CPU and its races are detected."""
+    """Parameters with which a Mosaic TPU kernel runs on the CPU, on two cores, races detected."""
     from jax.experimental.pallas import tpu as pltpu
 
-    return pltpu.InterpretParams(detect_races=True)
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+
+
+def tpu_races_found() -> bool:
+    """Whether that interpreter has seen a race in what it ran last."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    races = interpret_pallas_call.races
+    return races is not None and races.races_found

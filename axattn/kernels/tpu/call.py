@@ -37,7 +37,6 @@ def kernel(
     def run(*refs):
         body(Scalars(*refs[:count]), dict(zip(names, refs[count:], strict=True)))
 
-    # The interpreter miscounts the axes that vmap adds.
     semantics = ("parallel",) * (4 - sequential) + ("arbitrary",) * sequential
     arrays = [operand.array for operand in inputs.values()]
     return pl.pallas_call(
@@ -54,7 +53,7 @@ def kernel(
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=None if interpret else semantics, vmem_limit_bytes=vmem_limit
+            dimension_semantics=semantics, vmem_limit_bytes=vmem_limit
         ),
         cost_estimate=cost,
         interpret=interpret,

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from axattn import Mask
+from axattn import Mask, _jax_compat
 from axattn.cache import DenseCache, PagedCache, base
 from axattn.kernels.tpu import cached
 from axattn.kernels.tpu.cached_tiles import CachedTiles, cached_tiles, refuses
@@ -324,13 +323,11 @@ def test_all_codes_of_float8():
 @pytest.mark.parametrize("cores", [1, 2])
 def test_no_race_and_no_slot_out_of_bounds(kind, dtype, cores):
     """The interpreter that knows of memory spaces: what was not written is NaN there."""
-    interpret = pltpu.InterpretParams(detect_races=True)
+    interpret = _jax_compat.tpu_interpreter()
     query = queries(3, 6)
     how = dict(tiles=CachedTiles(2, 128), cores=cores, interpret=interpret)
     attend_and_check(filled(kind, dtype), query, how=how)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-
-    assert not interpreter.races.races_found
+    assert not _jax_compat.tpu_races_found()
 
 
 @pytest.mark.parametrize("megabytes", [16, 64, 128])
