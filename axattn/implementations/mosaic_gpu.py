@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import collections
-
 import jax
 import jax.numpy as jnp
 
 from axattn import _jax_compat, quantization
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
-from axattn.implementations import blocks, chunked_backward
+from axattn.implementations import mosaic
 from axattn.implementations.chunked_backward import Gradients
-from axattn.mask_parts import Dense, Segments
 
 MAX_HEAD_DIM = 256
 
@@ -33,23 +30,9 @@ def refuses(call: AttentionCall) -> str | None:
 
 def call_refusal(call: AttentionCall) -> str | None:
     """The same on any device."""
-    if call.query.dtype not in (jnp.float16, jnp.bfloat16):
-        return f"needs float16 or bfloat16, got {call.query.dtype}"
-    if 0 in (call.batch, call.q_len, call.kv_len):
-        return "does not support arrays of no elements"
-    refusal = _head_refusal(call) or _cache_refusal(call)
-    if refusal is not None:
-        return refusal
-    if call.traced_scale is not None:
-        return "does not support a traced scale"
-    kinds = collections.Counter(type(part) for part in call.mask.parts)
-    if kinds[Segments] > 1:
-        return "does not support two pairs of segment ids"
-    for part in call.mask.parts:
-        whole = (call.q_len, call.kv_len)
-        if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
-            return "does not support a mask array per head that broadcasts along T or S"
-    return None
+    return (
+        mosaic.refusal(call, ("float16", "bfloat16")) or _head_refusal(call) or _cache_refusal(call)
+    )
 
 
 def _head_refusal(call: AttentionCall) -> str | None:
@@ -161,7 +144,7 @@ def backward(
     *,
     interpret: bool = False,
 ) -> Gradients:
-    """Gradients from kernels; that of a bias from the chunked sweep, which XLA drops if unused."""
+    """Gradients from kernels; that of a bias from the chunked sweep."""
     from axattn.kernels.hopper import tiles
     from axattn.kernels.hopper.backward import backward as kernels
 
@@ -169,8 +152,5 @@ def backward(
     results = kernels(call, tiles.backward_tiles(call), *given, interpret=interpret)
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue, dsinks = vary_over(results, axes)
-    dbias = None
-    if call.bias is not None:
-        cut = blocks.choose(call, "cuda")
-        dbias = chunked_backward.backward(call, cut, *given).bias
+    dbias = mosaic.bias_gradient(call, "cuda", given)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from axattn import _jax_compat
 from axattn._jax_compat import TpuChip, vary_over, varying_axes
 from axattn.call import AttentionCall
-from axattn.implementations import blocks, chunked_backward
+from axattn.implementations import mosaic
 from axattn.implementations.chunked_backward import Gradients
 from axattn.kernels import gradients
 from axattn.kernels.batching import in_one_batch
-from axattn.mask_parts import Dense, Segments
 
 MAX_HEAD_DIM = 256
 
@@ -37,19 +34,9 @@ def call_refusal(call: AttentionCall) -> str | None:
 
 
 def _plain_refusal(call: AttentionCall) -> str | None:
-    if call.query.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs bfloat16 or float32, got {call.query.dtype}"
-    if 0 in (call.batch, call.q_len, call.kv_len):
-        return "does not support arrays of no elements"
-    if call.traced_scale is not None:
-        return "does not support a traced scale"
-    kinds = collections.Counter(type(part) for part in call.mask.parts)
-    if kinds[Segments] > 1:
-        return "does not support two pairs of segment ids"
-    for part in call.mask.parts:
-        whole = (call.q_len, call.kv_len)
-        if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
-            return "does not support a mask array per head that broadcasts along T or S"
+    refusal = mosaic.refusal(call, ("bfloat16", "float32"))
+    if refusal is not None:
+        return refusal
     if call.stored is not None:
         return None
     for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
@@ -124,7 +111,7 @@ def backward(
     *,
     interpret: bool = False,
 ) -> Gradients:
-    """Gradients from kernels; that of a bias from the chunked sweep, which XLA drops if unused."""
+    """Gradients from kernels; that of a bias from the chunked sweep."""
     given = (out, lse, dout, dlse)
     delta = gradients.row_deltas(out, dout, dlse)
     kernels = in_one_batch(functools.partial(_backward, interpret=interpret))
@@ -132,10 +119,7 @@ def backward(
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue = vary_over(results, axes)
     dsinks = gradients.of_sinks(call, lse, delta)
-    dbias = None
-    if call.bias is not None:
-        cut = blocks.choose(call, "tpu")
-        dbias = chunked_backward.backward(call, cut, *given).bias
+    dbias = mosaic.bias_gradient(call, "tpu", given)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 
@@ -12,7 +11,6 @@ from axattn import quantization
 from axattn.call import AttentionCall
 from axattn.kernels.problem import Problem, cdiv, round_up
 from axattn.kernels.tpu.cached_cut import LANES, Cut, padded_rows, slots_are_lanes
-from axattn.mask_parts import Segments
 
 # Up to this many tokens a tile has all of them, if their rows are not too many.
 DECODE_TOKENS = 16
@@ -39,14 +37,10 @@ class CachedTiles:
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call over a cache cannot go to the kernel, or None."""
+    """Why this cache is none for the kernel, or None."""
     stored = call.stored
-    if call.query.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs a bfloat16 or float32 query, got {call.query.dtype}"
     if stored.dtype not in ("bfloat16", "float32", *quantization.LIMITS):
         return f"does not support a cache of {stored.dtype}"
-    if 0 in (call.batch, call.q_len, call.kv_len):
-        return "does not support arrays of no elements"
     if stored.page_size % 8:
         where = "a row" if stored.block_table is None else "a page"
         return f"needs slots of {where} in a multiple of 8, got {stored.page_size}"
@@ -63,11 +57,6 @@ def refuses(call: AttentionCall) -> str | None:
         return f"takes at most {MOST_PAGES} pages of all rows, got {stored.block_table.size}"
     if call.dropout_key is not None:
         return "does not support dropout over a cache"
-    if call.traced_scale is not None:
-        return "does not support a traced scale"
-    kinds = collections.Counter(type(part) for part in call.mask.parts)
-    if kinds[Segments] > 1:
-        return "does not support two pairs of segment ids"
     return None
 
 

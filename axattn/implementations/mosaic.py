@@ -1,0 +1,36 @@
+"""What the kernels of both machine families have in common as implementations."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+
+from axattn.call import AttentionCall
+from axattn.implementations import blocks, chunked_backward
+from axattn.mask_parts import Dense, Segments
+
+
+def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
+    """Why no kernel takes the call, whatever its sizes; queries are of ``dtypes``."""
+    if call.query.dtype.name not in dtypes:
+        return f"needs {' or '.join(dtypes)}, got {call.query.dtype}"
+    if 0 in (call.batch, call.q_len, call.kv_len):
+        return "does not support arrays of no elements"
+    if call.traced_scale is not None:
+        return "does not support a traced scale"
+    kinds = collections.Counter(type(part) for part in call.mask.parts)
+    if kinds[Segments] > 1:
+        return "does not support two pairs of segment ids"
+    whole = (call.q_len, call.kv_len)
+    for part in call.mask.parts:
+        if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
+            return "does not support a mask array per head that broadcasts along T or S"
+    return None
+
+
+def bias_gradient(call: AttentionCall, platform: str, given: tuple) -> jax.Array | None:
+    """From the chunked sweep, which XLA drops if unused; ``given``: out, lse, dout, dlse."""
+    if call.bias is None:
+        return None
+    return chunked_backward.backward(call, blocks.choose(call, platform), *given).bias
