@@ -29,7 +29,7 @@ NAMES = (
 )
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["fused", pytest.param("split", marks=pytest.mark.slow)])
 def small_blocks(request, monkeypatch):
     monkeypatch.setattr(tiles, "forward_tiles", lambda *_: OTHER)
     monkeypatch.setattr(tiles, "backward_tiles", lambda *_: WAYS[request.param])

@@ -12,8 +12,33 @@ REFUSED = {"mask_of_keys"}
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
+# Others are slow together; tests of several blocks have what is particular of them.
+QUICK = {
+    "alibi_causal_rows",
+    "bias_BNTS",
+    "bias_infinite",
+    "causal",
+    "dropout",
+    "everything",
+    "head_192_128",
+    "lengths_zero",
+    "mask_TS",
+    "mqa_16",
+    "positions",
+    "prefix",
+    "segments_unsorted",
+    "sinks_empty_rows",
+    "small_head",
+    "soft_cap",
+}
 
-@pytest.mark.parametrize("name", sorted(set(cases.CASES) - REFUSED))
+
+def names():
+    for name in sorted(set(cases.CASES) - REFUSED):
+        yield pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", names())
 def test_features(interpreted, name):
     dtype = DTYPES[len(name) % 2]
     precision.check(cases.make(name, dtype), ("mosaic_tpu",))
