@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -64,10 +65,11 @@ def _fused(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret)
     sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
     outputs = {"dquery": operands.of_queries(cut, like(call.query))}
     for name, size in sizes.items():
-        sums = jax.ShapeDtypeStruct((*shape, size), jnp.float32)
-        outputs[name] = Operand(sums, None, None)
+        outputs[name] = Operand(jax.ShapeDtypeStruct((*shape, size), call.key.dtype), None, None)
     scratch = _row_scratch(call, cut) | _query_scratch(cut)
-    scratch |= {f"{n}_sums": pltpu.VMEM((*whole, size), jnp.float32) for n, size in sizes.items()}
+    for name, size in sizes.items():
+        scratch[f"{name}_sums"] = pltpu.VMEM((*whole, size), jnp.float32)
+        scratch[f"{name}_block"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), call.key.dtype)
     dquery, dkey, dvalue = kernel(
         functools.partial(_fused_body, cut, call.precision),
         cut,
@@ -80,7 +82,7 @@ def _fused(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret)
         vmem_limit=tiles.vmem_limit,
         interpret=interpret,
     )
-    return dquery, _of_keys(call, dkey, call.key, call.scale), _of_keys(call, dvalue, call.value)
+    return dquery, _of_keys(call, dkey), _of_keys(call, dvalue)
 
 
 def _query_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret):
@@ -122,7 +124,7 @@ def _key_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpr
         vmem_limit=tiles.vmem_limit,
         interpret=interpret,
     )
-    return _of_keys(call, dkey, call.key), _of_keys(call, dvalue, call.value)
+    return _of_keys(call, dkey), _of_keys(call, dvalue)
 
 
 def _inputs(call: AttentionCall, given: gradients.Given, tiles: Tiles, major: str):
@@ -141,10 +143,9 @@ def like(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _of_keys(call: AttentionCall, by_head: jax.Array, array: jax.Array, factor: float = 1.0):
-    """``[B, K, S', size]`` as ``[B, S, K, size]`` in the dtype of ``array``."""
-    gradient = by_head[:, :, : call.kv_len].swapaxes(1, 2)
-    return (gradient if factor == 1.0 else gradient * factor).astype(array.dtype)
+def _of_keys(call: AttentionCall, by_head: jax.Array) -> jax.Array:
+    """``[B, K, S', size]`` as ``[B, S, K, size]``."""
+    return by_head[:, :, : call.kv_len].swapaxes(1, 2)
 
 
 def _row_scratch(call: AttentionCall, cut: Cut) -> dict[str, Any]:
@@ -160,6 +161,11 @@ def _query_scratch(cut: Cut) -> dict[str, Any]:
     return {"dquery_sums": pltpu.VMEM(shape, jnp.float32)}
 
 
+def _factors(cut: Cut) -> tuple[tuple[str, float], ...]:
+    """The gradients over keys, and what their sums lack."""
+    return ("dkey", cut.problem.scale), ("dvalue", 1.0)
+
+
 # ---- the kernels ------------------------------------------------------------------------------
 
 
@@ -168,16 +174,29 @@ def _fused_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) 
 
     @pl.when((tile == 0) & (n == 0))
     def _():
-        for name in ("dkey_sums", "dvalue_sums"):
-            refs[name][...] = jnp.zeros_like(refs[name])
+        for name, _ in _factors(cut):
+            refs[f"{name}_sums"][...] = jnp.zeros_like(refs[f"{name}_sums"])
 
     _over_key_blocks(cut, precision, scalars, refs, _Wants(query=True, keys=True))
 
     @pl.when((tile == cut.tiles - 1) & (n == cut.steps - 1))
     def _():
         heads = pl.ds(h * cut.kv_heads, cut.kv_heads)
-        pltpu.sync_copy(refs["dkey_sums"], refs["dkey"].at[b, heads])
-        pltpu.sync_copy(refs["dvalue_sums"], refs["dvalue"].at[b, heads])
+        for name, factor in _factors(cut):
+            _write_all(cut, refs, name, factor, refs[name].at[b, heads])
+
+
+def _write_all(cut: Cut, refs: Mapping[str, Any], name: str, factor: float, target: Any) -> None:
+    """The sums over all keys, block by block, in the dtype of the gradient."""
+    sums, block = refs[f"{name}_sums"], refs[f"{name}_block"]
+
+    def write(j, _):
+        keys = pl.ds(pl.multiple_of(j * cut.block_kv, cut.block_kv), cut.block_kv)
+        block[...] = (sums[:, keys] * factor).astype(block.dtype)
+        pltpu.sync_copy(block, target.at[:, keys])
+        return _
+
+    lax.fori_loop(0, cut.num_kv, write, 0)
 
 
 def _query_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
@@ -206,11 +225,11 @@ def _over_key_blocks(cut: Cut, precision, scalars: Scalars, refs, wants: _Wants)
 
 
 def _key_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
-    n, names = pl.program_id(3), ("dkey", "dvalue")
+    n = pl.program_id(3)
 
     @pl.when(n == 0)
     def _():
-        for name in names:
+        for name, _ in _factors(cut):
             refs[f"{name}_sums"][...] = jnp.zeros_like(refs[f"{name}_sums"])
 
     def step(place, *, partial):
@@ -222,7 +241,7 @@ def _key_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) ->
 
     @pl.when(n == cut.steps - 1)
     def _():
-        for name, factor in zip(names, (cut.problem.scale, 1.0), strict=True):
+        for name, factor in _factors(cut):
             refs[name][0] = (refs[f"{name}_sums"][...] * factor).astype(refs[name].dtype)
 
 

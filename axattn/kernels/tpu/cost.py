@@ -19,7 +19,7 @@ def forward(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
 
 
 def fused(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
-    return _estimate(call, cut, head=3, value=2, rows_read=(2, 1), keys_written=4)
+    return _estimate(call, cut, head=3, value=2, rows_read=(2, 1), keys_written=1)
 
 
 def query_grad(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
@@ -49,5 +49,5 @@ def _estimate(call, cut: Cut, *, head, value, rows_read, keys_written) -> pl.Cos
     return pl.CostEstimate(
         flops=2 * pairs * (head * sizes[0] + value * sizes[1]),
         transcendentals=pairs,
-        bytes_accessed=of_rows + of_keys + keys * sum(sizes) * keys_written,
+        bytes_accessed=of_rows + of_keys + keys * sum(sizes) * size * keys_written,
     )

@@ -145,6 +145,7 @@ def vmem_bytes(call: AttentionCall, kind: Kind, block_q: int, block_kv: int) -> 
     total += 2 * kv_heads * row_lanes * widest * 4
     if kind.whole_keys:
         total += kv_heads * round_up(call.kv_len, block_kv) * (head + value) * 4
+        total += kv_heads * block_kv * (head + value) * size
     if kind.own_keys:
         total += 2 * kv_heads * block_kv * (head + value) * (4 + size)
     if call.bias is not None and min(call.bias.shape[2:]) > 1:
