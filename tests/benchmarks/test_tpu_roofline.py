@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from axattn import _jax_compat
-from benchmarks import tpu_roofline
+from benchmarks.harness import tpu_roofline
 
 
 @pytest.mark.parametrize("name", tpu_roofline.DEVICES)
 def test_rows(name):
     with _jax_compat.use_abstract_device(*tpu_roofline.DEVICES[name], "tpu", None):
         chip = _jax_compat.tpu_chip()
-    rows = list(tpu_roofline._rows(name, chip, 2048, 16, 2, 128))
+    rows = list(tpu_roofline.rows(name, chip, 2048, 16, 2, 128))
     assert [row[3] for row in rows] == list(tpu_roofline.DIRECTIONS)
     for row in rows:
         assert len(row) == len(tpu_roofline.COLUMNS)

@@ -1,0 +1,87 @@
+"""What the TPU kernels read and compute, and the time that it takes by their own model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from axattn.kernels.tpu import tiles
+from axattn.kernels.tpu.extent import blocks_per_tile
+from benchmarks.harness.tile_calls import make_call
+
+# What the devices call themselves, and their cores.
+DEVICES = {
+    "v4": ("TPU v4", 2),
+    "v5e": ("TPU v5 lite", 1),
+    "v5p": ("TPU v5", 2),
+    "v6e": ("TPU v6 lite", 1),
+    "tpu7x": ("TPU7x", 1),
+}
+
+SPLASH_BLOCK = 512
+DIRECTIONS = ("fwd", "bwd")
+COLUMNS = ("Chip", "Heads", "T", "", "Blocks", "GFLOP", "Reads", "splash", "Floor", "Model", "MXU")
+
+
+def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> Iterator[tuple]:
+    call = _call(length, heads, kv_heads, size)
+    splash_blocks = int(blocks_per_tile(call, SPLASH_BLOCK, SPLASH_BLOCK, "q").sum())
+    for direction in DIRECTIONS:
+        passes = _passes(call, chip, direction)
+        seconds, flops, moved = 0.0, 0.0, 0.0
+        for kind, blocks in passes:
+            found = tiles.estimate(call, chip, kind, *blocks)
+            seconds += found.total / chip.cores
+            moved += found.memory * chip.hbm_bandwidth
+            flops += length**2 / 2 * heads * 2 * size * (kind.head + kind.value)
+        useful = length**2 / 2 * heads * 2 * size * (2 if direction == "fwd" else 5)
+        peak, bandwidth = chip.bf16_flops * chip.cores, chip.hbm_bandwidth * chip.cores
+        arrays = 2 if direction == "fwd" else 4
+        once = 2 * length * size * (arrays * heads + arrays * kv_heads)
+        # Forward: K and V for each head and block of queries. Backward: those again, and Q and dO
+        # for each head and block of keys.
+        tile = 2 * 2 * SPLASH_BLOCK * size * heads * splash_blocks
+        splash = 2 * length * size * arrays * heads + tile * (1 if direction == "fwd" else 2)
+        yield (
+            name,
+            f"{heads}/{kv_heads}/{size}",
+            str(length),
+            direction,
+            " ".join(f"{q}x{kv}" for _, (q, kv) in passes),
+            f"{flops / 1e9:.0f}",
+            f"{moved / 1e6:.0f} MB",
+            f"{splash / 1e6:.0f} MB",
+            f"{max(useful / peak, once / bandwidth) * 1e3:.2f} ms",
+            f"{seconds * 1e3:.2f} ms",
+            f"{useful / peak / seconds:.0%}",
+        )
+
+
+def _passes(call, chip, direction: str) -> list:
+    """(kind, blocks) of each kernel."""
+    if direction == "fwd":
+        found = tiles.forward_tiles(call, chip)
+        return [(tiles.FORWARD, (found.block_q, found.block_kv))]
+    found = tiles.backward_tiles(call, chip)
+    first = (found.query.block_q, found.query.block_kv)
+    if found.key is None:
+        return [(tiles.FUSED, first)]
+    return [
+        (tiles.QUERY_GRAD, first),
+        (tiles.KEY_GRAD, (found.key.block_q, found.key.block_kv)),
+    ]
+
+
+def _call(length: int, heads: int, kv_heads: int, size: int):
+    kept = []
+
+    def keep(q, k, v):
+        kept.append(make_call(q, k, v, is_causal=True))
+        return q
+
+    shapes = (jax.ShapeDtypeStruct((1, length, n, size), jnp.bfloat16) for n in (heads, kv_heads))
+    query, key = shapes
+    jax.eval_shape(keep, query, key, key)
+    return kept[0]
