@@ -8,6 +8,8 @@ key is masked for all rows), ids on both sides (segments), or a tile of booleans
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -92,17 +94,17 @@ def may_have_empty_rows(call: AttentionCall) -> bool:
 
 def dense_mask(call: AttentionCall) -> jax.Array | None:
     """The mask arrays of a call over queries and keys as one, or None."""
-    arrays = [
-        part.array
-        for part in call.mask.parts
-        if isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
-    ]
-    if not arrays:
-        return None
-    together = arrays[0]
-    for array in arrays[1:]:
-        together = together & array
-    return together
+    arrays = [part.array for part in call.mask.parts if _is_dense(part)]
+    return functools.reduce(operator.and_, arrays) if arrays else None
+
+
+def has_dense_mask(call: AttentionCall) -> bool:
+    """Whether there is one, for who does not need it."""
+    return any(map(_is_dense, call.mask.parts))
+
+
+def _is_dense(part: object) -> bool:
+    return isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
 
 
 def key_mask(part: object) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 from axattn.call import AttentionCall
 from axattn.kernels.hopper import memory
 from axattn.kernels.hopper.sources import Source
-from axattn.kernels.masks import dense_mask
+from axattn.kernels.masks import has_dense_mask
 
 # Rows that a warpgroup cleans or converts at a time, and a score tile's columns.
 BLOCK_KV = 64
@@ -68,7 +68,7 @@ def _first_that_fits(call: AttentionCall, choices, bytes_of):
     if call.bias is not None:
         # In 4 bytes, also where a bias per head and key becomes one over rows and keys.
         tile_bytes += 4
-    if dense_mask(call) is not None:
+    if has_dense_mask(call):
         tile_bytes += 1
     fitting = (
         tiles

@@ -16,7 +16,7 @@ from axattn.call import AttentionCall
 from axattn.kernels.hopper.memory import SHARED_BYTES, cache_bytes, shared_bytes
 from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.sources import Source
-from axattn.kernels.masks import dense_mask
+from axattn.kernels.masks import has_dense_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ KINDS = (
 
 
 def kind(call: AttentionCall) -> str:
-    if dense_mask(call) is not None or (call.bias is not None and 1 not in call.bias.shape[2:]):
+    if has_dense_mask(call) or (call.bias is not None and 1 not in call.bias.shape[2:]):
         return "biased"
     if call.dropout_key is not None or call.alibi_slopes is not None or call.bias is not None:
         return "general"

@@ -31,7 +31,15 @@ from axattn.kernels.tpu.call import kernel
 from axattn.kernels.tpu.cut import Cut, Place, Scalars
 from axattn.kernels.tpu.operands import Operand
 from axattn.kernels.tpu.scores import Scores, contract
-from axattn.kernels.tpu.tile import Tile, for_each_head, packed, unpacked, when_visited
+from axattn.kernels.tpu.tile import (
+    Tile,
+    cleaned,
+    for_each_head,
+    here,
+    packed,
+    unpacked,
+    when_visited,
+)
 from axattn.kernels.tpu.tiles import BackwardTiles, Tiles
 
 
@@ -209,7 +217,7 @@ def _over_key_blocks(cut: Cut, precision, scalars: Scalars, refs, wants: _Wants)
 
     @pl.when(n == 0)
     def _():
-        _pack(cut, refs, cut.place(*(pl.program_id(axis) for axis in range(4)), *scalars))
+        _pack(cut, refs, here(cut, scalars))
         refs["dquery_sums"][...] = jnp.zeros_like(refs["dquery_sums"])
 
     def step(place, *, partial):
@@ -246,8 +254,8 @@ def _key_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) ->
 
 
 def _pack(cut: Cut, refs: Mapping[str, Any], place: Place) -> None:
-    refs["rows"][...] = packed(cut, refs["query"][0], place, clean=True)
-    refs["drows"][...] = packed(cut, refs["dout"][0], place, clean=True)
+    for rows, name in (("rows", "query"), ("drows", "dout")):
+        refs[rows][...] = packed(cut, cleaned(cut, refs[name][0], place.q))
 
 
 def _step(cut: Cut, precision, scalars: Scalars, refs, place, keys, wants, *, partial) -> None:

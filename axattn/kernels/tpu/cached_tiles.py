@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from axattn import quantization
 from axattn.call import AttentionCall
+from axattn.kernels import masks
 from axattn.kernels.problem import Problem, cdiv, round_up
 from axattn.kernels.tpu.cached_cut import LANES, Cut, padded_rows, slots_are_lanes
 
@@ -157,7 +158,7 @@ def vmem_of(call: AttentionCall, cut: Cut) -> int:
     if call.bias is not None and call.bias.shape[2] != 1:
         heads = 1 if call.bias.shape[1] == 1 else cut.kv_heads
         copied += 2 * heads * cut.rows * cut.block_kv * 4
-    if any(hasattr(part, "array") for part in call.mask.parts):
+    if masks.has_dense_mask(call):
         copied += 2 * cut.kv_heads * cut.rows * cut.block_kv * 4
     # Scores, weights and the operands that codes become, of one product.
     scores = 5 * cut.together * cut.rows * cut.block_kv * 4

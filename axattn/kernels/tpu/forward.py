@@ -67,9 +67,7 @@ def forward(
 def _body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
     n = pl.program_id(3)
 
-    @pl.when(n == 0)
-    def _():
-        _start(cut, refs, cut.place(*(pl.program_id(i) for i in range(4)), *scalars))
+    pl.when(n == 0)(lambda: _start(cut, refs))
 
     def step(place, *, partial):
         def of_head(head):
@@ -82,8 +80,8 @@ def _body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> Non
     pl.when(n == cut.steps - 1)(lambda: _finish(cut, refs))
 
 
-def _start(cut: Cut, refs: Mapping[str, Any], place) -> None:
-    refs["rows"][...] = packed(cut, refs["query"][0], place, clean=False)
+def _start(cut: Cut, refs: Mapping[str, Any]) -> None:
+    refs["rows"][...] = packed(cut, refs["query"][0])
     refs["sums"][...] = jnp.zeros_like(refs["sums"])
     if "sinks" in refs:
         # A sink is a key with its own logit and no value: the softmax starts with it.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from axattn.kernels.tpu.cut import Cut, Place
+from axattn.kernels.tpu.cut import Cut, Place, Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,10 @@ class Tile:
     def tile(self, name: str) -> jax.Array:
         """``[keys, rows]``."""
         ref, group = self.refs[name], self.cut.problem.group
-        as_is = ref.dtype == jnp.float32
         kind = jnp.float32 if jnp.issubdtype(ref.dtype, jnp.floating) else jnp.int32
 
         def of_head(n):
-            tile = ref[0, n]
-            return (tile if as_is else tile.astype(kind)).T
+            return ref[0, n].astype(kind).T
 
         if ref.shape[1] == 1:
             return jnp.concatenate([of_head(0)] * group, axis=1)
@@ -75,16 +73,17 @@ def column(row: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def packed(cut: Cut, block: jax.Array, at: Place, *, clean: bool) -> jax.Array:
-    """A block of queries ``[block_q, heads, size]`` as rows, ``[kv_heads, rows, size]``.
+def packed(cut: Cut, block: jax.Array) -> jax.Array:
+    """A block of queries ``[block_q, heads, size]`` as rows, ``[kv_heads, rows, size]``."""
+    return jnp.swapaxes(block, 0, 1).reshape(cut.kv_heads, cut.rows, block.shape[-1])
 
-    ``clean`` zeroes what stands behind the last query.
-    """
-    tokens, heads, size = block.shape
-    if clean and cut.problem.q_len % tokens:
-        slots = at.q * tokens + lax.broadcasted_iota(jnp.int32, block.shape, 0)
-        block = jnp.where(slots < cut.problem.q_len, block, jnp.zeros((), block.dtype))
-    return jnp.swapaxes(block, 0, 1).reshape(cut.kv_heads, cut.rows, size)
+
+def cleaned(cut: Cut, block: jax.Array, q: jax.Array) -> jax.Array:
+    """Block ``q`` of queries ``[block_q, heads, size]``, zero behind the last query."""
+    if cut.problem.q_len % cut.block_q == 0:
+        return block
+    slots = q * cut.block_q + lax.broadcasted_iota(jnp.int32, block.shape, 0)
+    return jnp.where(slots < cut.problem.q_len, block, jnp.zeros((), block.dtype))
 
 
 def unpacked(cut: Cut, rows: jax.Array) -> jax.Array:
@@ -107,11 +106,14 @@ def for_each_head(cut: Cut, body) -> None:
     lax.fori_loop(0, cut.kv_heads, step, 0)
 
 
-def when_visited(cut: Cut, scalars, step) -> Place:
-    """Runs ``step(place, partial=...)`` if this step of the grid has work; its place."""
-    b, h, tile, n = (pl.program_id(axis) for axis in range(4))
-    visit = cut.visit(b, tile, scalars.spans, scalars.order)
-    place = cut.place(b, h, tile, n, *scalars)
+def here(cut: Cut, scalars: Scalars) -> Place:
+    """The blocks of this step of the grid."""
+    return cut.place(*(pl.program_id(axis) for axis in range(4)), *scalars)
+
+
+def when_visited(cut: Cut, scalars: Scalars, step) -> None:
+    """Runs ``step(place, partial=...)`` if this step of the grid has work."""
+    n, place = pl.program_id(3), here(cut, scalars)
+    visit = cut.visit(pl.program_id(0), pl.program_id(2), scalars.spans, scalars.order)
     pl.when(n < visit.full)(lambda: step(place, partial=False))
     pl.when((n >= visit.full) & (n < visit.total))(lambda: step(place, partial=True))
-    return place

@@ -114,7 +114,7 @@ def _best(call: AttentionCall, chip: TpuChip, kind: Kind, *, needed: bool = True
 
 def _candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
     # Tiles of bias and mask are turned around and put side by side: whole lanes are easy.
-    tiled = call.bias is not None or masks.dense_mask(call) is not None
+    tiled = call.bias is not None or masks.has_dense_mask(call)
     first = LANES if tiled else SUBLANES
     for i in range(8):
         block_q = first << i
@@ -151,7 +151,7 @@ def vmem_bytes(call: AttentionCall, kind: Kind, block_q: int, block_kv: int) -> 
     if call.bias is not None and min(call.bias.shape[2:]) > 1:
         own = kv_heads * call.group if call.bias.shape[1] > 1 else 1
         total += 2 * own * block_q * block_kv * call.bias.dtype.itemsize + block_kv * row_lanes * 8
-    if masks.dense_mask(call) is not None:
+    if masks.has_dense_mask(call):
         total += 2 * kv_heads * call.group * block_q * block_kv + block_kv * row_lanes * 8
     return total
 
