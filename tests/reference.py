@@ -67,6 +67,22 @@ class Reference:
             grads["sinks"] = _sum_to(share * shared, (heads, 1, 1))[:, 0, 0]
         return grads
 
+    def scores_in_out(self) -> np.ndarray:
+        """What one unit of relative rounding of every score may change of the output, at most.
+
+        d out / d score = p (kept v - out). A score is rounded relative to the larger of Q K^T and
+        of what is added to it.
+        """
+        i = self.inputs
+        group = i["query"].shape[-2] // i["key"].shape[-2]
+        values = np.abs(np.repeat(i["value"], group, axis=-2))
+        lse = self.lse.swapaxes(-1, -2)[..., None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = np.where(self.weights > 0, np.abs(np.log(self.weights) + lse), 0.0)
+        moved = self.weights * np.maximum(score, np.abs(i["scale"] * i["dots"]))
+        through_values = np.einsum("...nts,...snh->...tnh", moved * i["kept"], values)
+        return through_values + moved.sum(-1).swapaxes(-1, -2)[..., None] * np.abs(self.out)
+
 
 def _group_sum(x, group):
     """``[..., S, N, size]`` to ``[..., S, K, size]``: query head n belongs to head n // G."""
