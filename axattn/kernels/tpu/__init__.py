@@ -3,6 +3,7 @@
     cut        how a call is cut into steps of a grid, and which blocks each has
     extent     how many blocks a tile visits, from what a mask says while it is traced
     operands   from an AttentionCall to the blocks that a step has
+    layout     how query rows lie in tiles
     tile       one key/value head of a step in VMEM: rows packed, scores with keys first
     scores     what happens between Q K^T and the softmax, whichever way a tile lies
     call       a Pallas call with everything by name

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from axattn.kernels.problem import cdiv
-from axattn.kernels.tpu.cached_cut import LANES, Cut, Scalars
+from axattn.kernels.tpu.cached_cut import Cut, Scalars
+from axattn.kernels.tpu.layout import LANES
 
 # What comes in pieces, out of the cache's own arrays.
 STORED = ("keys", "values")

@@ -17,9 +17,8 @@ from jax import lax
 from axattn.call import AttentionCall
 from axattn.kernels import masks, visits
 from axattn.kernels.problem import Problem, cdiv, round_up
+from axattn.kernels.tpu.layout import LANES
 from axattn.stored import NEVER
-
-LANES = 128
 
 
 class Scalars(NamedTuple):

@@ -15,7 +15,8 @@ from axattn.kernels import masks
 from axattn.kernels.padding import padded
 from axattn.kernels.problem import LOG2E
 from axattn.kernels.tpu import cached_copies
-from axattn.kernels.tpu.cached_cut import LANES, Cut
+from axattn.kernels.tpu.cached_cut import Cut
+from axattn.kernels.tpu.layout import LANES, by_tile, by_token
 from axattn.mask_parts import Segments
 from axattn.stored import NEVER, Stored
 
@@ -90,13 +91,7 @@ def sources(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
 
 def unpacked(cut: Cut, rows: jax.Array) -> jax.Array:
     """``[results, K, tiles, rows, ...]`` as ``[results, T, N, ...]``."""
-    problem = cut.problem
-    rest = rows.shape[4:]
-    rows = rows[:, :, :, : problem.group * cut.block_q]
-    rows = rows.reshape(*rows.shape[:3], problem.group, cut.block_q, *rest)
-    rows = jnp.moveaxis(rows, (1, 3), (3, 4))  # [results, tiles, block_q, K, G, ...]
-    rows = rows.reshape(rows.shape[0], -1, problem.num_heads, *rest)
-    return rows[:, : problem.q_len]
+    return by_token(rows[:, :, :, : cut.problem.group * cut.block_q], cut)
 
 
 def _row_by_row(stored: Stored, scales: jax.Array) -> jax.Array:
@@ -123,17 +118,7 @@ def _bias_kind(call: AttentionCall) -> str | None:
 
 def _rows_of(array: jax.Array, cut: Cut, fill: float | int = 0) -> jax.Array:
     """``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``; ``fill`` in the padding."""
-    problem = cut.problem
-    batch, heads, _, size = array.shape
-    array = padded(array, cut.tiles * cut.block_q, fill, axis=2)
-    array = array.reshape(batch, heads, cut.tiles, cut.block_q, size)
-    if heads == 1:
-        array = jnp.broadcast_to(array[:, :, None], (batch, 1, problem.group, *array.shape[2:]))
-    else:
-        array = array.reshape(batch, problem.num_kv_heads, problem.group, *array.shape[2:])
-    array = array.swapaxes(2, 3)
-    array = array.reshape(*array.shape[:3], problem.group * cut.block_q, size)
-    return padded(array, cut.rows, fill, axis=3)
+    return padded(by_tile(array, cut, fill), cut.rows, fill, axis=3)
 
 
 def _vector(vector: jax.Array, cut: Cut, fill: int = 0) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from axattn.kernels.tpu.cached_cut import Cut
+from axattn.kernels.tpu.layout import LANES, column
 from axattn.stored import NEVER
 
 
@@ -74,11 +75,10 @@ class Tile:
 
 def columns(lanes: jax.Array, count: int) -> jax.Array:
     """``[heads, 1, n]`` as ``[heads, count, 1]``: the first ``count`` of each."""
-    heads, _, size = lanes.shape
-    return jnp.swapaxes(jnp.broadcast_to(lanes, (heads, 8, size)), 1, 2)[:, :count, :1]
+    return column(lanes)[:, :count]
 
 
 def lanes(column: jax.Array) -> jax.Array:
     """``[heads, n, 1]`` as ``[heads, 1, n]``."""
     heads, size, _ = column.shape
-    return jnp.swapaxes(jnp.broadcast_to(column, (heads, size, 128)), 1, 2)[:, :1]
+    return jnp.swapaxes(jnp.broadcast_to(column, (heads, size, LANES)), 1, 2)[:, :1]

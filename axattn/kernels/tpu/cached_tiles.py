@@ -11,7 +11,8 @@ from axattn import quantization
 from axattn.call import AttentionCall
 from axattn.kernels import masks
 from axattn.kernels.problem import Problem, cdiv, round_up
-from axattn.kernels.tpu.cached_cut import LANES, Cut, padded_rows, slots_are_lanes
+from axattn.kernels.tpu.cached_cut import Cut, padded_rows, slots_are_lanes
+from axattn.kernels.tpu.layout import LANES
 
 # Up to this many tokens a tile has all of them, if their rows are not too many.
 DECODE_TOKENS = 16

@@ -23,6 +23,7 @@ from axattn.kernels import masks
 from axattn.kernels.padding import padded
 from axattn.kernels.tpu import cut as cuts
 from axattn.kernels.tpu.cut import Cut, Place
+from axattn.kernels.tpu.layout import by_tile, by_token
 from axattn.mask_parts import Segments
 from axattn.stored import NEVER
 
@@ -131,14 +132,7 @@ def of_keys_and_values(cut: Cut, array: jax.Array) -> Operand:
 def over_rows(cut: Cut, vector: jax.Array, fill: float | int = 0) -> Operand:
     """A vector ``[B or 1, N or 1, T or 1]``; ``fill`` stands behind the last row."""
     vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.q_len))
-    array = padded(vector, cut.num_q * cut.block_q, fill, axis=2)
-    batch, heads, _ = array.shape
-    array = array.reshape(batch, heads, cut.num_q, cut.block_q)
-    if heads == 1:
-        array = jnp.broadcast_to(array[:, :, None], (batch, 1, cut.problem.group, *array.shape[2:]))
-    else:
-        array = array.reshape(batch, -1, cut.problem.group, *array.shape[2:])
-    array = array.swapaxes(2, 3).reshape(batch, -1, cut.num_q, 1, cut.rows)
+    array = by_tile(vector, cut, fill)[:, :, :, None]
     return of_row_vectors(cut, array)
 
 
@@ -156,10 +150,7 @@ def of_row_vectors(cut: Cut, array: Any) -> Operand:
 
 def rows_apart(cut: Cut, array: jax.Array) -> jax.Array:
     """``[B, K, tiles, 1, rows]`` as ``[B, T, N]``."""
-    batch, problem = array.shape[0], cut.problem
-    array = array.reshape(batch, -1, cut.num_q, problem.group, cut.block_q)
-    array = array.transpose(0, 2, 4, 1, 3).reshape(batch, -1, problem.num_heads)
-    return array[:, : problem.q_len]
+    return by_token(array[:, :, :, 0], cut)
 
 
 def over_keys(cut: Cut, vector: jax.Array, fill: float | int = 0) -> Operand:

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from axattn.kernels.tpu.cut import Cut, Place, Scalars
+from axattn.kernels.tpu.layout import column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,6 @@ class Tile:
 
     def dropout_words(self) -> tuple[jax.Array, jax.Array]:
         return self.words[0], self.words[1]
-
-
-def column(row: jax.Array) -> jax.Array:
-    """``[1, n]`` as ``[n, 1]``."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
 def packed(cut: Cut, block: jax.Array) -> jax.Array:

@@ -18,8 +18,7 @@ from axattn.kernels import masks
 from axattn.kernels.problem import cdiv, round_up
 from axattn.kernels.tpu.cut import heads_together
 from axattn.kernels.tpu.extent import blocks_per_tile
-
-LANES, SUBLANES = 128, 8
+from axattn.kernels.tpu.layout import LANES, SUBLANES
 
 # Of VMEM, what XLA may give a kernel, and how much of that our estimate may fill.
 LIMIT, FILLED = 0.92, 0.8
