@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from axattn import dot_product_attention
-from axattn.arguments import normalize
-from axattn.call import AttentionCall
 from axattn.kernels.hopper.tiles import KINDS
+from benchmarks.harness.calls import make_call
 from benchmarks.harness.tile_candidates import Place
 
 # What each kind is usually: one word more than the kind before it.
@@ -46,15 +44,6 @@ class Shape:
     heads: int
     kv_heads: int
     dtype: str = "bfloat16"
-
-
-def make_call(*args: Any, **kwargs: Any) -> AttentionCall:
-    """The call that `axattn.dot_product_attention` makes of the same arguments."""
-    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    del arguments["implementation"]
-    return normalize(**arguments)[0]
 
 
 def inputs(

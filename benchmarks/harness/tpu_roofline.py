@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from axattn.kernels.tpu import tiles
 from axattn.kernels.tpu.extent import blocks_per_tile
-from benchmarks.harness.tile_calls import make_call
+from benchmarks.harness.calls import make_call
 
 # What the devices call themselves, and their cores.
 DEVICES = {

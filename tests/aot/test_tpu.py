@@ -71,7 +71,7 @@ def models_on_chips():
             yield pytest.param(model, chip, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("model, chip", models_on_chips())
+@pytest.mark.parametrize("model, chip", list(models_on_chips()))
 def test_models_compile_within_vmem(model, chip):
     """By default, forward and backward."""
     heads, kv_heads, head, value, options = MODELS[model]

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from axattn import aot
-from axattn.cache import DenseCache, PagedCache, RingCache, base
+from axattn.cache import DenseCache, PagedCache, RingCache
 from axattn.kernels.tpu import cached
 from axattn.kernels.tpu.cached_tiles import cached_tiles, refuses
-from benchmarks.harness.tile_calls import make_call
+from tests.kernels.calls import call_of_cache
 
 pytestmark = pytest.mark.aot
 
 B, S = 8, 8192
 DTYPES = ("bfloat16", "int8", "float8_e4m3fn", "int4")
-VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128}  # MiB of a core
-CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}  # of one device
+VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of a core
+CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 1}  # of one device
 
 # Query heads, key/value heads, head size, value head size.
 HEADS = {
@@ -54,19 +53,6 @@ def structs(kind, heads, tokens, dtype="bfloat16", batch=B, query_dtype="bfloat1
     return jax.eval_shape(make), query
 
 
-def call_of(cache, query, **options):
-    """The call that ``cache.attend`` makes."""
-    found = []
-
-    def door(*args, **kwargs):
-        found.append(make_call(*args, **kwargs))
-        return query
-
-    with mock.patch.object(base, "dot_product_attention", door):
-        cache.attend(query, **options)
-    return found[0]
-
-
 def compiled(target, cache, query, arrays=None, **options):
     """The report; the kernel with the tiles of its own choice."""
     try:
@@ -75,7 +61,7 @@ def compiled(target, cache, query, arrays=None, **options):
         pytest.skip(str(error))
 
     def program(cache, query, arrays):
-        call = call_of(cache, query, **options, **(arrays or {}))
+        call = call_of_cache(cache, query, **options, **(arrays or {}))
         assert refuses(call) is None
         tiles = cached_tiles(call, VMEM[target] * 2**20)
         return cached.attend(call, tiles, cores=CORES[target])
@@ -108,7 +94,7 @@ def kinds_on_chips():
         yield pytest.param(kind, target, dtype, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kind, target, dtype", kinds_on_chips())
+@pytest.mark.parametrize("kind, target, dtype", list(kinds_on_chips()))
 def test_kinds(kind, target, dtype):
     cache, query = structs(kind, "llama_8b", 1, dtype)
     r = compiled(target, cache, query)

@@ -7,7 +7,7 @@ import pytest
 
 from axattn import Mask
 from axattn.kernels import masks
-from tests.kernels.hopper.calls import make_call
+from tests.kernels.calls import make_call
 
 OPTIONS = {
     "none": {},

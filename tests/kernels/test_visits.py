@@ -10,7 +10,7 @@ from axattn import Mask
 from axattn.kernels import masks, visits
 from axattn.mask_parts import EMPTY, FULL
 from axattn.stored import NEVER
-from tests.kernels.hopper.calls import make_call
+from tests.kernels.calls import make_call
 
 T, S, Q, KV = 200, 300, 32, 48
 

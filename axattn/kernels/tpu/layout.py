@@ -50,6 +50,6 @@ def by_token(rows: jax.Array, cut: Cut) -> jax.Array:
 
 
 def column(row: jax.Array) -> jax.Array:
-    """``[..., 1, n]`` as ``[..., n, 1]``, in a kernel: whole tiles are turned, one column is kept."""
+    """``[..., 1, n]`` as ``[..., n, 1]``, in a kernel: turns whole tiles and keeps one column."""
     *lead, _, size = row.shape
     return jnp.swapaxes(jnp.broadcast_to(row, (*lead, SUBLANES, size)), -1, -2)[..., :1]

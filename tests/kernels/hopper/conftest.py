@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import pytest
 
-from axattn import _jax_compat, attention
-from axattn.implementations import flash, mosaic_gpu, registry
+from axattn import _jax_compat
+from axattn.implementations import mosaic_gpu
+from tests.kernels.interpreter import behind_the_door
 
 recent = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the GPU kernels need jax >= 0.11"
@@ -32,16 +31,4 @@ def hopper():
 @pytest.fixture
 def interpreted(hopper, monkeypatch):
     """``implementation="mosaic_gpu"`` runs on the CPU, in the interpreter."""
-
-    ways_on_devices = flash.ways
-
-    def ways(call, plan):
-        found = ways_on_devices(call, plan)
-        return tuple((platform, replace(way, interpret=True)) for platform, way in found)
-
-    entry = registry.Implementation("mosaic_gpu", None, mosaic_gpu.call_refusal, registry.PLATFORMS)
-    monkeypatch.setitem(registry.IMPLEMENTATIONS, "mosaic_gpu", entry)
-    monkeypatch.setattr(flash, "ways", ways)
-    # A function of our own: jit must not find the programs of other ways.
-    attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
-    monkeypatch.setattr(attention, "_attend", attend)
+    behind_the_door(monkeypatch, "mosaic_gpu", mosaic_gpu.call_refusal)

@@ -16,44 +16,20 @@ from axattn import Mask
 from axattn.cache import PagedCache
 from tests import caches
 from tests.cache.test_attend import check
+from tests.kernels import cached
+from tests.kernels.cached import CAPACITY, LENGTHS, B, K
 from tests.precision import quick_jit
 
-B, K, H = 3, 2, 64
-CAPACITY, MAX_APPEND = 208, 24
-LENGTHS = np.array([200, 65, 0])
+H = 64
 
 DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 
 
-def filled(kind, dtype="bfloat16", lengths=LENGTHS, head_dim=H, value_dim=H, kv_heads=K, **options):
-    """A poisoned cache with so many tokens in its rows."""
-    tokens = int(lengths.max())
-    _, k, v = caches.tokens(
-        tokens, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, dtype="bfloat16"
-    )
-    v = None if options.get("values_in_keys") else v
-    cache = caches.make(
-        kind,
-        capacity=options.pop("capacity", CAPACITY),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_dim,
-        max_append=MAX_APPEND,
-        dtype=dtype,
-        **options,
-    )
-    append = jax.jit(lambda c, k, v, n: c.append(k, v, lengths=n))
-    step = MAX_APPEND if kind == "ring" else tokens
-    for i in range(0, tokens, step):
-        here = slice(i, i + step)
-        real = np.clip(lengths - i, 0, k[:, here].shape[1]).astype(np.int32)
-        cache = append(cache, k[:, here], None if v is None else v[:, here], real)
-    return caches.poisoned(cache)
+filled = functools.partial(cached.filled, head_dim=H, value_dim=H)
 
 
-def queries(tokens, heads, head_dim=H, seed=3):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)), jnp.bfloat16)
+def queries(tokens, heads, head_dim=H, **options):
+    return cached.queries(tokens, heads, head_dim, **options)
 
 
 def attend(cache, query, **options):

@@ -9,13 +9,12 @@ import pytest
 
 import axattn
 from tests import precision
+from tests.kernels import calls
 from tests.precision import Call
 
 
-def arrays(B=1, T=72, S=104, N=4, K=2, H=64, seed=0, dtype=jnp.bfloat16):
-    rng = np.random.default_rng(seed)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+def arrays(B=1, T=72, S=104, N=4, K=2, H=64, dtype=jnp.bfloat16, seed=0):
+    return calls.arrays(B, T, S, N, K, H, dtype=dtype, seed=seed)
 
 
 def attend(*args, **options):

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 import axattn
-from axattn import Mask, _jax_compat
+from axattn import _jax_compat
 from axattn.cache import DenseCache, PagedCache
 from axattn.implementations import mosaic_gpu
-from tests.kernels.hopper.calls import call_of, make_call
-
-
-def shapes(B=1, T=1024, S=1024, N=8, K=2, H=128, h=None, dtype=jnp.bfloat16):
-    sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, h or H))
-    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+from tests.kernels.calls import REFUSED, call_of, make_call, shapes
 
 
 def test_none_takes_the_kernels_on_hopper(hopper):
@@ -48,17 +43,7 @@ def test_a_ptxas_that_miscompiles(hopper, monkeypatch):
     [
         ("float32", dict(dtype=jnp.float32), {}),
         ("head size that is a multiple of 16 and at most 256, got 72", dict(H=72), {}),
-        ("value head size that is a multiple of 16 and at most 256, got 512", dict(h=512), {}),
-        ("mask array per head", {}, dict(mask=jax.ShapeDtypeStruct((1, 8, 1, 1024), bool))),
-        ("traced scale", {}, dict(scale=jax.ShapeDtypeStruct((), jnp.float32))),
-        (
-            "two pairs of segment ids",
-            {},
-            dict(
-                query_segment_ids=jax.ShapeDtypeStruct((1024,), jnp.int32),
-                mask=Mask.segments(np.zeros(1024, int)),
-            ),
-        ),
+        *REFUSED,
     ],
 )
 def test_refusals(hopper, reason, arguments, options):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels.hopper.calls import make_call
+from tests.kernels.calls import make_call
 
 pytest.importorskip("axattn.kernels.hopper.packed", exc_type=ImportError)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels.hopper.calls import make_call
+from tests.kernels.calls import make_call
 
 work = pytest.importorskip("axattn.kernels.hopper.work", exc_type=ImportError)
 

@@ -5,13 +5,12 @@ Where JAX has a TPU, on that.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import pytest
 
-from axattn import _jax_compat, attention
-from axattn.implementations import flash, mosaic_tpu, registry
+from axattn import _jax_compat
+from axattn.implementations import mosaic_tpu
+from tests.kernels.interpreter import behind_the_door
 
 
 @pytest.fixture
@@ -32,17 +31,6 @@ def interpreted(tpu, monkeypatch):
     if jax.default_backend() == "tpu":
         yield
         return
-    ways_on_devices = flash.ways
-
-    def ways(call, plan):
-        found = ways_on_devices(call, plan)
-        return tuple((platform, replace(way, interpret=True)) for platform, way in found)
-
-    entry = registry.Implementation("mosaic_tpu", None, mosaic_tpu.call_refusal, registry.PLATFORMS)
-    monkeypatch.setitem(registry.IMPLEMENTATIONS, "mosaic_tpu", entry)
-    monkeypatch.setattr(flash, "ways", ways)
-    # A function of our own: jit must not find the programs of other ways.
-    attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
-    monkeypatch.setattr(attention, "_attend", attend)
+    behind_the_door(monkeypatch, "mosaic_tpu", mosaic_tpu.call_refusal)
     yield
     assert not _jax_compat.tpu_races_found()

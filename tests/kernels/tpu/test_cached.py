@@ -5,7 +5,7 @@ Slots without a token hold NaN, and unused entries of block tables garbage.
 
 from __future__ import annotations
 
-from unittest import mock
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,46 +13,26 @@ import numpy as np
 import pytest
 
 from axattn import Mask, _jax_compat
-from axattn.cache import DenseCache, PagedCache, base
+from axattn.cache import DenseCache, PagedCache
 from axattn.kernels.tpu import cached
 from axattn.kernels.tpu.cached_tiles import CachedTiles, cached_tiles, refuses
-from benchmarks.harness.tile_calls import make_call
 from tests import caches
 from tests.cache.test_attend import check
+from tests.kernels import cached as kernels_cached
+from tests.kernels.cached import CAPACITY, LENGTHS, MAX_APPEND, B, K
+from tests.kernels.calls import call_of_cache
 from tests.precision import quick_jit
 
-B, K, H = 3, 2, 128
-CAPACITY, MAX_APPEND = 208, 24
-LENGTHS = np.array([200, 65, 0])
+H = 128
 
 DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "int4")
 
 
-def filled(kind, dtype="bfloat16", lengths=LENGTHS, head_dim=H, value_dim=H, kv_heads=K, **options):
-    """A poisoned cache with so many tokens in its rows."""
-    tokens = int(lengths.max())
-    kind_of_tokens = dtype if dtype in caches.FLOATS else "bfloat16"
-    _, k, v = caches.tokens(
-        tokens, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=kind_of_tokens
-    )
-    v = None if options.get("values_in_keys") else v
-    cache = caches.make(
-        kind,
-        capacity=options.pop("capacity", CAPACITY),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_dim,
-        max_append=MAX_APPEND,
-        dtype=dtype,
-        **options,
-    )
-    append = jax.jit(lambda c, k, v, n: c.append(k, v, lengths=n))
-    step = MAX_APPEND if kind == "ring" else tokens
-    for i in range(0, tokens, step):
-        here = slice(i, i + step)
-        real = np.clip(lengths - i, 0, k[:, here].shape[1]).astype(np.int32)
-        cache = append(cache, k[:, here], None if v is None else v[:, here], real)
-    return caches.poisoned(cache)
+filled = functools.partial(kernels_cached.filled, head_dim=H, value_dim=H)
+
+
+def queries(tokens, heads, head_dim=H, **options):
+    return kernels_cached.queries(tokens, heads, head_dim, **options)
 
 
 def paged(page, dtype="bfloat16", head_dim=H, lengths=LENGTHS, tokens=200):
@@ -64,27 +44,9 @@ def paged(page, dtype="bfloat16", head_dim=H, lengths=LENGTHS, tokens=200):
     return caches.poisoned(cache.append(k, v, lengths=lengths))
 
 
-def queries(tokens, heads, head_dim=H, seed=3, dtype="bfloat16"):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)), dtype)
-
-
-def call_of(cache, query, **options):
-    """The call that ``cache.attend`` makes."""
-    found = []
-
-    def door(*args, **kwargs):
-        found.append(make_call(*args, **kwargs))
-        return query
-
-    with mock.patch.object(base, "dot_product_attention", door):
-        cache.attend(query, **options)
-    return found[0]
-
-
 def attend(cache, query, *, tiles=None, cores=1, interpret=True, **options):
     def program(cache, query, arrays):
-        call = call_of(cache, query, **static, **arrays)
+        call = call_of_cache(cache, query, **static, **arrays)
         assert refuses(call) is None
         return cached.attend(
             call,
@@ -134,7 +96,7 @@ def test_slots_that_are_lanes(kind, dtype):
 
 def test_slots_that_would_be_copied_are_refused():
     cache = filled("dense", head_dim=64, value_dim=64)
-    call = call_of(cache, queries(1, 6, 64))
+    call = call_of_cache(cache, queries(1, 6, 64))
     assert "slots of a row in a multiple of 128" in refuses(call)
 
 
@@ -199,7 +161,7 @@ def test_latent(dtype, feature):
     sizes = dict(kv_heads=1, values_in_keys=True)
     size = 256 if feature == "tree" else 192
     if size == 256:
-        cache = filled("paged", dtype, lengths, 256, 128, **sizes)
+        cache = filled("paged", dtype, lengths, head_dim=256, value_dim=128, **sizes)
     else:
         cache = in_lanes("dense", dtype, lengths=lengths, head_dim=192, value_dim=128, **sizes)
     reference = dict(options)
@@ -341,7 +303,7 @@ def test_tiles_fit(heads, kv_heads, size, megabytes):
         found = []
         jax.eval_shape(
             lambda cache, query, found=found: found.append(
-                cached_tiles(call_of(cache, query), megabytes * 2**20)
+                cached_tiles(call_of_cache(cache, query), megabytes * 2**20)
             ),
             cache,
             query,

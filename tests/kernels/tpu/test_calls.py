@@ -10,13 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 import axattn
 from tests import precision
+from tests.kernels import calls
 from tests.precision import Call
 
 
-def arrays(B=1, T=40, S=72, N=4, K=2, H=32, seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+def arrays(B=1, T=40, S=72, N=4, K=2, H=32, dtype=jnp.float32, seed=0):
+    return calls.arrays(B, T, S, N, K, H, dtype=dtype, seed=seed)
 
 
 def attend(*args, implementation="mosaic_tpu", **options):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import axattn
-from axattn import Mask, _jax_compat
+from axattn import _jax_compat
 from axattn.cache import DenseCache
-
-
-def shapes(B=1, T=1024, S=1024, N=8, K=2, H=128, h=None, dtype=jnp.bfloat16):
-    sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, h or H))
-    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+from tests.kernels.calls import REFUSED, shapes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -46,17 +41,7 @@ def test_a_cache_goes_to_the_kernels(tpu, T):
     [
         ("bfloat16 or float32, got float16", dict(dtype=jnp.float16), {}),
         ("head size of at most 256, got 512", dict(H=512), {}),
-        ("value head size of at most 256, got 512", dict(h=512), {}),
-        ("mask array per head", {}, dict(mask=jax.ShapeDtypeStruct((1, 8, 1, 1024), bool))),
-        ("traced scale", {}, dict(scale=jax.ShapeDtypeStruct((), jnp.float32))),
-        (
-            "two pairs of segment ids",
-            {},
-            dict(
-                query_segment_ids=jax.ShapeDtypeStruct((1024,), jnp.int32),
-                mask=Mask.segments(np.zeros(1024, int)),
-            ),
-        ),
+        *REFUSED,
         ("MiB of VMEM for its smallest blocks", dict(N=1021, K=1021, H=256), {}),
     ],
 )

@@ -38,7 +38,7 @@ def names():
         yield pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list(names()))
 def test_features(interpreted, name):
     dtype = DTYPES[len(name) % 2]
     precision.check(cases.make(name, dtype), ("mosaic_tpu",))

@@ -6,7 +6,7 @@ import pytest
 
 from axattn import _jax_compat
 from axattn.kernels.tpu import tiles
-from tests.kernels.tpu.calls import call_of
+from tests.kernels.calls import make_call
 
 CHIPS = {"TPU v4": 2, "TPU v5 lite": 1, "TPU v5": 2, "TPU v6 lite": 1, "TPU7x": 1}
 
@@ -18,7 +18,7 @@ def chip_of(kind):
 
 def small(N, K, T=2048, B=1, **options):
     """A call whose arrays are small: heads and lengths are what counts."""
-    return call_of(B, T, T, N, K, 8, is_causal=True, **options)
+    return make_call(B, T, T, N, K, 8, is_causal=True, **options)
 
 
 @pytest.mark.parametrize("kind", CHIPS)

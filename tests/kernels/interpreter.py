@@ -1,0 +1,26 @@
+"""A family of kernels behind the one door, in the interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+
+from axattn import attention
+from axattn.implementations import flash, registry
+
+
+def behind_the_door(monkeypatch, name, call_refusal):
+    """``implementation=name`` runs on the CPU, with the name's own rules about calls."""
+    ways_on_devices = flash.ways
+
+    def ways(call, plan):
+        found = ways_on_devices(call, plan)
+        return tuple((platform, replace(way, interpret=True)) for platform, way in found)
+
+    entry = registry.Implementation(name, None, call_refusal, registry.PLATFORMS)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, name, entry)
+    monkeypatch.setattr(flash, "ways", ways)
+    # A function of our own: jit must not find the programs of other ways.
+    attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
+    monkeypatch.setattr(attention, "_attend", attend)
