@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,16 +37,14 @@ def normal_on_device(tree: Any, seed: int = 0) -> Any:
     The host takes seconds for the gigabytes that a GPU draws in no time.
     """
     leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [_normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return structure.unflatten(drawn)
 
-    @jax.jit
-    def draw(key):
-        keys = jax.random.split(key, len(leaves))
-        return [
-            jax.random.normal(own, leaf.shape, np.float32).astype(leaf.dtype)
-            for own, leaf in zip(keys, leaves, strict=True)
-        ]
 
-    return structure.unflatten(draw(jax.random.key(seed)))
+@functools.partial(jax.jit, static_argnums=(1, 2))  # compiled once per shape: that takes seconds
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, np.float32).astype(dtype)
 
 
 def attention_inputs(
