@@ -68,7 +68,7 @@ class Reference:
         return grads
 
     def scores_in_out(self) -> np.ndarray:
-        """What one unit of relative rounding of every score may change of the output, at most.
+        """What one unit of relative rounding of every score may change of each output, at most.
 
         d out / d score = p (kept v - out). A score is rounded relative to the larger of Q K^T and
         of what is added to it.
