@@ -14,7 +14,6 @@ from benchmarks.harness.calls import make_call as call_of
 
 # What no kernel takes: the reason, other sizes than `shapes` has, and options.
 REFUSED = [
-    ("value head size", dict(h=512), {}),
     ("mask array per head", {}, dict(mask=jax.ShapeDtypeStruct((1, 8, 1, 1024), bool))),
     ("traced scale", {}, dict(scale=jax.ShapeDtypeStruct((), jnp.float32))),
     (

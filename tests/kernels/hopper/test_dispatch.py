@@ -43,6 +43,7 @@ def test_a_ptxas_that_miscompiles(hopper, monkeypatch):
     [
         ("float32", dict(dtype=jnp.float32), {}),
         ("head size that is a multiple of 16 and at most 256, got 72", dict(H=72), {}),
+        ("value head size that is a multiple of 16 and at most 256, got 512", dict(h=512), {}),
         *REFUSED,
     ],
 )

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from axattn.kernels.problem import Problem
 from axattn.kernels.tpu import cut as cuts
 from axattn.kernels.tpu import tiles
 from axattn.kernels.tpu.tiles import BackwardTiles, Tiles
 from tests import cases, precision
+from tests.kernels.calls import make_call
 from tests.precision import Call
 
 SMALL, OTHER = Tiles(16, 128), Tiles(48, 128)
@@ -61,8 +63,6 @@ def test_lists_that_are_too_long_are_not_made(interpreted, small_blocks, monkeyp
     [(16, 2, 1), (32, 8, 2), (32, 32, 8), (28, 4, 4), (71, 1, 1), (10, 5, 5), (128, 8, 1)],
 )
 def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
-    from tests.kernels.calls import make_call
-
     call = make_call(1, 8, 8, heads, kv_heads, 64)
     assert cuts.heads_together(call) == together
     own = together * heads // kv_heads
@@ -81,9 +81,6 @@ def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
 )
 def test_a_window_bounds_the_steps(options, bound):
     """At least as many as any tile visits, and for windows not many more."""
-    from axattn.kernels.problem import Problem
-    from tests.kernels.calls import make_call
-
     call = make_call(1, 640, 640, 4, 2, 64, **options)
     for major in ("q", "kv"):
         cut, scalars = cuts.of_call(call, Problem.of(call), 32, 32, major)

@@ -41,6 +41,7 @@ def test_a_cache_goes_to_the_kernels(tpu, T):
     [
         ("bfloat16 or float32, got float16", dict(dtype=jnp.float16), {}),
         ("head size of at most 256, got 512", dict(H=512), {}),
+        ("value head size of at most 256, got 512", dict(h=512), {}),
         *REFUSED,
         ("MiB of VMEM for its smallest blocks", dict(N=1021, K=1021, H=256), {}),
     ],
