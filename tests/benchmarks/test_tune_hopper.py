@@ -25,6 +25,7 @@ from benchmarks.harness import (
     tile_report,
     tile_table,
 )
+from benchmarks.harness.calls import make_call
 from benchmarks.harness.tile_calls import Shape
 from benchmarks.harness.tile_candidates import Place
 
@@ -48,7 +49,7 @@ def test_calls_are_of_their_kind(name, features):
     kinds = []
 
     def make(arrays):
-        kinds.append(kind(tile_calls.make_call(**arrays, **tile_calls.options(features[name]))))
+        kinds.append(kind(make_call(**arrays, **tile_calls.options(features[name]))))
 
     jax.eval_shape(make, structs)
     assert kinds == [name]
