@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from axattn import _jax_compat
 from axattn.call import AttentionCall
 from axattn.dropout import dropout_key
 from axattn.masks import Mask, flatten_lead, int32_array
@@ -44,6 +45,7 @@ def normalize(
     kv_split_size: Any,
 ) -> tuple[AttentionCall, tuple[int, ...]]:
     """The call, and its leading dimensions ``(...)`` as the user gave them."""
+    heads_first = not _jax_compat.is_argument(query)
     if isinstance(key, Stored):
         if value is not None:
             raise ValueError("value takes None with a cache, which holds the values, too")
@@ -59,6 +61,7 @@ def normalize(
     rate, drop_key = _dropout(dropout_rate, dropout_rng)
     q_positions, kv_positions = _positions(q_offset, q_positions, kv_positions, lead, q_len, kv_len)
     call = AttentionCall(
+        heads_first=heads_first,
         query=query,
         key=key,
         value=value,

@@ -41,6 +41,7 @@ from axattn.stored import Stored
         "precision",
         "return_residual",
         "kv_split_size",
+        "heads_first",
     ),
 )
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,9 @@ class AttentionCall:
     precision: Any = None
     return_residual: bool = False
     kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
+    # What makes the query and takes the output may write and read them as [B, N, T, H] at no cost:
+    # TPUs' matrix products prefer that, while an array that is just there lies as [B, T, N, H].
+    heads_first: bool = False
 
     @property
     def batch(self) -> int:

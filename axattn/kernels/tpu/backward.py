@@ -71,7 +71,7 @@ def _fused(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret)
     whole = (cut.kv_heads, cut.num_kv * cut.block_kv)
     shape = (problem.batch, problem.num_kv_heads, whole[1])
     sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
-    outputs = {"dquery": operands.of_queries(cut, like(call.query))}
+    outputs = {"dquery": operands.result_of_queries(cut, problem.head_dim, call.query.dtype)}
     for name, size in sizes.items():
         outputs[name] = Operand(jax.ShapeDtypeStruct((*shape, size), call.key.dtype), None, None)
     scratch = _row_scratch(call, cut) | _query_scratch(cut)
@@ -90,7 +90,7 @@ def _fused(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret)
         vmem_limit=tiles.vmem_limit,
         interpret=interpret,
     )
-    return dquery, _of_keys(call, dkey), _of_keys(call, dvalue)
+    return operands.as_queries(cut, dquery), _of_keys(call, dkey), _of_keys(call, dvalue)
 
 
 def _query_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret):
@@ -100,14 +100,14 @@ def _query_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, inter
         cut,
         scalars,
         inputs,
-        {"dquery": operands.of_queries(cut, like(call.query))},
+        {"dquery": operands.result_of_queries(cut, call.head_dim, call.query.dtype)},
         scratch=_row_scratch(call, cut) | _query_scratch(cut),
         cost=cost.query_grad(call, cut),
         sequential=1,
         vmem_limit=tiles.vmem_limit,
         interpret=interpret,
     )
-    return dquery
+    return operands.as_queries(cut, dquery)
 
 
 def _key_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret):
@@ -145,10 +145,6 @@ def _inputs(call: AttentionCall, given: gradients.Given, tiles: Tiles, major: st
     inputs["lse2"] = operands.over_rows(cut, given.lse2.swapaxes(1, 2), jnp.inf)
     inputs["delta"] = operands.over_rows(cut, given.delta.swapaxes(1, 2))
     return cut, scalars, inputs
-
-
-def like(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _of_keys(call: AttentionCall, by_head: jax.Array) -> jax.Array:

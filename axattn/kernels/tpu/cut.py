@@ -1,7 +1,8 @@
 """How a call is cut into steps of the grid, and which step has which blocks.
 
-A step has a block of queries and a block of keys for some key/value heads at a time: as many as it
-takes for their query heads to be whole tiles of 8 of HBM, which has them as ``[T, N, H]``.
+A step has a block of queries and a block of keys for some key/value heads at a time: one where HBM
+has heads first, and as many as it takes for their query heads to be whole tiles of 8 where it has
+them as ``[T, N, H]``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from axattn.kernels import visits
 from axattn.kernels.problem import Problem, cdiv
 from axattn.kernels.tpu.extent import blocks_per_tile
 
-# Query heads that lie together in HBM.
+# Query heads that lie together in HBM where tokens are first.
 HEAD_TILE = 8
+
+# Rows of queries for a step: heads join where one has fewer, or steps would be what takes time.
+STEP_ROWS = 512
 
 # Lists of blocks live in scalar memory (1 MiB), with the spans. Longer ones are not made.
 MAX_LISTED = 2**16
@@ -47,6 +51,7 @@ class Cut:
     steps: int  # of the inner loop
     listed: bool
     rows_vary: bool  # batch rows visit different blocks
+    heads_first: bool  # queries and what is like them lie as [B, N, T, size] in HBM
 
     @property
     def rows(self) -> int:
@@ -117,11 +122,14 @@ class Place(NamedTuple):
     kv: jax.Array
 
 
-def heads_together(problem: Problem | AttentionCall) -> int:
-    """Key/value heads whose query heads lie in whole tiles of HBM."""
-    heads = math.lcm(HEAD_TILE, problem.group)
-    whole = heads < problem.num_heads and problem.num_heads % heads == 0
-    return heads // problem.group if whole else problem.num_kv_heads
+def heads_together(call: AttentionCall) -> int:
+    """Key/value heads of one step."""
+    if call.heads_first:
+        most = cdiv(STEP_ROWS, call.group * call.q_len)
+        return max(n for n in range(1, most + 1) if call.num_kv_heads % n == 0)
+    heads = math.lcm(HEAD_TILE, call.group)
+    whole = heads < call.num_heads and call.num_heads % heads == 0
+    return heads // call.group if whole else call.num_kv_heads
 
 
 def of_call(
@@ -134,11 +142,12 @@ def of_call(
         problem,
         block_q,
         block_kv,
-        heads_together(problem),
+        heads_together(call),
         major,
         max(1, int(blocks_per_tile(call, block_q, block_kv, major).max())),
         plan.order is not None,
         plan.spans.shape[0] > 1,
+        call.heads_first,
     )
     order = jnp.zeros(1, jnp.int32) if plan.order is None else plan.order.reshape(-1)
     words = jnp.zeros(2, jnp.int32)

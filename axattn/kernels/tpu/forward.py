@@ -38,10 +38,9 @@ def forward(
     if call.sinks is not None:
         sinks = call.sinks.astype(jnp.float32)[None, :, None] * LOG2E
         inputs["sinks"] = operands.over_rows(cut, sinks)
-    shape = (problem.batch, problem.q_len, problem.num_heads, problem.value_head_dim)
     lse_shape = (problem.batch, problem.num_kv_heads, cut.num_q, 1, cut.rows)
     outputs = {
-        "out": operands.of_queries(cut, jax.ShapeDtypeStruct(shape, call.query.dtype)),
+        "out": operands.result_of_queries(cut, problem.value_head_dim, call.query.dtype),
         "lse": operands.of_row_vectors(cut, jax.ShapeDtypeStruct(lse_shape, jnp.float32)),
     }
     out, lse = kernel(
@@ -61,7 +60,7 @@ def forward(
         vmem_limit=tiles.vmem_limit,
         interpret=interpret,
     )
-    return out, operands.rows_apart(cut, lse)
+    return operands.as_queries(cut, out), operands.rows_apart(cut, lse)
 
 
 def _body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """From an AttentionCall to the blocks that the grid kernels read.
 
-Queries and what comes back stay as they are, ``[B, T, N, H]``: a step has whole tiles of 8 heads.
-Keys and values, which a group shares, are the small things: they are copied once to
+Queries and what comes back stay as they are: ``[B, T, N, H]`` where they are just there, and a step
+has whole tiles of 8 heads; ``[B, N, T, H]`` where a program's products write and read them, which
+XLA on TPUs does heads first at no cost. Keys and values, which a group shares, are the small things: they are copied once to
 ``[B, K, S, H]`` with S in whole blocks and unused slots zeroed. Vectors over query rows are laid
 out as the rows of a tile are, ``[B, K, tiles, 1, rows]``, vectors over keys as
 ``[B, N or 1, blocks, 1, block]``.
@@ -119,7 +120,26 @@ def clean_queries(call: AttentionCall, array: jax.Array) -> jax.Array:
 
 def of_queries(cut: Cut, array: jax.Array) -> Operand:
     """``[B, T, N, size]``."""
-    block = (1, cut.block_q, cut.heads, array.shape[-1])
+    return _over_queries(cut, array.swapaxes(1, 2) if cut.heads_first else array)
+
+
+def result_of_queries(cut: Cut, size: int, dtype: Any) -> Operand:
+    """A result that `as_queries` makes ``[B, T, N, size]`` of."""
+    shape = (cut.problem.q_len, cut.problem.num_heads)
+    shape = (cut.problem.batch, *(shape[::-1] if cut.heads_first else shape), size)
+    return _over_queries(cut, jax.ShapeDtypeStruct(shape, dtype))
+
+
+def as_queries(cut: Cut, result: jax.Array) -> jax.Array:
+    return result.swapaxes(1, 2) if cut.heads_first else result
+
+
+def _over_queries(cut: Cut, array: Any) -> Operand:
+    size = array.shape[-1]
+    if cut.heads_first:
+        block = (1, cut.heads, cut.block_q, size)
+        return Operand(array, block, lambda at: (at.batch, at.heads, at.q, 0))
+    block = (1, cut.block_q, cut.heads, size)
     return Operand(array, block, lambda at: (at.batch, at.q, at.heads, 0))
 
 

@@ -69,24 +69,30 @@ class Tile:
         return self.words[0], self.words[1]
 
 
+# A block of queries is ``[block_q, heads, size]``, or ``[heads, block_q, size]`` where heads are
+# first in HBM.
+
+
 def packed(cut: Cut, block: jax.Array) -> jax.Array:
-    """A block of queries ``[block_q, heads, size]`` as rows, ``[kv_heads, rows, size]``."""
-    return jnp.swapaxes(block, 0, 1).reshape(cut.kv_heads, cut.rows, block.shape[-1])
+    """A block of queries as rows, ``[kv_heads, rows, size]``."""
+    by_head = block if cut.heads_first else jnp.swapaxes(block, 0, 1)
+    return by_head.reshape(cut.kv_heads, cut.rows, block.shape[-1])
 
 
 def cleaned(cut: Cut, block: jax.Array, q: jax.Array) -> jax.Array:
-    """Block ``q`` of queries ``[block_q, heads, size]``, zero behind the last query."""
+    """Block ``q`` of queries, zero behind the last query."""
     if cut.problem.q_len % cut.block_q == 0:
         return block
-    slots = q * cut.block_q + lax.broadcasted_iota(jnp.int32, block.shape, 0)
-    return jnp.where(slots < cut.problem.q_len, block, jnp.zeros((), block.dtype))
+    tokens = lax.broadcasted_iota(jnp.int32, block.shape, 1 if cut.heads_first else 0)
+    there = q * cut.block_q + tokens < cut.problem.q_len
+    return jnp.where(there, block, jnp.zeros((), block.dtype))
 
 
 def unpacked(cut: Cut, rows: jax.Array) -> jax.Array:
-    """Columns ``[kv_heads, size, rows]`` as a block of queries ``[block_q, heads, size]``."""
+    """Columns ``[kv_heads, size, rows]`` as a block of queries."""
     size = rows.shape[1]
     by_head = jnp.swapaxes(rows, 1, 2).reshape(cut.heads, cut.block_q, size)
-    return jnp.swapaxes(by_head, 0, 1)
+    return by_head if cut.heads_first else jnp.swapaxes(by_head, 0, 1)
 
 
 def for_each_head(cut: Cut, body) -> None:

@@ -129,7 +129,9 @@ def _candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
 def vmem_bytes(call: AttentionCall, kind: Kind, block_q: int, block_kv: int) -> int:
     """An estimate, from above, of what a kernel takes."""
     size, kv_heads = call.query.dtype.itemsize, heads_together(call)
-    rows, heads = call.group * block_q, round_up(kv_heads * call.group, SUBLANES)
+    rows, heads = call.group * block_q, kv_heads * call.group
+    if not call.heads_first:
+        heads = round_up(heads, SUBLANES)
     head, value = (round_up(s, LANES) for s in (call.head_dim, call.value_head_dim))
     widest = max(head, value)
     row_lanes = round_up(rows, LANES)

@@ -26,6 +26,12 @@ def tpu(monkeypatch):
 
 
 @pytest.fixture
+def layout(request, monkeypatch):
+    """Parametrized with "tokens" or "heads": which of them is first where queries lie in HBM."""
+    monkeypatch.setattr(_jax_compat, "is_argument", lambda _: request.param == "tokens")
+
+
+@pytest.fixture
 def interpreted(tpu, monkeypatch):
     """``implementation="mosaic_tpu"`` runs on the CPU, in the interpreter."""
     if jax.default_backend() == "tpu":

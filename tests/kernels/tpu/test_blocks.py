@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from axattn import _jax_compat
 from axattn.kernels.problem import Problem
 from axattn.kernels.tpu import cut as cuts
 from axattn.kernels.tpu import tiles
@@ -37,13 +40,18 @@ def small_blocks(request, monkeypatch):
     monkeypatch.setattr(tiles, "backward_tiles", lambda *_: WAYS[request.param])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_features(interpreted, small_blocks, name):
+@pytest.mark.parametrize(
+    "layout, name",
+    [(("tokens", "heads")[i % 2], name) for i, name in enumerate(NAMES)],
+    indirect=["layout"],
+)
+def test_features(interpreted, small_blocks, layout, name):
     dtype = (jnp.bfloat16, jnp.float32)[len(name) % 2]
     precision.check(cases.make(name, dtype), ("mosaic_tpu",))
 
 
-def test_heads_of_several_groups(interpreted, small_blocks):
+@pytest.mark.parametrize("layout", ["tokens", "heads"], indirect=True)
+def test_heads_of_several_groups(interpreted, small_blocks, layout):
     """Two groups of four make the eight heads of a step, and there are two steps."""
     shape = cases.Shape(B=1, T=70, S=140, N=16, K=4, H=32, h=16)
     inputs = cases.arrays(np.random.default_rng(3), shape, jnp.bfloat16)
@@ -70,6 +78,16 @@ def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
 
 
 @pytest.mark.parametrize(
+    "length, heads, kv_heads, together",
+    [(8192, 32, 32, 1), (8192, 71, 1, 1), (128, 32, 32, 4), (100, 24, 24, 6), (8, 16, 2, 2)],
+)
+def test_heads_of_a_step_where_heads_are_first(length, heads, kv_heads, together):
+    """One, unless it has few rows."""
+    call = dataclasses.replace(make_call(1, length, 8, heads, kv_heads, 8), heads_first=True)
+    assert cuts.heads_together(call) == together
+
+
+@pytest.mark.parametrize(
     "options, bound",
     [
         (dict(is_causal=True), 20),
@@ -86,6 +104,16 @@ def test_a_window_bounds_the_steps(options, bound):
         cut, scalars = cuts.of_call(call, Problem.of(call), 32, 32, major)
         visited = np.asarray(scalars.spans).reshape(-1, 4)[:, 3]
         assert cut.steps == bound >= visited.max()
+
+
+def test_both_layouts_give_the_same_bits(interpreted, small_blocks, monkeypatch):
+    """Where queries lie is a matter of speed."""
+    found = []
+    for argument in (True, False):
+        monkeypatch.setattr(_jax_compat, "is_argument", lambda _, argument=argument: argument)
+        call = cases.make("causal_offset", jnp.bfloat16)
+        found.append(precision.results(call, ("mosaic_tpu",))["mosaic_tpu"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, *found))
 
 
 def test_deterministic(interpreted, small_blocks):

@@ -33,13 +33,17 @@ QUICK = {
 }
 
 
+LAYOUTS = ("tokens", "heads")
+
+
 def names():
-    for name in sorted(set(cases.CASES) - REFUSED):
-        yield pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for i, name in enumerate(sorted(set(cases.CASES) - REFUSED)):
+        marks = () if name in QUICK else pytest.mark.slow
+        yield pytest.param(LAYOUTS[i % 2], name, marks=marks)
 
 
-@pytest.mark.parametrize("name", list(names()))
-def test_features(interpreted, name):
+@pytest.mark.parametrize("layout, name", list(names()), indirect=["layout"])
+def test_features(interpreted, layout, name):
     dtype = DTYPES[len(name) % 2]
     precision.check(cases.make(name, dtype), ("mosaic_tpu",))
 

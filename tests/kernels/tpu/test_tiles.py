@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from axattn import _jax_compat
@@ -22,9 +24,10 @@ def small(N, K, T=2048, B=1, **options):
 
 
 @pytest.mark.parametrize("kind", CHIPS)
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("N, K", [(16, 2), (8, 8), (28, 4), (71, 1)])
-def test_blocks_fit(kind, N, K):
-    call, chip = small(N, K), chip_of(kind)
+def test_blocks_fit(kind, N, K, heads_first):
+    call, chip = dataclasses.replace(small(N, K), heads_first=heads_first), chip_of(kind)
     forward, backward = tiles.forward_tiles(call, chip), tiles.backward_tiles(call, chip)
     first = tiles.FUSED if backward.key is None else tiles.QUERY_GRAD
     chosen = [(tiles.FORWARD, forward), (first, backward.query)]
@@ -48,6 +51,17 @@ def test_one_pass_as_long_as_the_keys_fit():
     chip = chip_of("TPU v5")
     assert tiles.backward_tiles(small(16, 2, T=4096), chip).key is None
     assert tiles.backward_tiles(small(16, 2, T=131072), chip).key is not None
+
+
+def test_small_groups_have_longer_blocks_where_heads_are_first():
+    """A step then need not have the keys of eight heads."""
+    chip = chip_of("TPU v4")
+    call = small(32, 32)
+    tokens, heads = (
+        tiles.forward_tiles(dataclasses.replace(call, heads_first=first), chip)
+        for first in (False, True)
+    )
+    assert heads.block_q * heads.block_kv > tokens.block_q * tokens.block_kv
 
 
 def test_refused_where_nothing_fits():
