@@ -150,6 +150,42 @@ def test_qk_norm(kind):
     )
 
 
+def test_qk_norm_epsilon():
+    """Where vectors are short, it is what is left of their length."""
+    x = 1e-3 * inputs()
+    layer = GroupedQueryAttention(N, num_kv_heads=K, qk_norm="rms", use_bias=False)
+    variables = layer.init(jax.random.key(0), x)
+    q, k, v = (
+        jnp.einsum("...te,enh->...tnh", x, variables["params"][name]["kernel"])
+        for name in ("query", "key", "value")
+    )
+    q, k = (y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-2) for y in (q, k))
+    expected = axattn.dot_product_attention(q, k, v)
+    expected = jnp.einsum("...tnh,nhe->...te", expected, variables["params"]["out"]["kernel"])
+    got = layer.clone(qk_norm_epsilon=1e-2).apply(variables, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-9)
+    assert not np.allclose(layer.apply(variables, x), expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_bias, out_use_bias", [(True, False), (False, True), (True, None)])
+def test_the_output_has_a_bias_of_its_own(use_bias, out_use_bias):
+    x = inputs()
+    layer = GroupedQueryAttention(
+        N, num_kv_heads=K, use_bias=use_bias, out_use_bias=out_use_bias, fused_qkv=True
+    )
+    variables = made(layer, x)
+    has = {name: "bias" in params for name, params in variables["params"].items()}
+    out = use_bias if out_use_bias is None else out_use_bias
+    assert has == dict(query=use_bias, key=use_bias, value=use_bias, out=out)
+    # With all four, the missing ones zero, it is the layer that has them.
+    zeros = MultiHeadAttention(N, num_kv_heads=K).init(jax.random.key(0), x)
+    zeros = jax.tree.map(jnp.zeros_like, zeros["params"])
+    whole = {name: {**zeros[name], **params} for name, params in variables["params"].items()}
+    q, k, v = projected({"params": whole}, x)
+    expected = output({"params": whole}, axattn.dot_product_attention(q, k, v))
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
 def test_qk_norm_layer_is_flax_normalize_qk():
     x = inputs()
     variables = nn.MultiHeadAttention(N, normalize_qk=True).init(jax.random.key(0), x)

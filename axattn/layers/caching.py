@@ -44,16 +44,7 @@ def attend_over_cache(
       ValueError: something excluded was asked for; and as ``cache.extend``.
       TypeError: ``cache`` is none.
     """
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache takes a cache of axattn.cache, got {type(cache).__name__}")
-    for name, asked in excluded.items():
-        if asked:
-            raise ValueError(f"{name} does not go with cache")
-    if query.ndim != 4 or query.shape[0] != cache.batch:
-        raise ValueError(
-            f"inputs_q takes [B, T, E] with B = {cache.batch} for this cache, got batch dimensions "
-            f"{query.shape[:-3]}"
-        )
+    check_step("inputs_q", cache, query, excluded)
     if rope is None:
         rotate(rope, query, key, positions, None)  # the check
     else:
@@ -64,6 +55,25 @@ def attend_over_cache(
     if mask is not None and not isinstance(mask, Mask):
         mask = jnp.asarray(mask).astype(bool)
     return cache.extend(query, key, value, lengths=lengths, mask=mask, **options)
+
+
+def check_step(
+    inputs: str, cache: Cache, query: Float[Array, "..."], excluded: Mapping[str, bool]
+) -> None:
+    """Raises what `attend_over_cache` says it raises, but for what the cache itself finds.
+
+    ``inputs`` is the name of what queries are made of.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache takes a cache of axattn.cache, got {type(cache).__name__}")
+    for name, asked in excluded.items():
+        if asked:
+            raise ValueError(f"{name} does not go with cache")
+    if query.ndim != 4 or query.shape[0] != cache.batch:
+        raise ValueError(
+            f"{inputs} takes [B, T, E] with B = {cache.batch} for this cache, got batch dimensions "
+            f"{query.shape[:-3]}"
+        )
 
 
 def reads_caches(attention_fn: Callable, own: Callable) -> bool:

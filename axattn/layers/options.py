@@ -7,14 +7,15 @@ import operator
 QK_NORMS = (None, "layer", "rms")
 
 
-def _count(name: str, value) -> int:
+def count(name: str, value) -> int:
+    """``value``, if it is a positive integer; errors say ``name``."""
     try:
-        count = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool) or count < 1:
+    if isinstance(value, bool) or number < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return count
+    return number
 
 
 def head_layout(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> tuple[int, int]:
@@ -25,13 +26,13 @@ def head_layout(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> 
         ``qkv_features`` (the size of all query heads together) is not one of ``num_heads``.
       TypeError: a count is not an integer.
     """
-    num_heads = _count("num_heads", num_heads)
-    num_kv_heads = num_heads if num_kv_heads is None else _count("num_kv_heads", num_kv_heads)
+    num_heads = count("num_heads", num_heads)
+    num_kv_heads = num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
         )
-    if _count("qkv_features", qkv_features) % num_heads:
+    if count("qkv_features", qkv_features) % num_heads:
         raise ValueError(
             f"qkv_features must be a multiple of num_heads, got {qkv_features} and {num_heads}"
         )

@@ -1,123 +1,27 @@
-"""Flax NNX layers over `axattn.dot_product_attention`.
-
-`MultiHeadAttention` is a drop-in for ``flax.nnx.MultiHeadAttention``: the same arguments,
-parameters, initial values, cache and views, with more keyword arguments after Flax's.
-`dot_product_attention` fits ``attention_fn=`` of Flax's own class, too.
-"""
+"""Multi-head, grouped-query and multi-query attention as NNX layers."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers import decode as decoding
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
-from axattn.layers.dialect import flax_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
 from axattn.masks import Mask
+from axattn.nnx.function import dot_product_attention
+from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
-
-__all__ = [
-    "GroupedQueryAttention",
-    "MultiHeadAttention",
-    "MultiQueryAttention",
-    "SelfAttention",
-    "dot_product_attention",
-]
-
-
-def dot_product_attention(
-    query: Float[Array, "*batch T N H"],
-    key: Float[Array, "*batch S K H"],
-    value: Float[Array, "*batch S K h"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Array | Mask | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
-    module: nnx.Module | None = None,
-    promote_dtype: Callable[..., Any] = flax_promote_dtype,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    query_segment_ids: Integer[Array, "*batch T"] | None = None,
-    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
-    q_offset: Integer[Array, "..."] | int | None = None,
-    q_positions: Integer[Array, "..."] | None = None,
-    kv_positions: Integer[Array, "..."] | None = None,
-    implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "*batch T N h"]:
-    """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
-
-    The positional arguments are those of ``flax.nnx.dot_product_attention``, the others those of
-    `axattn.dot_product_attention`. It differs from Flax's function in that dropout and
-    ``precision`` do not write out the weights, that the softmax is always float32, that rows with
-    nothing to attend to are zeros, and that dropout draws other bits from the same key.
-
-    Args:
-      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h].
-      bias: added to the logits, broadcastable to [..., N, T, S].
-      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
-        [..., N, T, S].
-      broadcast_dropout: one T x S dropout pattern for all batches and heads.
-      deterministic: no dropout.
-      dtype, promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` brings the three to
-        one dtype.
-      module: sows the weights [..., N, T, S] as ``attention_weights`` (``nnx.Intermediate``) in
-        the dtype of the query. This writes them out, but does not change the result.
-
-    Returns:
-      [..., T, N, h].
-
-    Raises:
-      As `axattn.dot_product_attention`.
-    """
-    query, key, value = promote_dtype((query, key, value), dtype=dtype)
-
-    def sow(weights):
-        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
-
-    return flax_attention(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        precision=precision,
-        implementation=implementation,
-        sow=None if module is None else sow,
-        is_causal=is_causal,
-        scale=scale,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-    )
 
 
 def _extends(base: Callable[..., None]):
@@ -153,10 +57,12 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       rope: rotates queries and keys by their positions.
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
         ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+      qk_norm_epsilon: of both.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
       scale: of the logits; default 1 / sqrt(H).
       logits_soft_cap: logits become cap * tanh(logits / cap).
+      out_use_bias: of ``out``; None: as ``use_bias``.
       sinks: learn one logit per query head that takes part in the softmax's denominator;
         parameter ``sinks`` [N], zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
@@ -184,9 +90,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         rngs: nnx.Rngs,
         rope: RotaryEmbedding | None = None,
         qk_norm: str | None = None,
+        qk_norm_epsilon: float = 1e-6,
         window: int | tuple[int, int] | None = None,
         scale: float | None = None,
         logits_soft_cap: float | None = None,
+        out_use_bias: bool | None = None,
         sinks: bool = False,
         fused_qkv: bool = False,
         implementation: str | Sequence[str] | None = None,
@@ -225,6 +133,13 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 )
                 for name in ("query_ln", "key_ln")
             )
+        if norm is not None:
+            self.query_ln.epsilon = self.key_ln.epsilon = qk_norm_epsilon
+        if out_use_bias is not None and out_use_bias != self.use_bias:
+            self.out.use_bias = out_use_bias
+            self.out.bias = (
+                self._new_out_bias(rngs, flax_kwargs) if out_use_bias else nnx.data(None)
+            )
         self.rope = rope
         self.qk_norm = norm
         self.window = tuple(window) if isinstance(window, list) else window
@@ -237,6 +152,12 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             if implementation is None or isinstance(implementation, str)
             else tuple(implementation)
         )
+
+    def _new_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
+        init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()
+        metadata = given.get("out_bias_metadata") or given.get("bias_metadata") or {}
+        bias = init(rngs.params(), (self.out_features,), self.out.param_dtype)
+        return nnx.Param(bias, **metadata)
 
     def __call__(
         self,
@@ -350,7 +271,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 "to its constructor nor to its call nor as an attribute.",
             )
             if not deterministic:
-                dropout_rng = self._dropout_rng(rngs)
+                dropout_rng = dropout_key(rngs, self)
         else:
             deterministic = True
 
@@ -426,18 +347,6 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             precision=self.precision,
             out_sharding=sharding,
         )
-
-    def _dropout_rng(self, rngs):
-        if rngs is None:
-            rngs = self.rngs
-        elif isinstance(rngs, nnx.Rngs):
-            rngs = rngs.dropout
-        if rngs is None:
-            raise ValueError(
-                "'rngs' must be provided to __call__ method if MultiHeadAttention instance is "
-                "defined with keep_rngs=False."
-            )
-        return rngs()
 
 
 class SelfAttention(MultiHeadAttention):

@@ -1,9 +1,4 @@
-"""Flax Linen layers over `axattn.dot_product_attention`.
-
-Each layer is a drop-in for Flax's of the same name: the same fields, parameters, initial values,
-cache and collections, with more fields after Flax's (keyword-only) and more arguments after those
-of ``__call__``. `dot_product_attention` fits ``attention_fn=`` of Flax's own classes, too.
-"""
+"""Multi-head, grouped-query and multi-query attention as Linen layers."""
 
 from __future__ import annotations
 
@@ -11,166 +6,23 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.linen.attention import dot_product_attention as flax_dot_product_attention
 from flax.linen.dtypes import promote_dtype
 
-from axattn._jax_compat import einsum_by
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers import decode
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
-from axattn.layers.dialect import flax_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
+from axattn.linen.function import dot_product_attention
+from axattn.linen.parameters import parameters
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
-
-__all__ = [
-    "GroupedQueryAttention",
-    "MultiHeadAttention",
-    "MultiHeadDotProductAttention",
-    "MultiQueryAttention",
-    "SelfAttention",
-    "dot_product_attention",
-]
-
-
-def dot_product_attention(
-    query: Float[Array, "*batch T N H"],
-    key: Float[Array, "*batch S K H"],
-    value: Float[Array, "*batch S K h"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Array | Mask | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: Array | None = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
-    module: nn.Module | None = None,
-    force_fp32_for_softmax: bool = False,
-    einsum_dot_general: Callable[..., Array] | None = None,
-    qk_attn_weights_einsum: Callable[..., Array] | None = None,
-    attn_weights_value_einsum: Callable[..., Array] | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    query_segment_ids: Integer[Array, "*batch T"] | None = None,
-    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
-    q_offset: Integer[Array, "..."] | int | None = None,
-    q_positions: Integer[Array, "..."] | None = None,
-    kv_positions: Integer[Array, "..."] | None = None,
-    implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "*batch T N h"]:
-    """`axattn.dot_product_attention` in the dialect of ``flax.linen``'s ``attention_fn``.
-
-    The positional arguments are those of ``flax.linen.dot_product_attention``, the others those of
-    `axattn.dot_product_attention`. It differs from Flax's function in what it can do faster or
-    better: K may divide N, the softmax is always float32, rows with nothing to attend to are zeros
-    (Flax: the mean of all values), the result has the dtype of the query, and dropout draws other
-    bits from the same key.
-
-    Args:
-      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h]; promoted to ``dtype``
-        or, without it, to one common dtype.
-      bias: added to the logits, broadcastable to [..., N, T, S].
-      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
-        [..., N, T, S].
-      broadcast_dropout: one T x S dropout pattern for all batches and heads.
-      deterministic: no dropout.
-      module: sows the weights [..., N, T, S] as ``attention_weights`` in ``intermediates``: float32
-        with ``force_fp32_for_softmax``, else in the dtype of the query. This writes them out, but
-        does not change the result.
-      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
-        quantized training. With one of them all weights are written out.
-
-    Returns:
-      [..., T, N, h].
-
-    Raises:
-      ValueError: one of the two einsums without the other, or with ``precision`` or
-        ``einsum_dot_general``; and as `axattn.dot_product_attention`.
-    """
-    if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
-        raise ValueError(
-            "qk_attn_weights_einsum and attn_weights_value_einsum must be given together, got "
-            f"{qk_attn_weights_einsum} and {attn_weights_value_einsum}"
-        )
-    if qk_attn_weights_einsum is not None and (precision or einsum_dot_general):
-        raise ValueError(
-            "qk_attn_weights_einsum and attn_weights_value_einsum exclude precision and "
-            f"einsum_dot_general, got {precision} and {einsum_dot_general}"
-        )
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    options = dict(
-        is_causal=is_causal,
-        scale=scale,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-    )
-    if jnp.iscomplexobj(query):
-        # Flax's layers take complex numbers; ours leave them to Flax's function.
-        asked = requested(**options, implementation=implementation)
-        if asked:
-            raise NotImplementedError(f"complex query, key and value do not go with {[*asked]}")
-        return flax_dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            broadcast_dropout,
-            dropout_rng,
-            dropout_rate,
-            deterministic,
-            dtype,
-            precision,
-            module,
-            force_fp32_for_softmax,
-            einsum_dot_general,
-            qk_attn_weights_einsum,
-            attn_weights_value_einsum,
-        )
-    if einsum_dot_general is not None:
-        einsum = einsum_by(einsum_dot_general, precision=precision)
-        qk_attn_weights_einsum = attn_weights_value_einsum = einsum
-
-    def sow(weights):
-        weights = weights if force_fp32_for_softmax else weights.astype(query.dtype)
-        module.sow("intermediates", "attention_weights", weights)
-
-    return flax_attention(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        precision=precision,
-        implementation=implementation,
-        sow=None if module is None else sow,
-        qk_einsum=qk_attn_weights_einsum,
-        value_einsum=attn_weights_value_einsum,
-        **options,
-    )
 
 
 def _field(default):
@@ -192,10 +44,12 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       rope: rotates queries and keys by their positions.
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
         ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+      qk_norm_epsilon: of both.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
       scale: of the logits; default 1 / sqrt(H).
       logits_soft_cap: logits become cap * tanh(logits / cap).
+      out_use_bias: of ``out``; None: as ``use_bias``.
       sinks: learn one logit per query head that takes part in the softmax's denominator;
         parameter ``sinks`` [N], zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
@@ -208,9 +62,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     num_kv_heads: int | None = _field(None)
     rope: RotaryEmbedding | None = _field(None)
     qk_norm: str | None = _field(None)
+    qk_norm_epsilon: float = _field(1e-6)
     window: int | tuple[int, int] | None = _field(None)
     scale: float | None = _field(None)
     logits_soft_cap: float | None = _field(None)
+    out_use_bias: bool | None = _field(None)
     sinks: bool = _field(False)
     fused_qkv: bool = _field(False)
     implementation: str | Sequence[str] | None = _field(None)
@@ -268,7 +124,12 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         norm = qk_norm_kind(self.normalize_qk, self.qk_norm)
         if norm is not None:
             norm_cls = {"layer": functools.partial(nn.LayerNorm, use_bias=False), "rms": nn.RMSNorm}
-            make = functools.partial(norm_cls[norm], dtype=self.dtype, param_dtype=self.param_dtype)
+            make = functools.partial(
+                norm_cls[norm],
+                epsilon=self.qk_norm_epsilon,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )
             query, key = make(name="query_ln")(query), make(name="key_ln")(key)
 
         index = None
@@ -366,7 +227,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
             bias_init=self.out_bias_init or self.bias_init,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if self.out_use_bias is None else self.out_use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
@@ -438,21 +299,15 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
                 "fused_qkv=True has one product and cannot make one per projection with "
                 f"qkv_dot_general_cls={self.qkv_dot_general_cls}; use qkv_dot_general"
             )
-        parameters = [self._parameters(layers[name], inputs[name]) for name in layers]
+        arrays = [parameters(layers[name], inputs[name]) for name in layers]
         return fused_projections(
             list(inputs.values()),
-            [kernel for kernel, _ in parameters],
-            [bias for _, bias in parameters] if self.use_bias else None,
+            [kernel for kernel, _ in arrays],
+            [bias for _, bias in arrays] if self.use_bias else None,
             promote=functools.partial(promote_dtype, dtype=self.dtype),
             dot_general=self.qkv_dot_general,
             precision=self.precision,
         )
-
-    def _parameters(self, layer, inputs):
-        # No tokens, no work; but the layer makes its parameters, by its own rules.
-        layer(inputs[..., :0, :])
-        params = nn.meta.unbox(layer.variables["params"])
-        return params["kernel"], params.get("bias")
 
 
 def _made(cls):

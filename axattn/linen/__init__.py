@@ -1,0 +1,27 @@
+"""Flax Linen layers over `axattn.dot_product_attention`.
+
+Each layer is a drop-in for Flax's of the same name: the same fields, parameters, initial values,
+cache and collections, with more fields after Flax's (keyword-only) and more arguments after those
+of ``__call__``. `dot_product_attention` fits ``attention_fn=`` of Flax's own classes, too.
+`MultiHeadLatentAttention` is DeepSeek's, which Flax has not.
+"""
+
+from axattn.linen.attention import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiHeadDotProductAttention,
+    MultiQueryAttention,
+    SelfAttention,
+)
+from axattn.linen.function import dot_product_attention
+from axattn.linen.latent import MultiHeadLatentAttention
+
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "MultiHeadLatentAttention",
+    "MultiQueryAttention",
+    "SelfAttention",
+    "dot_product_attention",
+]

@@ -1,0 +1,149 @@
+"""`axattn.dot_product_attention` as an ``attention_fn`` of Linen's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.attention import dot_product_attention as flax_dot_product_attention
+from flax.linen.dtypes import promote_dtype
+
+from axattn._jax_compat import einsum_by
+from axattn._typing import Array, Float, Integer
+from axattn.layers.dialect import flax_attention
+from axattn.layers.options import requested
+from axattn.masks import Mask
+
+
+def dot_product_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Array | Mask | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nn.Module | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    query_segment_ids: Integer[Array, "*batch T"] | None = None,
+    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
+    q_offset: Integer[Array, "..."] | int | None = None,
+    q_positions: Integer[Array, "..."] | None = None,
+    kv_positions: Integer[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch T N h"]:
+    """`axattn.dot_product_attention` in the dialect of ``flax.linen``'s ``attention_fn``.
+
+    The positional arguments are those of ``flax.linen.dot_product_attention``, the others those of
+    `axattn.dot_product_attention`. It differs from Flax's function in what it can do faster or
+    better: K may divide N, the softmax is always float32, rows with nothing to attend to are zeros
+    (Flax: the mean of all values), the result has the dtype of the query, and dropout draws other
+    bits from the same key.
+
+    Args:
+      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h]; promoted to ``dtype``
+        or, without it, to one common dtype.
+      bias: added to the logits, broadcastable to [..., N, T, S].
+      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
+        [..., N, T, S].
+      broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      deterministic: no dropout.
+      module: sows the weights [..., N, T, S] as ``attention_weights`` in ``intermediates``: float32
+        with ``force_fp32_for_softmax``, else in the dtype of the query. This writes them out, but
+        does not change the result.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
+        quantized training. With one of them all weights are written out.
+
+    Returns:
+      [..., T, N, h].
+
+    Raises:
+      ValueError: one of the two einsums without the other, or with ``precision`` or
+        ``einsum_dot_general``; and as `axattn.dot_product_attention`.
+    """
+    if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be given together, got "
+            f"{qk_attn_weights_einsum} and {attn_weights_value_einsum}"
+        )
+    if qk_attn_weights_einsum is not None and (precision or einsum_dot_general):
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum exclude precision and "
+            f"einsum_dot_general, got {precision} and {einsum_dot_general}"
+        )
+    query, key, value = promote_dtype(query, key, value, dtype=dtype)
+    options = dict(
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        q_offset=q_offset,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+    )
+    if jnp.iscomplexobj(query):
+        # Flax's layers take complex numbers; ours leave them to Flax's function.
+        asked = requested(**options, implementation=implementation)
+        if asked:
+            raise NotImplementedError(f"complex query, key and value do not go with {[*asked]}")
+        return flax_dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            broadcast_dropout,
+            dropout_rng,
+            dropout_rate,
+            deterministic,
+            dtype,
+            precision,
+            module,
+            force_fp32_for_softmax,
+            einsum_dot_general,
+            qk_attn_weights_einsum,
+            attn_weights_value_einsum,
+        )
+    if einsum_dot_general is not None:
+        einsum = einsum_by(einsum_dot_general, precision=precision)
+        qk_attn_weights_einsum = attn_weights_value_einsum = einsum
+
+    def sow(weights):
+        weights = weights if force_fp32_for_softmax else weights.astype(query.dtype)
+        module.sow("intermediates", "attention_weights", weights)
+
+    return flax_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        implementation=implementation,
+        sow=None if module is None else sow,
+        qk_einsum=qk_attn_weights_einsum,
+        value_einsum=attn_weights_value_einsum,
+        **options,
+    )

@@ -1,0 +1,186 @@
+"""Multi-head latent attention as a Linen layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from axattn import latent
+from axattn._typing import Array, Float, Integer
+from axattn.cache import Cache
+from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
+from axattn.layers.options import requested
+from axattn.linen.parameters import parameters
+from axattn.masks import Mask
+from axattn.rotary import RotaryEmbedding
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention whose keys and values come from one latent per token (DeepSeek-V2).
+
+    Section 2.1 of arXiv:2405.04434; letters as in `axattn.latent`. Parameters: ``query_down``
+    (kernel [E, q_lora_rank]), ``query_norm`` and ``query_up`` (kernel [q_lora_rank, N, D + P]), or
+    ``query`` (kernel [E, N, D + P]) where ``q_lora_rank`` is None; ``kv_down`` (kernel [E, R + P]),
+    ``kv_norm``, ``key_up`` (kernel [R, N, D]), ``value_up`` (kernel [R, N, h]) and ``out`` (kernel
+    [N, h, features]).
+
+    Attributes:
+      num_heads: N.
+      kv_lora_rank: R, the size of the latent.
+      q_lora_rank: the size of the queries' own latent; None: queries are projected at once.
+      qk_nope_head_dim, qk_rope_head_dim: D and P, a head's features without and with positions.
+      v_head_dim: h.
+      out_features: of the result; E by default.
+      rope: rotates the P features. DeepSeek's checkpoints have ``interleaved`` pairs.
+      scale: of the logits; by default 1 / sqrt(D + P), times what YaRN in ``rope`` asks for:
+        `axattn.rotary.yarn_softmax_scale`.
+      window, logits_soft_cap, implementation: as in `MultiHeadDotProductAttention`.
+      form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
+        tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
+      use_bias: of ``query_down``, ``kv_down`` and ``out``.
+      norm_epsilon: of both RMS norms.
+      dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
+        bias_init: as in Flax's layers.
+    """
+
+    num_heads: int
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    out_features: int | None = None
+    rope: RotaryEmbedding = RotaryEmbedding()
+    scale: float | None = None
+    window: int | tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+    form: latent.Form | None = None
+    implementation: str | Sequence[str] | None = None
+    use_bias: bool = False
+    norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
+    bias_init: Callable[..., Array] = nn.initializers.zeros_init()
+
+    @property
+    def cache_sizes(self) -> dict[str, Any]:
+        """What ``create`` of a cache takes: R + P numbers per token."""
+        return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = None,
+        *,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        is_causal: bool = False,
+        positions: Integer[Array, "*leading T"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], Cache]:
+        """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
+
+        Args:
+          inputs: [..., T, E].
+          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          deterministic, dropout_rng: as in `MultiHeadDotProductAttention`.
+          is_causal: no query sees a later token; with a cache none ever does.
+          positions: of the tokens, integers [T] or [..., T]; counted from 0 by default, or from
+            where each row of the cache ends. They do not move masks.
+          segment_ids: tokens attend to those of the same segment only.
+          cache: one of ``axattn.cache``, made with `cache_sizes`, to which the tokens are appended
+            and which they then attend over, causally. The result is then ``(output, cache)``.
+          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+
+        Returns:
+          [..., T, features]; with ``cache`` also the cache.
+
+        Raises:
+          ValueError: fields or arguments that do not fit together or with the cache.
+        """
+        check_fields(self.rope, self.form)
+        projected = self._project(inputs)
+        stays = True
+        if self.dropout_rate > 0.0:
+            stays = nn.merge_param("deterministic", self.deterministic, deterministic)
+            if not stays and dropout_rng is None:
+                dropout_rng = self.make_rng("dropout")
+        dropout = dict(
+            dropout_rate=self.dropout_rate,
+            dropout_rng=dropout_rng,
+            broadcast_dropout=self.broadcast_dropout,
+        )
+        x, cache = attend(
+            projected,
+            rope=self.rope,
+            positions=positions,
+            form=self.form,
+            mask=mask,
+            is_causal=is_causal,
+            cache=cache,
+            lengths=lengths,
+            options=requested(
+                scale=LatentSizes.of(self).scale(self.rope) if self.scale is None else self.scale,
+                local_window_size=self.window,
+                logits_soft_cap=self.logits_soft_cap,
+                query_segment_ids=segment_ids,
+                precision=self.precision,
+                implementation=self.implementation,
+                **({} if stays else dropout),
+            ),
+            excluded={"segment_ids": segment_ids is not None, "dropout": not stays},
+        )
+        y = self._dense(
+            self.out_features or inputs.shape[-1],
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            name="out",
+        )(x)
+        return y if cache is None else (y, cache)
+
+    def _dense(self, features: int | tuple[int, int], **options: Any) -> nn.DenseGeneral:
+        return nn.DenseGeneral(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            **options,
+        )
+
+    def _project(self, inputs: Float[Array, "*batch T E"]) -> Projected:
+        sizes = LatentSizes.of(self)
+        norm = functools.partial(
+            nn.RMSNorm, epsilon=self.norm_epsilon, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        heads = (self.num_heads, sizes.qk_head_dim)
+        if self.q_lora_rank is None:
+            query = self._dense(heads, use_bias=False, name="query")(inputs)
+        else:
+            down = self._dense(self.q_lora_rank, use_bias=self.use_bias, name="query_down")(inputs)
+            down = norm(name="query_norm")(down)
+            query = self._dense(heads, use_bias=False, name="query_up")(down)
+        features = self.kv_lora_rank + self.qk_rope_head_dim
+        down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
+        down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
+        down = norm(name="kv_norm")(down)
+        key_up, value_up = (
+            parameters(self._dense((self.num_heads, size), use_bias=False, name=name), down)[0]
+            for name, size in (("key_up", self.qk_nope_head_dim), ("value_up", self.v_head_dim))
+        )
+        arrays = promote_dtype(query, down, key_rope, key_up, value_up, dtype=self.dtype)
+        return Projected(*arrays)

@@ -1,0 +1,25 @@
+"""Flax NNX layers over `axattn.dot_product_attention`.
+
+`MultiHeadAttention` is a drop-in for ``flax.nnx.MultiHeadAttention``: the same arguments,
+parameters, initial values, cache and views, with more keyword arguments after Flax's.
+`dot_product_attention` fits ``attention_fn=`` of Flax's own class, too. `MultiHeadLatentAttention`
+is DeepSeek's, which Flax has not.
+"""
+
+from axattn.nnx.attention import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    SelfAttention,
+)
+from axattn.nnx.function import dot_product_attention
+from axattn.nnx.latent import MultiHeadLatentAttention
+
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiHeadLatentAttention",
+    "MultiQueryAttention",
+    "SelfAttention",
+    "dot_product_attention",
+]

@@ -1,0 +1,96 @@
+"""`axattn.dot_product_attention` as an ``attention_fn`` of NNX's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+
+from axattn._typing import Array, Float, Integer
+from axattn.layers.dialect import flax_attention
+from axattn.masks import Mask
+
+
+def dot_product_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Array | Mask | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = flax_promote_dtype,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    query_segment_ids: Integer[Array, "*batch T"] | None = None,
+    key_value_segment_ids: Integer[Array, "*batch S"] | None = None,
+    q_offset: Integer[Array, "..."] | int | None = None,
+    q_positions: Integer[Array, "..."] | None = None,
+    kv_positions: Integer[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch T N h"]:
+    """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
+
+    The positional arguments are those of ``flax.nnx.dot_product_attention``, the others those of
+    `axattn.dot_product_attention`. It differs from Flax's function in that dropout and
+    ``precision`` do not write out the weights, that the softmax is always float32, that rows with
+    nothing to attend to are zeros, and that dropout draws other bits from the same key.
+
+    Args:
+      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h].
+      bias: added to the logits, broadcastable to [..., N, T, S].
+      mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
+        [..., N, T, S].
+      broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      deterministic: no dropout.
+      dtype, promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` brings the three to
+        one dtype.
+      module: sows the weights [..., N, T, S] as ``attention_weights`` (``nnx.Intermediate``) in
+        the dtype of the query. This writes them out, but does not change the result.
+
+    Returns:
+      [..., T, N, h].
+
+    Raises:
+      As `axattn.dot_product_attention`.
+    """
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+
+    def sow(weights):
+        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
+
+    return flax_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        implementation=implementation,
+        sow=None if module is None else sow,
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        q_offset=q_offset,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+    )

@@ -1,0 +1,237 @@
+"""Multi-head latent attention as an NNX layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import promote_dtype
+
+from axattn import latent
+from axattn._typing import Array, Float, Integer
+from axattn.cache import Cache
+from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
+from axattn.layers.options import requested
+from axattn.masks import Mask
+from axattn.nnx.randomness import dropout_key
+from axattn.rotary import RotaryEmbedding
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """Attention whose keys and values come from one latent per token (DeepSeek-V2).
+
+    Section 2.1 of arXiv:2405.04434; letters as in `axattn.latent`. Parameters, those of the Linen
+    layer: ``query_down`` (kernel [E, q_lora_rank]), ``query_norm`` and ``query_up`` (kernel
+    [q_lora_rank, N, D + P]), or ``query`` (kernel [E, N, D + P]) where ``q_lora_rank`` is None;
+    ``kv_down`` (kernel [E, R + P]), ``kv_norm``, ``key_up`` (kernel [R, N, D]), ``value_up``
+    (kernel [R, N, h]) and ``out`` (kernel [N, h, features]).
+
+    Args:
+      num_heads: N.
+      in_features: E.
+      kv_lora_rank: R, the size of the latent.
+      q_lora_rank: the size of the queries' own latent; None: queries are projected at once.
+      qk_nope_head_dim, qk_rope_head_dim: D and P, a head's features without and with positions.
+      v_head_dim: h.
+      out_features: of the result; E by default.
+      rope: rotates the P features. DeepSeek's checkpoints have ``interleaved`` pairs.
+      scale: of the logits; by default 1 / sqrt(D + P), times what YaRN in ``rope`` asks for:
+        `axattn.rotary.yarn_softmax_scale`.
+      window, logits_soft_cap, implementation: as in `MultiHeadAttention`.
+      form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
+        tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
+      use_bias: of ``query_down``, ``kv_down`` and ``out``.
+      norm_epsilon: of both RMS norms.
+      dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
+        bias_init, rngs, keep_rngs: as in Flax's layers.
+
+    Raises:
+      ValueError, TypeError: sizes that are no positive integers, an odd ``qk_rope_head_dim``, no
+        ``rope``, another ``form``.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        kv_lora_rank: int = 512,
+        q_lora_rank: int | None = None,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        out_features: int | None = None,
+        rope: RotaryEmbedding = RotaryEmbedding(),  # noqa: B008 (frozen)
+        scale: float | None = None,
+        window: int | tuple[int, int] | None = None,
+        logits_soft_cap: float | None = None,
+        form: latent.Form | None = None,
+        implementation: str | Sequence[str] | None = None,
+        use_bias: bool = False,
+        norm_epsilon: float = 1e-6,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Array] = nnx.nn.linear.default_kernel_init,
+        bias_init: Callable[..., Array] = nnx.initializers.zeros_init(),  # noqa: B008
+        rngs: nnx.Rngs,
+        keep_rngs: bool = True,
+    ):
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.kv_lora_rank = kv_lora_rank
+        self.q_lora_rank = q_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.rope = rope
+        self.window = tuple(window) if isinstance(window, list) else window
+        self.logits_soft_cap = logits_soft_cap
+        self.form = form
+        self.implementation = (
+            implementation
+            if implementation is None or isinstance(implementation, str)
+            else tuple(implementation)
+        )
+        self.dropout_rate = dropout_rate
+        self.broadcast_dropout = broadcast_dropout
+        self.deterministic = deterministic
+        self.dtype = dtype
+        self.precision = precision
+        check_fields(rope, form)
+        sizes = LatentSizes.of(self)
+        self.scale = sizes.scale(rope) if scale is None else scale
+
+        def dense(inputs, features, *, bias=False, axis=-1):
+            return nnx.LinearGeneral(
+                inputs,
+                features,
+                axis=axis,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                rngs=rngs,
+            )
+
+        def norm(features):
+            return nnx.RMSNorm(
+                features, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        heads = (num_heads, sizes.qk_head_dim)
+        if q_lora_rank is None:
+            self.query = dense(in_features, heads)
+        else:
+            self.query_down = dense(in_features, q_lora_rank, bias=use_bias)
+            self.query_norm = norm(q_lora_rank)
+            self.query_up = dense(q_lora_rank, heads)
+        self.kv_down = dense(in_features, kv_lora_rank + qk_rope_head_dim, bias=use_bias)
+        self.kv_norm = norm(kv_lora_rank)
+        self.key_up = dense(kv_lora_rank, (num_heads, qk_nope_head_dim))
+        self.value_up = dense(kv_lora_rank, (num_heads, v_head_dim))
+        self.out = dense(
+            (num_heads, v_head_dim), out_features or in_features, bias=use_bias, axis=(-2, -1)
+        )
+        self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else nnx.data(None)
+
+    @property
+    def cache_sizes(self) -> dict[str, Any]:
+        """What ``create`` of a cache takes: R + P numbers per token."""
+        return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What ``nnx.view`` calls."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        is_causal: bool = False,
+        positions: Integer[Array, "*leading T"] | None = None,
+        segment_ids: Integer[Array, "*batch T"] | None = None,
+        cache: Cache | None = None,
+        lengths: Integer[Array, " B"] | None = None,
+    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], Cache]:
+        """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
+
+        Args:
+          inputs: [..., T, E].
+          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          deterministic, rngs: as in `MultiHeadAttention`.
+          is_causal: no query sees a later token; with a cache none ever does.
+          positions: of the tokens, integers [T] or [..., T]; counted from 0 by default, or from
+            where each row of the cache ends. They do not move masks.
+          segment_ids: tokens attend to those of the same segment only.
+          cache: one of ``axattn.cache``, made with `cache_sizes`, to which the tokens are appended
+            and which they then attend over, causally. The result is then ``(output, cache)``.
+          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+
+        Returns:
+          [..., T, features]; with ``cache`` also the cache.
+
+        Raises:
+          ValueError: arguments that do not fit together or with the cache.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(
+                f"inputs takes {self.in_features} features, got shape {tuple(inputs.shape)}"
+            )
+        dropout = {}
+        if self.dropout_rate > 0.0:
+            stays = first_from(
+                deterministic,
+                self.deterministic,
+                error_msg="No `deterministic` argument was provided to MultiHeadLatentAttention, "
+                "neither to its constructor nor to its call nor as an attribute.",
+            )
+            if not stays:
+                dropout = dict(
+                    dropout_rate=self.dropout_rate,
+                    dropout_rng=dropout_key(rngs, self),
+                    broadcast_dropout=self.broadcast_dropout,
+                )
+        x, cache = attend(
+            self._project(inputs),
+            rope=self.rope,
+            positions=positions,
+            form=self.form,
+            mask=mask,
+            is_causal=is_causal,
+            cache=cache,
+            lengths=lengths,
+            options=requested(
+                scale=self.scale,
+                local_window_size=self.window,
+                logits_soft_cap=self.logits_soft_cap,
+                query_segment_ids=segment_ids,
+                precision=self.precision,
+                implementation=self.implementation,
+                **dropout,
+            ),
+            excluded={"segment_ids": segment_ids is not None, "dropout": bool(dropout)},
+        )
+        return self.out(x) if cache is None else (self.out(x), cache)
+
+    def _project(self, inputs: Float[Array, "*batch T E"]) -> Projected:
+        if self.q_lora_rank is None:
+            query = self.query(inputs)
+        else:
+            query = self.query_up(self.query_norm(self.query_down(inputs)))
+        down, key_rope = jnp.split(self.kv_down(inputs), [self.kv_lora_rank], axis=-1)
+        up = (self.key_up.kernel[...], self.value_up.kernel[...])
+        arrays = (query, self.kv_norm(down), key_rope, *up)
+        return Projected(*promote_dtype(arrays, dtype=self.dtype))

@@ -1,0 +1,259 @@
+"""MultiHeadLatentAttention of Linen and NNX: what the goldens of DeepSeek's models do not ask."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import axattn.linen
+import axattn.nnx
+from axattn import Mask
+from axattn.cache import DenseCache
+from axattn.rotary import RotaryEmbedding, YarnScaling, yarn_softmax_scale
+
+E, T, N = 20, 9, 4
+SIZES = dict(
+    num_heads=N,
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+)
+
+
+def inputs(seed=1, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (2, T, E), dtype)
+
+
+def linen(**fields):
+    return axattn.linen.MultiHeadLatentAttention(**{**SIZES, **fields})
+
+
+def variables(layer):
+    return layer.init(jax.random.key(0), inputs())
+
+
+def nnx_of(layer_variables, **fields):
+    layer = axattn.nnx.MultiHeadLatentAttention(
+        in_features=E, rngs=nnx.Rngs(0), **{**SIZES, **fields}
+    )
+    nnx.update(layer, layer_variables["params"])
+    return layer
+
+
+@pytest.mark.parametrize(
+    "error, match, fields",
+    [
+        (TypeError, "rope takes a RotaryEmbedding, got None", dict(rope=None)),
+        (ValueError, "form must be one of .*, got 'quick'", dict(form="quick")),
+    ],
+)
+def test_fields(error, match, fields):
+    with pytest.raises(error, match=match):
+        linen(**fields).init(jax.random.key(0), inputs())
+    with pytest.raises(error, match=match):
+        axattn.nnx.MultiHeadLatentAttention(in_features=E, rngs=nnx.Rngs(0), **SIZES, **fields)
+
+
+def test_views():
+    """``nnx.view`` turns dropout off in a model of several kinds of layers."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            options = dict(dropout_rate=0.5, rngs=rngs)
+            self.latent = axattn.nnx.MultiHeadLatentAttention(in_features=E, **SIZES, **options)
+            self.grouped = axattn.nnx.GroupedQueryAttention(
+                4, E, num_kv_heads=2, decode=False, **options
+            )
+
+    off = nnx.view(Model(), deterministic=True)
+    assert off.latent.deterministic is True and off.grouped.deterministic is True
+    np.testing.assert_array_equal(off.latent(inputs()), off.latent(inputs()))
+    on = nnx.view(off, deterministic=False)
+    assert (on.latent(inputs()) != on.latent(inputs())).any()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, dict(q_lora_rank=None), dict(use_bias=True, out_features=7)]
+)
+def test_parameters(fields):
+    layer = linen(**fields)
+    found = jax.tree.map(jnp.shape, variables(layer)["params"])
+    want = {
+        "kv_down": {"kernel": (E, 16)},
+        "kv_norm": {"scale": (12,)},
+        "key_up": {"kernel": (12, N, 6)},
+        "value_up": {"kernel": (12, N, 5)},
+        "out": {"kernel": (N, 5, fields.get("out_features", E))},
+    }
+    if "q_lora_rank" in fields:
+        want["query"] = {"kernel": (E, N, 10)}
+    else:
+        want["query_down"] = {"kernel": (E, 10)}
+        want["query_norm"] = {"scale": (10,)}
+        want["query_up"] = {"kernel": (10, N, 10)}
+    if "use_bias" in fields:
+        for name in ("kv_down", "query_down", "out"):
+            want[name]["bias"] = want[name]["kernel"][-1:]
+    assert found == want
+    ours = axattn.nnx.MultiHeadLatentAttention(
+        in_features=E, rngs=nnx.Rngs(0), **{**SIZES, **fields}
+    )
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(ours, nnx.Param))) == want
+
+
+def test_first_values_are_those_of_the_products():
+    """key_up and value_up are made by the rules of a projection from R features."""
+    made = variables(linen(kv_lora_rank=400, qk_nope_head_dim=64, v_head_dim=64))["params"]
+    for name in ("key_up", "value_up"):
+        np.testing.assert_allclose(np.std(made[name]["kernel"]), 400**-0.5, rtol=0.02)
+
+
+CALLS = {
+    "full": ({}, {}),
+    "causal": ({}, dict(is_causal=True)),
+    "window": (dict(window=(3, 0), logits_soft_cap=1.5), dict(is_causal=True)),
+    "mask": ({}, dict(mask=np.tril(np.ones((T, T), np.float32), 2))),
+    "structure": (dict(scale=0.3), dict(mask=Mask.causal() & Mask.window(4, 0))),
+    "segments": ({}, dict(segment_ids=np.repeat([[0, 1]], 2, 0).repeat([4, 5], 1))),
+    "positions": (
+        dict(rope=RotaryEmbedding(interleaved=True)),
+        dict(positions=np.arange(T)[::-1].copy()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forms_and_flavours_agree(name):
+    fields, call = CALLS[name]
+    layer = linen(**fields)
+    made, x = variables(layer), inputs()
+    want = layer.apply(made, x, **call)
+    assert want.shape == (2, T, E)
+    for form in ("naive", "absorbed"):
+        got = layer.clone(form=form).apply(made, x, **call)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(nnx_of(made, **fields)(x, **call), want, atol=1e-6)
+    plain = linen().apply(made, x)
+    assert name == "full" or np.abs(plain - want).max() > 1e-3
+
+
+def test_only_differences_of_positions_count():
+    layer = linen()
+    made, x = variables(layer), inputs()
+    here, later = (layer.apply(made, x, positions=jnp.arange(T) + first) for first in (0, 1000))
+    np.testing.assert_allclose(here, later, atol=1e-5)
+
+
+def test_yarn_changes_the_scale():
+    scaling = YarnScaling(8.0, 16, mscale=1.0, mscale_all_dim=1.0)
+    rope = RotaryEmbedding(scaling=scaling)
+    made, x = variables(linen(rope=rope)), inputs()
+    by_hand = linen(rope=rope, scale=yarn_softmax_scale(10, scaling)).apply(made, x)
+    np.testing.assert_array_equal(linen(rope=rope).apply(made, x), by_hand)
+    assert np.abs(by_hand - linen(rope=rope, scale=10**-0.5).apply(made, x)).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", [None, "naive", "absorbed"])
+def test_caches(form):
+    """A layer trained in any form decodes."""
+    layer = linen(form=form)
+    made, x = variables(layer), inputs()
+    want = layer.apply(made, x, is_causal=True)
+    cache = DenseCache.create(2, T, **layer.cache_sizes, dtype="float32")
+    step = jax.jit(lambda x, cache: layer.apply(made, x, cache=cache))
+    ours, outs, others = nnx_of(made, form=form), [], []
+    other = cache
+    for first, last in ((0, 4), (4, 5), (5, 9)):
+        out, cache = step(x[:, first:last], cache)
+        outs.append(out)
+        out, other = ours(x[:, first:last], cache=other)
+        others.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(others, 1), want, atol=1e-5)
+
+
+def test_dtypes():
+    layer = linen(dtype=jnp.bfloat16)
+    made = variables(layer)
+    assert {x.dtype for x in jax.tree.leaves(made)} == {np.dtype("float32")}
+    for form in ("naive", "absorbed"):
+        out = layer.clone(form=form).apply(made, inputs())
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.float32(out), linen().apply(made, inputs()), atol=0.05, rtol=0.05
+        )
+    assert nnx_of(made, dtype=jnp.bfloat16)(inputs()).dtype == jnp.bfloat16
+
+
+def test_dropout():
+    layer = linen(dropout_rate=0.5)
+    made, x = variables(linen()), inputs()
+    with pytest.raises(ValueError):
+        layer.apply(made, x)  # nobody said whether it is on
+    quiet = layer.apply(made, x, deterministic=True)
+    np.testing.assert_array_equal(quiet, linen().apply(made, x))
+    loud = [
+        layer.apply(made, x, deterministic=False, rngs={"dropout": jax.random.key(i)})
+        for i in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(loud[0], loud[1])
+    assert np.abs(loud[0] - loud[2]).max() > 1e-3 and np.abs(loud[0] - quiet).max() > 1e-3
+    # The same key drops the same weights in both forms.
+    rng = dict(deterministic=False, dropout_rng=jax.random.key(5))
+    naive, absorbed = (layer.clone(form=f).apply(made, x, **rng) for f in ("naive", "absorbed"))
+    np.testing.assert_allclose(naive, absorbed, atol=1e-5)
+    ours = nnx_of(made, dropout_rate=0.5, deterministic=False)
+    assert np.abs(ours(x) - ours(x)).max() > 1e-3
+    np.testing.assert_array_equal(ours(x, deterministic=True), quiet)
+
+
+def test_metadata_of_parameters_stays():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    params = linen(kernel_init=boxed).init(jax.random.key(0), inputs())["params"]
+    for name in ("kv_down", "key_up", "value_up", "out"):
+        assert isinstance(params[name]["kernel"], nn.Partitioned), name
+
+
+@pytest.mark.parametrize(
+    "error, match, fields, call",
+    [
+        (ValueError, "qk_rope_head_dim must be even", dict(qk_rope_head_dim=3), {}),
+        (ValueError, "kv_lora_rank must be a positive integer, got 0", dict(kv_lora_rank=0), {}),
+        (TypeError, "num_heads must be an integer, got 2.5", dict(num_heads=2.5), {}),
+        (ValueError, "form must be one of .* got 'quick'", dict(form="quick"), {}),
+        (ValueError, "lengths takes None without a cache", {}, dict(lengths=np.array([1, 2]))),
+    ],
+)
+def test_errors(error, match, fields, call):
+    with pytest.raises(error, match=match):
+        linen(**fields).init(jax.random.key(0), inputs(), **call)
+    with pytest.raises(error, match=match):
+        axattn.nnx.MultiHeadLatentAttention(in_features=E, rngs=nnx.Rngs(0), **{**SIZES, **fields})(
+            inputs(), **call
+        )
+
+
+def test_errors_over_caches():
+    layer = linen()
+    made, x = variables(layer), inputs()
+    cache = DenseCache.create(2, T, **layer.cache_sizes, dtype="float32")
+    ids = np.zeros((2, T), int)
+    for match, options in (
+        ("segment_ids does not go with cache", dict(segment_ids=ids, cache=cache)),
+        ("B = 2 for this cache", dict(cache=cache)),
+        ("see cache_sizes", dict(cache=DenseCache.create(2, T, 1, 16, dtype="float32"))),
+    ):
+        given = x[:1] if "B = 2" in match else x
+        with pytest.raises(ValueError, match=match):
+            layer.apply(made, given, **options)
+        with pytest.raises(ValueError, match=match):
+            nnx_of(made)(given, **options)
+    with pytest.raises(TypeError, match="cache takes a cache of axattn.cache"):
+        layer.apply(made, x, cache={})
