@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Any
 
-from benchmarks.harness import environment, rows, units
+from benchmarks.harness import environment, refusals, rows, units
 from benchmarks.harness.cases import Case
 from benchmarks.harness.rows import Row
 
@@ -42,37 +41,10 @@ Job = Run | Compile
 
 def _guarded(body, job: Job) -> Row:
     """The row, or one that says why there is none."""
-    import jax
-
     try:
         return body(job)
-    except NotImplementedError as error:
-        return rows.of_case(
-            job.case, job.where, status=rows.UNSUPPORTED, reason=str(error) or repr(error)
-        )
-    except jax.errors.JaxRuntimeError as error:
-        return rows.of_case(job.case, job.where, **_refused(str(error)))
-    except MemoryError as error:
-        return rows.of_case(job.case, job.where, status=rows.OUT_OF_MEMORY, reason=repr(error))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        return rows.of_case(job.case, job.where, status=rows.FAILED, reason=reason)
-
-
-def _refused(message: str) -> dict[str, Any]:
-    from axattn import aot
-
-    return _refusal_values(aot.parse_refusal(message))
-
-
-def _refusal_values(refusal) -> dict[str, Any]:
-    known = {"out_of_memory": rows.OUT_OF_MEMORY, "unsupported": rows.UNSUPPORTED}
-    return {
-        "status": known.get(refusal.kind, rows.FAILED),
-        "reason": str(refusal),
-        "requested_bytes": refusal.requested_bytes,
-        "available_bytes": refusal.available_bytes,
-    }
+        return rows.of_case(job.case, job.where, **refusals.of_error(error))
 
 
 def _is_default(case: Case, platform: str) -> bool:
@@ -141,7 +113,7 @@ def _run(job: Run) -> Row:
             estimate=estimate,
         )
     except jax.errors.JaxRuntimeError as error:
-        return row(**_refused(str(error)))
+        return row(**refusals.of_error(error))
     return row(
         time=timed.median,
         time_stddev=timed.stddev,
@@ -164,7 +136,7 @@ def _compile(job: Compile) -> Row:
     report = aot.analyze(
         workload.fn, *workload.args, target=chip, donate_argnums=workload.donate_argnums
     )
-    refusal = _refusal_values(report.refusal) if report.refusal is not None else {}
+    refusal = refusals.of_refusal(report.refusal) if report.refusal is not None else {}
     with aot.tracing_for(chip):
         is_default = _is_default(case, chip.platform)
     return rows.of_case(

@@ -15,6 +15,7 @@ from benchmarks.harness.rows import OK, Row
 # dashes for those who print in grey. (Their yellow is too pale for lines on white.)
 _STYLES = {
     "repeat_kv": ("#D55E00", "s", "--"),
+    "einsum": ("#D55E00", "s", "--"),
     "xla": ("#0072B2", "o", "-"),
     "xla_chunked": ("#009E73", "^", "-"),
     "default": ("#000000", "D", ":"),
@@ -25,6 +26,11 @@ _STYLES = {
     "jax_nn": ("#56B4E9", "d", "-."),
 }
 _OTHER = ("#666666", "*", ":")
+
+
+def style(name: str) -> tuple[str, str, str]:
+    """Colour, marker and dashes of an implementation."""
+    return _STYLES.get(name, _OTHER)
 
 
 def check_path(path: str) -> pathlib.Path:
@@ -79,11 +85,12 @@ def plot(path: pathlib.Path, results: Sequence[Row], environment: Environment) -
         for offset, quantity in enumerate(draw):
             axis = axes[position // across * len(draw) + offset][position % across]
             axis.set_visible(True)
-            _decorate(axis, group)
+            decorate(axis, sorted({row.seq_len for row in group}))
+            axis.set_xlabel("sequence length")
             quantity(axis, group)
             if offset == 0:
                 axis.set_title(_title(key), fontsize=10)
-    _legend(figure, axes)
+    legend(figure, axes)
     figure.suptitle(_caption(groups, environment), fontsize=9, color="#444444")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -116,9 +123,9 @@ def _by_implementation(group: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _time(axis, group: Sequence[Row]) -> None:
     axis.set_ylabel("time")
-    _readable(axis, 10, (1, 2, 5), units.seconds)
+    readable(axis, 10, (1, 2, 5), units.seconds)
     for name, line in _by_implementation(group).items():
-        color, marker, dash = _STYLES.get(name, _OTHER)
+        color, marker, dash = style(name)
         there = [row for row in line if row.time]
         axis.errorbar(
             [row.seq_len for row in there],
@@ -136,9 +143,9 @@ def _time(axis, group: Sequence[Row]) -> None:
 def _memory(axis, group: Sequence[Row]) -> None:
     kinds = dict.fromkeys(row.memory_kind for row in group if row.memory_kind)
     axis.set_ylabel("host memory" if "host" in kinds else "HBM")
-    _readable(axis, 2, (1,), units.size)
+    readable(axis, 2, (1,), units.size)
     for name, line in _by_implementation(group).items():
-        color, marker, dash = _STYLES.get(name, _OTHER)
+        color, marker, dash = style(name)
         there = [row for row in line if row.memory_bytes and row.status == OK]
         axis.plot(
             [row.seq_len for row in there],
@@ -162,7 +169,7 @@ def _memory(axis, group: Sequence[Row]) -> None:
                 axis.axhline(row.available_bytes, color="#999999", lw=0.8, ls=(0, (1, 2)))
 
 
-def _readable(axis, base: int, subs: tuple[int, ...], text: Callable[[float], str]) -> None:
+def readable(axis, base: int, subs: tuple[int, ...], text: Callable[[float], str]) -> None:
     """A logarithmic axis with a handful of labels such as "20 ms", however short its range."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -174,19 +181,19 @@ def _readable(axis, base: int, subs: tuple[int, ...], text: Callable[[float], st
     axis.minorticks_off()
 
 
-def _decorate(axis, group: Sequence[Row]) -> None:
-    lengths = sorted({row.seq_len for row in group})
+def decorate(axis, sizes: Sequence[int]) -> None:
+    """A grid, and a logarithmic horizontal axis with these sizes."""
     axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.margins(x=0.08, y=0.12)
-    axis.set_xlabel("sequence length")
     axis.grid(True, color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _legend(figure, axes) -> None:
+def legend(figure, axes) -> None:
+    """One legend for all axes, below them."""
     handles: dict[str, object] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -74,11 +75,14 @@ class Sections:
     def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def write(self, path: pathlib.Path) -> None:
+    def write(self, path: pathlib.Path, picture: pathlib.Path | None = None) -> None:
         """Writes all rows: ``.json``, ``.csv`` (one table, whose first column says which) or
-        ``.md``."""
+        ``.md``, which then shows the picture."""
         writers = {".json": self._json, ".csv": self._csv, ".md": self._markdown}
-        path.write_text(writers[path.suffix](), encoding="utf-8")
+        text = writers[path.suffix]()
+        if picture is not None and path.suffix == ".md":
+            text += f"\n![{picture.stem}]({os.path.relpath(picture, path.parent)})\n"
+        path.write_text(text, encoding="utf-8")
 
     def by_name(self) -> dict[str, list[dict[str, Any]]]:
         """Rows as dictionaries, by the name of their table."""
