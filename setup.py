@@ -30,7 +30,9 @@ EXTRAS = {
         f"nvidia-cuda-nvcc>=13.0.48; {LINUX}",
         f"nvidia-nvvm>=13.0.48; {LINUX}",
     ],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "beartype", "ruff"],
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "beartype", "ruff", "safetensors"],
+    # axattn.huggingface reads files with it.
+    "huggingface": ["safetensors>=0.6"],
     # What the benchmarks measure against.
     "peers": ["tokamax"],
 }

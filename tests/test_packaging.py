@@ -18,6 +18,7 @@ PACKAGE = pathlib.Path(axattn.__file__).parent
 
 # Everything that setup.py installs beside jax and numpy, and what those bring.
 OPTIONAL = ["flax", "optax", "absl", "jaxtyping", "google_benchmark", "rich", "matplotlib"]
+OPTIONAL += ["safetensors"]
 
 WITHOUT_OPTIONAL = """
 import importlib.abc, sys
@@ -47,7 +48,7 @@ def run_without_optional(body: str) -> None:
 
 def test_import_needs_jax_and_numpy_only():
     run_without_optional(
-        "import axattn, axattn.rotary, axattn.aot\n"
+        "import axattn, axattn.rotary, axattn.aot, axattn.latent, axattn.huggingface\n"
         "import jax.numpy as jnp\n"
         "x = jnp.ones((1, 4, 2, 8))\n"
         "y = axattn.dot_product_attention(x, x, x, is_causal=True)\n"

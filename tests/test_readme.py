@@ -5,14 +5,17 @@ from __future__ import annotations
 import pathlib
 import re
 
+import numpy as np
 import pytest
+
+from tests.huggingface import golden, save
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6
 
 
 def run(blocks) -> dict:
@@ -36,8 +39,22 @@ def test_caches(capsys):
     assert str(2 * 2 * (64 + 4)) in capsys.readouterr().out  # K and V, two heads, with scales
 
 
+def test_latent_attention():
+    names = run([BLOCKS[0], BLOCKS[2], BLOCKS[3]])
+    assert names["y"].shape == (2, 1024, 512)
+    assert names["cache"].lengths.tolist() == [1024, 1024]
+
+
+def test_huggingface(tmp_path):
+    path = save(tmp_path, "deepseek_v3", golden("deepseek_v3")[1])
+    block = BLOCKS[4].replace("path/to/model", str(path))
+    names = {"hidden_states": golden("deepseek_v3")[2][0][0]}
+    exec(compile(block, str(README), "exec"), names)
+    np.testing.assert_allclose(names["y"], golden("deepseek_v3")[2][0][1], atol=1e-5)
+
+
 @pytest.mark.aot
 def test_report(capsys):
-    run([BLOCKS[0], BLOCKS[3]])
+    run([BLOCKS[0], BLOCKS[5]])
     printed = capsys.readouterr().out
     assert "v5p" in printed and "MiB" in printed

@@ -2,10 +2,10 @@
 
 Queries and what comes back stay as they are: ``[B, T, N, H]`` where they are just there, and a step
 has whole tiles of 8 heads; ``[B, N, T, H]`` where a program's products write and read them, which
-XLA on TPUs does heads first at no cost. Keys and values, which a group shares, are the small things: they are copied once to
-``[B, K, S, H]`` with S in whole blocks and unused slots zeroed. Vectors over query rows are laid
-out as the rows of a tile are, ``[B, K, tiles, 1, rows]``, vectors over keys as
-``[B, N or 1, blocks, 1, block]``.
+XLA on TPUs does heads first at no cost. Keys and values, which a group shares, are the small
+things: they are copied once to ``[B, K, S, H]`` with S in whole blocks and unused slots zeroed.
+Vectors over query rows are laid out as the rows of a tile are, ``[B, K, tiles, 1, rows]``, vectors
+over keys as ``[B, N or 1, blocks, 1, block]``.
 """
 
 from __future__ import annotations

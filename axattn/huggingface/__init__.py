@@ -1,0 +1,23 @@
+"""Attention layers of Hugging Face checkpoints, as axattn's layers.
+
+    from axattn import huggingface
+
+    config = huggingface.read_config(path)                 # a folder with config.json
+    spec = huggingface.attention_spec(config, layer=0)
+    layer = spec.linen()                                   # or spec.nnx(rngs=nnx.Rngs(0))
+    params = huggingface.load(path, layers=[0])[0]         # from its .safetensors
+    y = layer.apply({"params": params}, x, is_causal=spec.is_causal)
+
+`load` needs safetensors (``pip install axattn[huggingface]``); `attention_params` takes any mapping
+of names to arrays. Nothing is downloaded.
+
+Llama, Mistral, Gemma 2 and 3, Qwen 2 and 3, Falcon (but for its ALiBi models), DeepSeek V2 and V3.
+Both ways of writing config.json are read: ``rope_parameters`` (transformers 5), and ``rope_theta``
+with ``rope_scaling``. What a configuration leaves out is what transformers takes it to be.
+"""
+
+from axattn.huggingface.files import load, read_config
+from axattn.huggingface.spec import AttentionSpec, attention_spec
+from axattn.huggingface.weights import attention_params
+
+__all__ = ["AttentionSpec", "attention_params", "attention_spec", "load", "read_config"]

@@ -1,0 +1,200 @@
+"""Checkpoint tensors as the parameters of axattn's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from axattn.huggingface.spec import AttentionSpec, Config, attention_spec, text_config
+
+Tensors = Mapping[str, np.ndarray]
+
+# Codes with one scale, where a configuration does not say.
+BLOCK = (128, 128)
+
+# Where the layers of a language model stand in a checkpoint: alone, under a head, in a multimodal
+# model of one age or another.
+_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "transformer.")
+
+
+def attention_params(
+    tensors: Tensors, config: Config, layer: int = 0, *, dtype: Any = None
+) -> dict[str, Any]:
+    """The parameters of one attention layer.
+
+    Args:
+      tensors: by their names in the checkpoint; it is asked for those of this layer only.
+      config: what config.json holds.
+      layer: its index.
+      dtype: of the result; by default that of the checkpoint, but float32 for weights in float8
+        with one scale per block (as DeepSeek-V3 publishes them) and for Gemma's norms, whose
+        weights are stored as their differences from one.
+
+    Returns:
+      The tree ``{"query": {"kernel": ...}, ...}`` of the layer that `attention_spec` describes,
+      of numpy arrays.
+
+    Raises:
+      KeyError: a tensor is not there; the message has its name.
+      ValueError: a tensor's shape is not what the configuration says, or its scales' shape.
+      NotImplementedError: as `attention_spec`; and weights in codes other than those above.
+    """
+    spec = attention_spec(config, layer)
+    of = _Layer(tensors, spec, config, dtype)
+    if spec.latent:
+        return _latent(of, spec)
+    return (_falcon if spec.family == "falcon" else _grouped)(of, spec)
+
+
+class _Layer:
+    """The tensors of one layer, by the ends of their names."""
+
+    def __init__(self, tensors: Tensors, spec: AttentionSpec, config: Config, dtype: Any):
+        self.tensors, self.dtype = tensors, dtype
+        quantization = config.get("quantization_config")  # of the whole of a multimodal model, too
+        self.quantization = quantization or text_config(config).get("quantization_config") or {}
+        part, first = "layers.{}.self_attn.", "o_proj"
+        if spec.family == "falcon":
+            part, first = "h.{}.self_attention.", "dense"
+        part = part.format(spec.layer)
+        wanted = [f"{prefix}{part}" for prefix in _PREFIXES]
+        self.prefix = next((p for p in wanted if f"{p}{first}.weight" in tensors), None)
+        if self.prefix is None:
+            self.refuse_codes(f"{wanted[0]}{first}.weight is not there")
+            raise KeyError(f"no tensor {wanted[0]}{first}.weight (nor with another of {_PREFIXES})")
+
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """A tensor of this shape."""
+        array = self._stored(name, *shape)
+        return array if self.dtype is None else array.astype(self.dtype)
+
+    def norm(self, name: str, size: int, from_one: bool) -> np.ndarray:
+        """Scales, which may be stored as their differences from one."""
+        if not from_one:
+            return self.array(name, size)
+        return (1 + self._stored(name, size).astype(np.float32)).astype(self.dtype or np.float32)
+
+    def _stored(self, name: str, *shape: int) -> np.ndarray:
+        name = self.prefix + name
+        if name not in self.tensors:
+            self.refuse_codes(f"{name} is not there")
+            raise KeyError(f"no tensor {name}")
+        array = np.asarray(self.tensors[name])
+        if array.dtype.itemsize == 1 and f"{name}_scale_inv" not in self.tensors:
+            self.refuse_codes(f"{name} is {array.dtype}", always=True)
+        if array.shape != shape:
+            raise ValueError(f"{name} takes the shape {shape}, got {array.shape}")
+        if array.dtype.itemsize > 1:
+            return array
+        scales = np.asarray(self.tensors[f"{name}_scale_inv"])
+        block = self.quantization.get("weight_block_size") or (shape if scales.size == 1 else BLOCK)
+        return _dequantized(name, array, scales, block)
+
+    def refuse_codes(self, why: str, always: bool = False) -> None:
+        """Says that this is a quantized checkpoint of another kind, if it is one."""
+        method = self.quantization.get("quant_method", "unknown")
+        if always or method not in ("fp8", "unknown"):
+            raise NotImplementedError(
+                "of quantized weights those are read that have a tensor of scales, named as they "
+                f"are with _scale_inv (quant_method fp8): {why}, quant_method is {method!r}"
+            )
+
+    def into_heads(self, name: str, inputs: int, heads: int, size: int, bias: bool) -> dict:
+        """A projection to heads: PyTorch has its weight as ``[heads * size, inputs]``."""
+        kernel = self.array(f"{name}.weight", heads * size, inputs)
+        found = {"kernel": kernel.reshape(heads, size, inputs).transpose(2, 0, 1)}
+        if bias:
+            found["bias"] = self.array(f"{name}.bias", heads * size).reshape(heads, size)
+        return found
+
+    def plain(self, name: str, inputs: int, outputs: int, bias: bool) -> dict:
+        found = {"kernel": self.array(f"{name}.weight", outputs, inputs).T}
+        if bias:
+            found["bias"] = self.array(f"{name}.bias", outputs)
+        return found
+
+    def out_of_heads(self, name: str, heads: int, size: int, outputs: int, bias: bool) -> dict:
+        found = self.plain(name, heads * size, outputs, bias)
+        return {**found, "kernel": found["kernel"].reshape(heads, size, outputs)}
+
+
+def _grouped(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
+    fields, features = spec.fields, spec.in_features
+    heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], spec.head_dim
+    bias = fields["use_bias"]
+    params = {
+        "query": of.into_heads("q_proj", features, heads, size, bias),
+        "key": of.into_heads("k_proj", features, kv_heads, size, bias),
+        "value": of.into_heads("v_proj", features, kv_heads, size, bias),
+        "out": of.out_of_heads("o_proj", heads, size, features, fields.get("out_use_bias", bias)),
+    }
+    if fields.get("qk_norm"):
+        for name, theirs in (("query_ln", "q_norm"), ("key_ln", "k_norm")):
+            from_one = spec.family.startswith("gemma")
+            params[name] = {"scale": of.norm(f"{theirs}.weight", size, from_one)}
+    return params
+
+
+def _falcon(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
+    """One tensor has queries, keys and values: group by group, each with its keys and values."""
+    fields, features = spec.fields, spec.in_features
+    heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], spec.head_dim
+    bias = fields["use_bias"]
+    fused = of.into_heads("query_key_value", features, heads + 2 * kv_heads, size, bias)
+
+    def split(array: np.ndarray) -> dict[str, np.ndarray]:
+        *lead, _, last = array.shape
+        groups = array.reshape(*lead, kv_heads, heads // kv_heads + 2, last)
+        return {
+            "query": groups[..., :-2, :].reshape(*lead, heads, last),
+            "key": groups[..., -2, :],
+            "value": groups[..., -1, :],
+        }
+
+    params: dict[str, Any] = {"query": {}, "key": {}, "value": {}}
+    for name, array in fused.items():
+        for projection, part in split(array).items():
+            params[projection][name] = part
+    params["out"] = of.out_of_heads("dense", heads, size, features, bias)
+    return params
+
+
+def _latent(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
+    fields, features = spec.fields, spec.in_features
+    heads, rank, q_rank = (fields[n] for n in ("num_heads", "kv_lora_rank", "q_lora_rank"))
+    nope, rope, value = (fields[n] for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    bias = fields["use_bias"]
+    up = of.array("kv_b_proj.weight", heads * (nope + value), rank)
+    up = up.reshape(heads, nope + value, rank).transpose(2, 0, 1)
+    params = {
+        "kv_down": of.plain("kv_a_proj_with_mqa", features, rank + rope, bias),
+        "kv_norm": {"scale": of.array("kv_a_layernorm.weight", rank)},
+        "key_up": {"kernel": up[..., :nope]},
+        "value_up": {"kernel": up[..., nope:]},
+        "out": of.out_of_heads("o_proj", heads, value, features, bias),
+    }
+    if q_rank is None:
+        params["query"] = of.into_heads("q_proj", features, heads, nope + rope, False)
+    else:
+        params["query_down"] = of.plain("q_a_proj", features, q_rank, bias)
+        params["query_norm"] = {"scale": of.array("q_a_layernorm.weight", q_rank)}
+        params["query_up"] = of.into_heads("q_b_proj", q_rank, heads, nope + rope, False)
+    return params
+
+
+def _dequantized(
+    name: str, codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]
+) -> np.ndarray:
+    """Codes times the scale of their block, float32."""
+    takes = tuple(-(-n // b) for n, b in zip(codes.shape, block, strict=True))
+    if scales.size == 1:
+        scales = scales.reshape(1, 1)
+    if scales.shape != takes:
+        raise ValueError(
+            f"{name}_scale_inv takes the shape {takes} for blocks of {tuple(block)}, got "
+            f"{scales.shape}"
+        )
+    scales = scales.astype(np.float32).repeat(block[0], 0).repeat(block[1], 1)
+    return codes.astype(np.float32) * scales[: codes.shape[0], : codes.shape[1]]
