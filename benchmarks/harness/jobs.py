@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 
-from benchmarks.harness import environment, refusals, rows, units
+from benchmarks.harness import environment, plans, refusals, rows
 from benchmarks.harness.cases import Case
 from benchmarks.harness.rows import Row
 
@@ -60,34 +60,13 @@ def _run(job: Run) -> Row:
 
     case, device = job.case, jax.devices()[0]
     workload = layers.build(case)
-    jitted = jax.jit(workload.fn, donate_argnums=workload.donate_argnums)
-    lowered = jitted.lower(*workload.args)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    compile_seconds = time.perf_counter() - start
-
-    plan = compiled.memory_analysis()
-    memory = plan.argument_size_in_bytes + plan.output_size_in_bytes
-    memory += plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    row = functools.partial(
-        rows.of_case,
-        case,
-        job.where,
-        device=device.device_kind,
-        is_default=_is_default(case, environment.xla_platform(device)),
-        memory_kind="host" if device.platform == "cpu" else "HBM",
-        memory_bytes=memory,
-        temp_bytes=plan.temp_size_in_bytes,
-        compile_seconds=compile_seconds,
-    )
+    compiled, plan = plans.compiled(workload.fn, workload.args, device, workload.donate_argnums)
+    is_default = _is_default(case, environment.xla_platform(device))
+    row = functools.partial(rows.of_case, case, job.where, is_default=is_default, **plan)
     notes = workload.notes
-    there = environment.host_bytes() if device.platform == "cpu" else None
-    if there is not None and memory > there:
-        # Trying would have the kernel end some process or other.
-        reason = f"needs {units.size(memory)} of host memory, the machine has {units.size(there)}"
-        return row(
-            status=rows.OUT_OF_MEMORY, reason=reason, requested_bytes=memory, available_bytes=there
-        )
+    refusal = plans.too_large(plan["memory_bytes"], device)
+    if refusal:
+        return row(**refusal)
 
     params, cache, x = inputs.random_like(workload.args, ints=workload.ints)
     jax.block_until_ready((params, cache, x))
@@ -136,23 +115,14 @@ def _compile(job: Compile) -> Row:
     report = aot.analyze(
         workload.fn, *workload.args, target=chip, donate_argnums=workload.donate_argnums
     )
-    refusal = refusals.of_refusal(report.refusal) if report.refusal is not None else {}
     with aot.tracing_for(chip):
         is_default = _is_default(case, chip.platform)
     return rows.of_case(
         case,
         job.where,
-        device=report.device_kind,
         is_default=is_default,
-        memory_kind="host" if chip.platform == "cpu" else "HBM",
-        memory_bytes=report.total_bytes,
-        temp_bytes=report.temp_bytes,
-        compile_seconds=report.compile_seconds,
-        flops=report.flops,
-        bytes_accessed=report.bytes_accessed,
-        cost_is_lower_bound=report.cost_is_lower_bound,
         notes="; ".join([*workload.notes, *report.notes]) or None,
-        **refusal,
+        **plans.of_report(report, chip.platform),
     )
 
 

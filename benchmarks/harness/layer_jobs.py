@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from benchmarks.harness import environment, layer_rows, refusals, rows, units
+from benchmarks.harness import environment, layer_rows, plans, refusals
 from benchmarks.harness.layer_cases import Case
 from benchmarks.harness.layer_rows import HERE, Cell
 
@@ -64,31 +64,12 @@ def _run(job: Run) -> Cell:
     case, device = job.case, jax.devices()[0]
     platform = environment.xla_platform(device)
     workload = layer_build.build(case, platform)
-    lowered = jax.jit(workload.fn).lower(*workload.args)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    compile_seconds = time.perf_counter() - start
-    plan = compiled.memory_analysis()
-    memory = plan.argument_size_in_bytes + plan.output_size_in_bytes
-    memory += plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    cell = functools.partial(
-        layer_rows.of_case,
-        case,
-        job.where,
-        device=device.device_kind,
-        is_default=_is_default(case, platform),
-        memory_kind="host" if device.platform == "cpu" else "HBM",
-        memory_bytes=memory,
-        temp_bytes=plan.temp_size_in_bytes,
-        compile_seconds=compile_seconds,
-    )
-    there = environment.host_bytes() if device.platform == "cpu" else None
-    if there is not None and memory > there:
-        # Trying would have the kernel end some process or other.
-        reason = f"needs {units.size(memory)} of host memory, the machine has {units.size(there)}"
-        return cell(
-            status=rows.OUT_OF_MEMORY, reason=reason, requested_bytes=memory, available_bytes=there
-        )
+    compiled, plan = plans.compiled(workload.fn, workload.args, device)
+    is_default = _is_default(case, platform)
+    cell = functools.partial(layer_rows.of_case, case, job.where, is_default=is_default, **plan)
+    refusal = plans.too_large(plan["memory_bytes"], device)
+    if refusal:
+        return cell(**refusal)
     given = inputs.random_like(workload.args)
     jax.block_until_ready(given)
 
@@ -136,27 +117,18 @@ def _compile(job: Compile) -> Cell:
     aot.device(chip)  # first of all: it prepares the environment that JAX starts in
     workload = layer_build.build(case, chip.platform)
     report = aot.analyze(workload.fn, *workload.args, target=chip)
-    refusal = refusals.of_refusal(report.refusal) if report.refusal is not None else {}
     with aot.tracing_for(chip):
         is_default = _is_default(case, chip.platform)
-    flops = report.flops
-    if flops and report.cost_is_lower_bound:
-        flops = max(flops, layer_build.flops(case))
+    plan = plans.of_report(report, chip.platform)
+    if plan["flops"] and plan["cost_is_lower_bound"]:
+        plan["flops"] = max(plan["flops"], layer_build.flops(case))
     return layer_rows.of_case(
         case,
         job.where,
-        device=report.device_kind,
         is_default=is_default,
-        memory_kind="host" if chip.platform == "cpu" else "HBM",
-        memory_bytes=report.total_bytes,
-        temp_bytes=report.temp_bytes,
-        compile_seconds=report.compile_seconds,
-        flops=flops,
-        bytes_accessed=report.bytes_accessed,
-        cost_is_lower_bound=report.cost_is_lower_bound,
-        roofline=roofline(chip, flops, report.bytes_accessed),
+        roofline=roofline(chip, plan["flops"], plan["bytes_accessed"]),
         notes="; ".join(report.notes) or None,
-        **refusal,
+        **plan,
     )
 
 
