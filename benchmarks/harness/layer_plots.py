@@ -27,7 +27,7 @@ def plot(path: pathlib.Path, cells: Sequence[Cell], environment: Environment) ->
     if not groups:
         return False
     figure, axes = plt.subplots(
-        2, len(groups), figsize=(max(5.0, 3.3 * len(groups)), 6.2), squeeze=False,
+        2, len(groups), figsize=(max(5.0, 3.9 * len(groups)), 6.2), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, ((sweep, where), group) in enumerate(groups.items()):
