@@ -30,7 +30,7 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axattn import aot
-from benchmarks.harness import cache_report, cache_sizes, environment, output, sections
+from benchmarks.harness import cache_report, cache_sizes, environment, jobs, output, sections
 
 TABLES = ("bytes", "million", "trace", "error", "steps")
 
@@ -76,8 +76,7 @@ def sizes() -> cache_report.Sizes:
 
 def targets() -> list[str]:
     """--target as a list without repetitions, or the compiler that there is."""
-    names = (name.strip() for text in _TARGET.value for name in text.split(","))
-    named = list(dict.fromkeys(name for name in names if name))
+    named = jobs.named_targets(_TARGET.value)
     if named:
         return named
     try:

@@ -79,8 +79,7 @@ def make_jobs(platform: str | None) -> list[jobs.Job]:
 
 def targets() -> list[str]:
     """--target, as a list without repetitions."""
-    names = (name.strip() for text in _TARGET.value for name in text.split(","))
-    return list(dict.fromkeys(name for name in names if name))
+    return jobs.named_targets(_TARGET.value)
 
 
 def implementations(platform: str) -> list[str]:

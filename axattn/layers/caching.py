@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from axattn._typing import Array, ArrayLike, Float, Integer
 from axattn.cache import Cache
+from axattn.layers.masking import as_given
 from axattn.layers.positions import rotate
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
@@ -52,9 +51,7 @@ def attend_over_cache(
         query, key = rotate(rope, query, key, where, None)
     if cache.stores_floats:
         key, value = key.astype(cache.dtype), value.astype(cache.dtype)
-    if mask is not None and not isinstance(mask, Mask):
-        mask = jnp.asarray(mask).astype(bool)
-    return cache.extend(query, key, value, lengths=lengths, mask=mask, **options)
+    return cache.extend(query, key, value, lengths=lengths, mask=as_given(mask), **options)
 
 
 def check_step(

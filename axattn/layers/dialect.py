@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from axattn._typing import Array, Float
 from axattn.attention import dot_product_attention
+from axattn.layers.masking import as_given
 from axattn.layers.weights import attention_weights, weighted_sum
 from axattn.masks import Mask
 
@@ -42,8 +43,7 @@ def flax_attention(
     Returns:
       [..., T, N, h] in the query's dtype.
     """
-    if mask is not None and not isinstance(mask, Mask):
-        mask = jnp.asarray(mask).astype(bool)
+    mask = as_given(mask)
     dropout_rate = 0.0 if deterministic else dropout_rate
     precision = options.pop("precision", None)
     plain_einsum = functools.partial(

@@ -12,6 +12,7 @@ from axattn import latent
 from axattn._typing import Array, ArrayLike, Float, Integer
 from axattn.cache import Cache
 from axattn.layers.caching import check_step
+from axattn.layers.masking import as_given
 from axattn.layers.options import count
 from axattn.layers.positions import rotate
 from axattn.masks import Mask
@@ -53,10 +54,6 @@ class LatentSizes:
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
-    def scale(self, rope: RotaryEmbedding) -> float:
-        """Of the logits, by the model's convention: 1 / sqrt(D + P), which YaRN changes."""
-        return yarn_softmax_scale(self.qk_head_dim, rope.scaling)
-
 
 @dataclasses.dataclass(frozen=True)
 class Projected:
@@ -94,6 +91,7 @@ def attend(
     projected: Projected,
     *,
     rope: RotaryEmbedding,
+    scale: float | None,
     positions: Integer[Array, "*leading T"] | None,
     form: latent.Form | None,
     mask: Array | Mask | None,
@@ -107,13 +105,15 @@ def attend(
 
     Args:
       projected: of the inputs.
-      rope, positions, form, mask, is_causal, cache, lengths: as in the layer.
+      rope, scale, positions, form, mask, is_causal, cache, lengths: as in the layer.
       options: more for `axattn.latent.latent_attention`, or for ``extend``.
       excluded: what a layer cannot do over a cache, by name, and whether it was asked for.
     """
     check_fields(rope, form)
-    if mask is not None and not isinstance(mask, Mask):
-        mask = jnp.asarray(mask).astype(bool)
+    mask = as_given(mask)
+    if scale is None:  # the model's convention: 1 / sqrt(D + P), which YaRN changes
+        scale = yarn_softmax_scale(projected.query.shape[-1], rope.scaling)
+    options = {**options, "scale": scale}
     if cache is None:
         if lengths is not None:
             raise ValueError("lengths takes None without a cache: use a mask")

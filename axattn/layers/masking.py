@@ -1,4 +1,4 @@
-"""Masks as arrays, for what cannot take their structure."""
+"""Masks as layers are given them, and as arrays for what cannot take their structure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import jax.numpy as jnp
 
 from axattn._typing import Array, Bool
 from axattn.masks import Mask
+
+
+def as_given(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
+    """Flax's masks have any dtype, nonzero is "attend": such a one as bool, others as they are."""
+    if mask is None or isinstance(mask, Mask):
+        return mask
+    return jnp.asarray(mask).astype(bool)
 
 
 def as_array(

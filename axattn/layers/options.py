@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 QK_NORMS = (None, "layer", "rms")
 
@@ -52,6 +53,11 @@ def qk_norm_kind(normalize_qk: bool, qk_norm: str | None) -> str | None:
             "at False to have qk_norm='rms'"
         )
     return "layer" if normalize_qk else qk_norm
+
+
+def static(value):
+    """A field that may be a sequence of numbers or names, as something hashable."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def requested(**options) -> dict:

@@ -13,7 +13,7 @@ from flax.linen.dtypes import promote_dtype
 from axattn import latent
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
-from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
+from axattn.layers.latent import LatentSizes, Projected, attend
 from axattn.layers.options import requested
 from axattn.linen.parameters import parameters
 from axattn.masks import Mask
@@ -111,7 +111,6 @@ class MultiHeadLatentAttention(nn.Module):
         Raises:
           ValueError: fields or arguments that do not fit together or with the cache.
         """
-        check_fields(self.rope, self.form)
         projected = self._project(inputs)
         stays = True
         if self.dropout_rate > 0.0:
@@ -126,6 +125,7 @@ class MultiHeadLatentAttention(nn.Module):
         x, cache = attend(
             projected,
             rope=self.rope,
+            scale=self.scale,
             positions=positions,
             form=self.form,
             mask=mask,
@@ -133,7 +133,6 @@ class MultiHeadLatentAttention(nn.Module):
             cache=cache,
             lengths=lengths,
             options=requested(
-                scale=LatentSizes.of(self).scale(self.rope) if self.scale is None else self.scale,
                 local_window_size=self.window,
                 logits_soft_cap=self.logits_soft_cap,
                 query_segment_ids=segment_ids,

@@ -15,7 +15,7 @@ from axattn.cache import Cache
 from axattn.layers import decode as decoding
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
-from axattn.layers.options import head_layout, qk_norm_kind, requested
+from axattn.layers.options import head_layout, qk_norm_kind, requested, static
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
 from axattn.masks import Mask
@@ -142,16 +142,12 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             )
         self.rope = rope
         self.qk_norm = norm
-        self.window = tuple(window) if isinstance(window, list) else window
+        self.window = static(window)
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
         self.fused_qkv = fused_qkv
-        self.implementation = (
-            implementation
-            if implementation is None or isinstance(implementation, str)
-            else tuple(implementation)
-        )
+        self.implementation = static(implementation)
 
     def _new_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
         init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()

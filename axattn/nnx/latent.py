@@ -14,7 +14,7 @@ from axattn import latent
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
-from axattn.layers.options import requested
+from axattn.layers.options import requested, static
 from axattn.masks import Mask
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
@@ -91,14 +91,11 @@ class MultiHeadLatentAttention(nnx.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.rope = rope
-        self.window = tuple(window) if isinstance(window, list) else window
+        self.scale = scale
+        self.window = static(window)
         self.logits_soft_cap = logits_soft_cap
         self.form = form
-        self.implementation = (
-            implementation
-            if implementation is None or isinstance(implementation, str)
-            else tuple(implementation)
-        )
+        self.implementation = static(implementation)
         self.dropout_rate = dropout_rate
         self.broadcast_dropout = broadcast_dropout
         self.deterministic = deterministic
@@ -106,7 +103,6 @@ class MultiHeadLatentAttention(nnx.Module):
         self.precision = precision
         check_fields(rope, form)
         sizes = LatentSizes.of(self)
-        self.scale = sizes.scale(rope) if scale is None else scale
 
         def dense(inputs, features, *, bias=False, axis=-1):
             return nnx.LinearGeneral(
@@ -207,6 +203,7 @@ class MultiHeadLatentAttention(nnx.Module):
         x, cache = attend(
             self._project(inputs),
             rope=self.rope,
+            scale=self.scale,
             positions=positions,
             form=self.form,
             mask=mask,
@@ -214,7 +211,6 @@ class MultiHeadLatentAttention(nnx.Module):
             cache=cache,
             lengths=lengths,
             options=requested(
-                scale=self.scale,
                 local_window_size=self.window,
                 logits_soft_cap=self.logits_soft_cap,
                 query_segment_ids=segment_ids,

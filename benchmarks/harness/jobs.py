@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 
 from benchmarks.harness import environment, plans, refusals, rows
 from benchmarks.harness.cases import Case
@@ -22,7 +23,7 @@ class Run:
 
     def __call__(self) -> Row:
         environment.choose_backend()
-        return _guarded(_run, self)
+        return refusals.guarded(_run, self, rows.of_case)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,10 @@ class Compile:
     where: str
 
     def __call__(self) -> Row:
-        return _guarded(_compile, self)
+        return refusals.guarded(_compile, self, rows.of_case)
 
 
 Job = Run | Compile
-
-
-def _guarded(body, job: Job) -> Row:
-    """The row, or one that says why there is none."""
-    try:
-        return body(job)
-    except Exception as error:
-        return rows.of_case(job.case, job.where, **refusals.of_error(error))
 
 
 def _is_default(case: Case, platform: str) -> bool:
@@ -124,6 +117,12 @@ def _compile(job: Compile) -> Row:
         notes="; ".join([*workload.notes, *report.notes]) or None,
         **plans.of_report(report, chip.platform),
     )
+
+
+def named_targets(values: Sequence[str]) -> list[str]:
+    """A repeatable flag --target, whose values may have commas, as a list without repetitions."""
+    names = (name.strip() for text in values for name in text.split(","))
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def target_platform(name: str) -> str:

@@ -24,7 +24,7 @@ class Run:
 
     def __call__(self) -> Cell:
         environment.choose_backend()
-        return _guarded(_run, self)
+        return refusals.guarded(_run, self, layer_rows.of_case)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +35,10 @@ class Compile:
     where: str
 
     def __call__(self) -> Cell:
-        return _guarded(_compile, self)
+        return refusals.guarded(_compile, self, layer_rows.of_case)
 
 
 Job = Run | Compile
-
-
-def _guarded(body: Callable[[Job], Cell], job: Job) -> Cell:
-    try:
-        return body(job)
-    except Exception as error:
-        return layer_rows.of_case(job.case, job.where, **refusals.of_error(error))
 
 
 def _is_default(case: Case, platform: str) -> bool:

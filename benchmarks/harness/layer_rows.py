@@ -112,18 +112,16 @@ def compared(cell: Cell, base: Cell | None) -> Cell:
     bounds = base.cost_is_lower_bound or cell.cost_is_lower_bound
     return dataclasses.replace(
         cell,
-        speedup=_divide(base.time, cell.time),
-        memory_ratio=_divide(cell.memory_bytes, base.memory_bytes),
-        roofline_ratio=None if bounds else _divide(base.roofline, cell.roofline),
+        speedup=units.quotient(base.time, cell.time),
+        memory_ratio=units.quotient(cell.memory_bytes, base.memory_bytes),
+        roofline_ratio=None if bounds else units.quotient(base.roofline, cell.roofline),
     )
 
 
-def _divide(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def _bound(cell: Cell, text: str) -> str:
-    return f">{text}" if cell.cost_is_lower_bound and text != units.NOTHING else text
+def _roofline(cell: Cell) -> str:
+    return (">" if cell.cost_is_lower_bound and cell.roofline else "") + units.seconds(
+        cell.roofline
+    )
 
 
 def _time(cell: Cell) -> str:
@@ -162,9 +160,9 @@ def columns(where: str, platform: str, first: str = "layer") -> list[Column]:
     return [
         *shared,
         *sizes,
-        Column("FLOPs", 9, lambda c: _bound(c, units.amount(c.flops))),
-        Column("Accessed", 9, lambda c: _bound(c, units.amount(c.bytes_accessed, "B"))),
-        Column("Roofline", 9, lambda c: _bound(c, units.seconds(c.roofline))),
+        Column("FLOPs", 9, tables.flops),
+        Column("Accessed", 9, tables.bytes_accessed),
+        Column("Roofline", 9, _roofline),
         why,
     ]
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import rows
+
+
+def guarded(body: Callable[[Any], Any], job: Any, of_case: Callable[..., Any]) -> Any:
+    """What ``body`` makes of a job, or ``of_case(case, where, ...)`` with why there is nothing."""
+    try:
+        return body(job)
+    except Exception as error:
+        return of_case(job.case, job.where, **of_error(error))
 
 
 def of_error(error: Exception) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import types
 import typing
 from typing import Any
 
+from benchmarks.harness import units
 from benchmarks.harness.cases import BASELINE, Case, Config
 
 OK, OUT_OF_MEMORY, UNSUPPORTED, FAILED = "ok", "out_of_memory", "unsupported", "failed"
@@ -121,11 +122,7 @@ def with_ratios(row: Row, rows: list[Row]) -> Row:
         if base.implementation == BASELINE and base.question == row.question:
             return dataclasses.replace(
                 row,
-                speedup=_divide(base.time, row.time),
-                memory_ratio=_divide(row.memory_bytes, base.memory_bytes),
+                speedup=units.quotient(base.time, row.time),
+                memory_ratio=units.quotient(row.memory_bytes, base.memory_bytes),
             )
     return row
-
-
-def _divide(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None

@@ -43,11 +43,11 @@ def iterations(row: Row) -> str:
     return units.NOTHING if row.iterations is None else f"{row.repetitions}x{row.iterations}"
 
 
-def flops(row: Row) -> str:
+def flops(row: Any) -> str:
     return (">" if row.cost_is_lower_bound and row.flops else "") + units.amount(row.flops)
 
 
-def bytes_accessed(row: Row) -> str:
+def bytes_accessed(row: Any) -> str:
     bound = ">" if row.cost_is_lower_bound and row.bytes_accessed else ""
     return bound + units.amount(row.bytes_accessed, "B")
 

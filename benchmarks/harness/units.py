@@ -36,6 +36,11 @@ def amount(value: float | None, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
+def quotient(a: float | None, b: float | None) -> float | None:
+    """``a / b``, or None where one of them is not known."""
+    return a / b if a and b else None
+
+
 def ratio(value: float | None) -> str:
     """``3.42x``."""
     return NOTHING if value is None else f"{_three(value)}x"

@@ -10,6 +10,7 @@ import pytest
 
 import axattn
 from axattn import aot
+from tests.aot.compilers import need
 
 pytestmark = [
     pytest.mark.aot,
@@ -25,14 +26,6 @@ MiB = 2**20
 @pytest.fixture(params=["h200"])
 def target(request):
     return need(request.param)
-
-
-def need(name):
-    try:
-        aot.check_installed(aot.target(name))
-    except aot.MissingCompilerError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def compiled_row(kernel, kind, sizes, target, dtype="bfloat16"):

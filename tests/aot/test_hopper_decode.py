@@ -13,6 +13,7 @@ import pytest
 import axattn
 from axattn import aot
 from axattn.cache import DenseCache, PagedCache, RingCache
+from tests.aot.compilers import need
 
 pytestmark = [
     pytest.mark.aot,
@@ -23,14 +24,6 @@ MiB = 2**20
 
 # Mosaic keeps what it compiled and says nothing the second time: no two programs are alike.
 _BATCHES = itertools.count(2)
-
-
-def need(name):
-    try:
-        aot.check_installed(aot.target(name))
-    except aot.MissingCompilerError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def make(kind, B, S, K, H, page=64, **options):

@@ -12,19 +12,12 @@ import axattn.linen
 from axattn import aot, latent
 from axattn.cache import DenseCache
 from axattn.rotary import RotaryEmbedding
+from tests.aot.compilers import need
 
 pytestmark = pytest.mark.aot
 
 BATCH, LENGTH, HIDDEN = 4, 8192, 7168
 DEEPSEEK = dict(num_heads=128, q_lora_rank=1536, rope=RotaryEmbedding(interleaved=True))
-
-
-def need(name):
-    try:
-        aot.check_installed(aot.target(name))
-    except aot.MissingCompilerError as error:
-        pytest.skip(str(error))
-    return name
 
 
 @functools.cache

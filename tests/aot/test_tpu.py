@@ -11,6 +11,7 @@ import pytest
 
 import axattn
 from axattn import aot
+from tests.aot.compilers import need
 
 pytestmark = pytest.mark.aot
 
@@ -33,14 +34,6 @@ MODELS = {
     "Phi-2": (32, 32, 80, 80, {}),
     "DeepSeek-V3": (128, 128, 192, 128, {}),
 }
-
-
-def need(name):
-    try:
-        aot.check_installed(aot.target(name))
-    except aot.MissingCompilerError as error:
-        pytest.skip(str(error))
-    return name
 
 
 def structs(B=1, T=8192, N=16, K=2, H=128, h=None, dtype=jnp.bfloat16):
