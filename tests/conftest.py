@@ -17,7 +17,7 @@ from axattn import attention
 from axattn.implementations import blocks, registry
 
 # Before any backend starts: shard_map is tested on simulated devices.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 _tests = itertools.count(1)

@@ -123,20 +123,22 @@ class Call:
 
 
 def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str, np.ndarray]]:
-    """Output, LSE and all gradients of each implementation, from one program."""
+    """Output, LSE and all gradients of each implementation, from one program.
+
+    An implementation is a name, or a function in the place of `axattn.dot_product_attention`.
+    """
     arrays = {k: v for k, v in call.options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
     static = {k: v for k, v in call.options.items() if k not in arrays}
 
     def program(inputs, arrays, cotangents):
         def run(implementation):
             def attend(inputs):
-                return axattn.dot_product_attention(
-                    **inputs,
-                    **arrays,
-                    **static,
-                    implementation=implementation,
-                    return_residual=True,
-                )
+                function = implementation
+                if not callable(function):
+                    function = functools.partial(
+                        axattn.dot_product_attention, implementation=implementation
+                    )
+                return function(**inputs, **arrays, **static, return_residual=True)
 
             (out, lse), pull = jax.vjp(attend, inputs)
             return {"out": out, "lse": lse, **pull(cotangents)[0]}

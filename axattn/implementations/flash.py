@@ -109,15 +109,19 @@ def _flash_forward(ways: Ways, inputs: Gradients, rest: AttentionCall):
 
 def _flash_backward(ways: Ways, residuals, cotangents):
     inputs, rest, out, lse = residuals
-    return _gradients(ways, _with_inputs(rest, inputs), out, lse, *cotangents), None
+    return gradients(ways, _with_inputs(rest, inputs), out, lse, *cotangents), None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(ways: Ways, call: AttentionCall, *arrays: jax.Array) -> Gradients:
+def gradients(ways: Ways, call: AttentionCall, *arrays: jax.Array) -> Gradients:
+    """Of a call with the output, LSE and their cotangents ``arrays``.
+
+    The output and the LSE may be those of more keys than the call has: these keys' share is found.
+    """
     return _per_platform(ways, "backward", call, *arrays)
 
 
-@_gradients.defjvp
+@gradients.defjvp
 def _no_second_derivative(ways, primals, tangents):
     raise NotImplementedError(
         f'implementation {_names(ways)} has no second derivative and no forward mode: ask for "xla"'

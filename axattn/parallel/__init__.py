@@ -1,0 +1,15 @@
+"""Attention on several devices: shared-out batches and heads, and sequences (context parallelism).
+
+    axes = parallel.Axes(batch="data", heads="model", sequence="context")
+    out = parallel.attention(query, key, value, axes=axes, mesh=mesh, is_causal=True)
+
+Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on what a device has,
+and `local_attention` attends across the shards of a sequence.
+"""
+
+from axattn.parallel.attention import attention, explain, local_attention
+from axattn.parallel.axes import Axes
+from axattn.parallel.costs import Links
+from axattn.parallel.layouts import positions
+
+__all__ = ["Axes", "Links", "attention", "explain", "local_attention", "positions"]

@@ -1,0 +1,64 @@
+"""Which axes of a mesh share out what of an attention call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+Names = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Names of mesh axes; None or () where nothing is shared out.
+
+    Attributes:
+      batch: of the rows of the batch.
+      heads: of the query heads, and of the key/value heads as far as these go.
+      sequence: of the tokens, of queries and of keys: context parallelism. One axis.
+    """
+
+    batch: Names = None
+    heads: Names = None
+    sequence: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.sequence, str | None):
+            raise TypeError(f"sequence takes the name of one mesh axis, got {self.sequence!r}")
+        used = [*names_of("batch", self.batch), *names_of("heads", self.heads)]
+        used += names_of("sequence", self.sequence)
+        twice = sorted({name for name in used if used.count(name) > 1})
+        if twice:
+            raise ValueError(f"an axis shares out one thing; used more than once: {twice}")
+
+    def size(self, mesh: Any, what: str) -> int:
+        """Into how many parts ``what`` ("batch", "heads" or "sequence") is cut."""
+        return math.prod(mesh.shape[name] for name in names_of(what, getattr(self, what)))
+
+    def check(self, mesh: Any) -> None:
+        """ValueError for an axis that the mesh does not have."""
+        for what in ("batch", "heads", "sequence"):
+            for name in names_of(what, getattr(self, what)):
+                if name not in mesh.shape:
+                    raise ValueError(
+                        f"{what} takes axes of the mesh, {tuple(mesh.shape)}, got {name!r}"
+                    )
+
+
+def names_of(what: str, names: Names) -> tuple[str, ...]:
+    """As a tuple."""
+    names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} takes names of mesh axes, got {names!r}")
+    return names
+
+
+def mesh_or_current(mesh: Any) -> Any:
+    """``mesh``, or that of the context; ValueError where there is none."""
+    found = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not found.axis_names:
+        raise ValueError("mesh takes a Mesh where none is set (jax.set_mesh), got None")
+    return found

@@ -1,0 +1,144 @@
+"""What each strategy moves and computes, by arithmetic: the choice of one, and a table to print."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from axattn.masks import Mask
+from axattn.parallel import layouts, ulysses
+
+STRATEGIES = ("ring", "gather", "ulysses")
+
+# Positions that are looked at of each run of a shard, to count pairs.
+SAMPLES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Rates of a device, per second: FLOPs in bfloat16, and bytes to a neighbour, one way."""
+
+    flops: float = 459e12
+    bytes: float = 9e10
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One device's share before the sequence is cut, but for T and S, which are whole."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    itemsize: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device, forward.
+
+    Attributes:
+      refusal: why the strategy does not take the call, or None.
+      sent: bytes that the busiest device sends.
+      flops: of the busiest device.
+      held: bytes of keys and values of others that it holds at once.
+      seconds: of both, overlapped where the strategy overlaps.
+    """
+
+    strategy: str
+    refusal: str | None = None
+    sent: float = 0.0
+    flops: float = 0.0
+    held: float = 0.0
+    seconds: float = float("inf")
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"{self.strategy:8} {self.refusal}"
+        return (
+            f"{self.strategy:8} {self.seconds * 1e3:9.3f} ms  sends {self.sent / 2**20:9.1f} MiB  "
+            f"holds {self.held / 2**20:9.1f} MiB  {self.flops / 1e12:9.3f} TFLOP"
+        )
+
+
+def costs(
+    problem: Problem, mask: Mask, layout: str | None, shards: int, links: Links
+) -> list[Cost]:
+    """Of every strategy, the one to take first."""
+    found = [
+        _ring(problem, mask, layout, shards, links),
+        _gather(problem, mask, layout, shards, links),
+        _ulysses(problem, mask, layout, shards, links),
+    ]
+    return sorted(found, key=lambda cost: cost.seconds)
+
+
+def _kv_bytes(p: Problem, shards: int) -> float:
+    """Of one shard's keys and values."""
+    size = p.head_dim + p.value_head_dim
+    return p.batch * p.kv_len / shards * p.num_kv_heads * size * p.itemsize
+
+
+def _flops(p: Problem, pairs: float) -> float:
+    return 2.0 * p.batch * p.num_heads * pairs * (p.head_dim + p.value_head_dim)
+
+
+def _ring(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
+    hops = layouts.hops(mask, layout, shards, p.q_len, p.kv_len)
+    pairs = _pairs(p, mask, layout, shards)
+    block = _kv_bytes(p, shards)
+    # Hop by hop, computing while the next keys are on their way; all wait for the slowest.
+    seconds = 0.0
+    for i, distance in enumerate(hops):
+        busiest = max(pairs[r][(r - distance) % shards] for r in range(shards))
+        sends = block * (hops[i + 1] - distance) if i + 1 < len(hops) else 0.0
+        seconds += max(_flops(p, busiest) / links.flops, sends / links.bytes)
+    busiest = max(map(sum, pairs))
+    held = min(2, len(hops) - 1) * block
+    return Cost("ring", None, block * hops[-1], _flops(p, busiest), held, seconds)
+
+
+def _gather(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
+    busiest = _flops(p, max(map(sum, _pairs(p, mask, layout, shards))))
+    sent = _kv_bytes(p, shards) * (shards - 1)
+    # Both ways around at once.
+    seconds = sent / (2 * links.bytes) + busiest / links.flops
+    return Cost("gather", None, sent, busiest, sent, seconds)
+
+
+def _ulysses(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
+    refusal = ulysses.refuses(p.num_heads, p.num_kv_heads, shards)
+    if refusal:
+        return Cost("ulysses", refusal)
+    pairs = sum(map(sum, _pairs(p, mask, layout, shards)))
+    rows = p.batch * p.q_len / shards * p.num_heads * (p.head_dim + p.value_head_dim) * p.itemsize
+    keys = _kv_bytes(p, shards) * max(1, shards // p.num_kv_heads)
+    sent = (rows + keys) * (shards - 1) / shards
+    # On a ring a part travels a quarter of the way round on average, both ways.
+    seconds = sent * shards / 4 / (2 * links.bytes) + _flops(p, pairs / shards) / links.flops
+    return Cost("ulysses", None, sent, _flops(p, pairs / shards), keys, seconds)
+
+
+def _pairs(p: Problem, mask: Mask, layout: str | None, shards: int) -> list[list[float]]:
+    """Pairs of tokens that attend, of each shard's queries with each shard's keys; sampled."""
+    if layout is None:
+        share = p.q_len / shards * p.kv_len / shards
+        return [[share] * shards for _ in range(shards)]
+    found = np.zeros((shards, shards))
+    queries = layouts.runs(layout, shards, p.q_len)
+    keys = layouts.runs(layout, shards, p.kv_len)
+
+    def points(runs):
+        return np.concatenate([np.linspace(a, b, SAMPLES).round() for a, b in runs]).astype(int)
+
+    for r in range(shards):
+        at = points(queries[r])
+        for s in range(shards):
+            to = points(keys[s])
+            seen = layouts.allowed(mask, at[:, None], to[None])
+            found[r, s] = seen.mean() * p.q_len / shards * p.kv_len / shards
+    return found.tolist()

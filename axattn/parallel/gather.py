@@ -1,0 +1,49 @@
+"""Every shard gets all keys and values: cheap where heads share them. Inside ``shard_map``.
+
+The gradient of the gathering is a reduce-scatter: each shard gets the sum for its own keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn import mask_parts as parts
+from axattn.call import AttentionCall
+from axattn.masks import Mask
+
+Results = tuple[jax.Array, jax.Array]
+
+
+def whole(array: jax.Array | None, axis: str, dim: int = 1) -> jax.Array | None:
+    """All shards' parts, in order; what is the same everywhere stays as it is."""
+    if array is None or array.shape[dim] == 1:
+        return array
+    return lax.all_gather(array, axis, axis=dim, tiled=True)
+
+
+def attend(call: AttentionCall, axis: str, run: Callable[[AttentionCall], Results]) -> Results:
+    """``run`` of this shard's queries over all keys."""
+    here = lax.axis_index(axis)
+
+    def part(one: parts.Part) -> parts.Part:
+        if isinstance(one, parts.Segments):
+            return dataclasses.replace(one, kv_ids=whole(one.kv_ids, axis))
+        if isinstance(one, parts.Lengths) and one.q is not None:
+            own = jnp.clip(one.q - here * call.q_len, 0, call.q_len)
+            return dataclasses.replace(one, q=own)
+        return one
+
+    return run(
+        dataclasses.replace(
+            call,
+            key=whole(call.key, axis),
+            value=whole(call.value, axis),
+            kv_positions=whole(call.kv_positions, axis),
+            mask=Mask(tuple(map(part, call.mask.parts))),
+        )
+    )

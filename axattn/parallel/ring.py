@@ -1,0 +1,166 @@
+"""Ring attention: keys and values travel, queries stay (Liu et al., arXiv:2310.01889).
+
+Inside ``shard_map``. At every hop a shard attends to the keys that it has, while the next ones are
+on their way; partial results are merged by their LSE. The backward pass rings as well: gradients of
+keys and values travel with them and come home. Hops that no shard needs are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._jax_compat import vary_over, varying_axes
+from axattn.call import AttentionCall
+from axattn.implementations import flash
+from axattn.implementations.chunked_backward import Gradients
+from axattn.parallel import hop
+from axattn.parallel.merge import merged
+
+
+class Ring(NamedTuple):
+    """Static facts; hashable."""
+
+    axis: str
+    shards: int
+    hops: tuple[int, ...]  # distances, 0 first
+    ways: flash.Ways
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all distances are there: then a loop does them, and the program stays short."""
+        return self.hops == tuple(range(self.shards)) and self.shards > 2
+
+
+def attend(ring: Ring, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, t, N, h]`` in the query's dtype and LSE ``[B, t, N]`` of this shard."""
+    axes = varying_axes(*jax.tree.leaves(call)) | {ring.axis}
+    call = vary_over(call, axes)
+    inputs = Gradients(*(getattr(call, name) for name in Gradients._fields))
+    rest = dataclasses.replace(call, **dict.fromkeys(Gradients._fields))
+    return _ring(ring, inputs, rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    call = dataclasses.replace(rest, **inputs._asdict())
+    here = lax.axis_index(ring.axis)
+
+    def one(keys: hop.Moving, distance, first: bool):
+        source = (here - distance) % ring.shards
+        out, lse = flash.attend(hop.call_of(call, keys, here, source, first=first), ring.ways)
+        return out.astype(jnp.float32), lse
+
+    keys = hop.moving(call)
+    upcoming = _next(ring, keys, 0)
+    result = one(keys, 0, True)
+    if ring.uniform:
+
+        def step(carry, distance):
+            keys, result = carry
+            upcoming = hop.shifted(keys, ring.axis, ring.shards, 1)
+            return (upcoming, merged(result, one(keys, distance, False))), None
+
+        distances = jnp.arange(1, ring.shards - 1)
+        (upcoming, result), _ = lax.scan(step, (upcoming, result), distances)
+        result = merged(result, one(upcoming, ring.shards - 1, False))
+    else:
+        for i, distance in enumerate(ring.hops[1:], 1):
+            keys, upcoming = upcoming, _next(ring, upcoming, i)
+            result = merged(result, one(keys, distance, False))
+    out, lse = result
+    return out.astype(call.query.dtype), lse
+
+
+def _next(ring: Ring, tree: Any, i: int) -> Any:
+    """``tree`` from where hop ``i`` has it to where the next one wants it."""
+    if i + 1 == len(ring.hops):
+        return tree
+    return hop.shifted(tree, ring.axis, ring.shards, ring.hops[i + 1] - ring.hops[i])
+
+
+def _forward(ring: Ring, inputs: Gradients, rest: AttentionCall):
+    out, lse = _ring(ring, inputs, rest)
+    return (out, lse), (inputs, rest, out, lse)
+
+
+class _Sums(NamedTuple):
+    """Float32 gradients of what stays, and of what travels (key and value)."""
+
+    query: jax.Array
+    bias: jax.Array | None
+    scale: jax.Array | None
+    key: jax.Array
+    value: jax.Array
+
+
+def _backward(ring: Ring, residuals, cotangents):
+    inputs, rest, out, lse = residuals
+    call = dataclasses.replace(rest, **inputs._asdict())
+    here = lax.axis_index(ring.axis)
+
+    def one(keys: hop.Moving, sums: _Sums, distance, first: bool):
+        source = (here - distance) % ring.shards
+        local = hop.call_of(call, keys, here, source, first=first)
+        found = flash.gradients(ring.ways, local, out, lse, *cotangents)
+        return _added(sums, found, source * keys.key.shape[1]), found.sinks
+
+    sums = _Sums(*(
+        None if x is None else jnp.zeros_like(x, jnp.float32)
+        for x in (call.query, call.bias, call.traced_scale, call.key, call.value)
+    ))  # fmt: skip
+    sums = vary_over(sums, varying_axes(*jax.tree.leaves(call)))
+    keys = hop.moving(call)
+    sums, sinks = one(keys, sums, 0, True)
+
+    def moved(tree, distance):
+        return hop.shifted(tree, ring.axis, ring.shards, distance)
+
+    def with_keys(sums, distance):
+        key, value = moved((sums.key, sums.value), distance)
+        return sums._replace(key=key, value=value)
+
+    if ring.uniform:
+
+        def step(carry, distance):
+            keys, sums = carry
+            keys, sums = moved(keys, 1), with_keys(sums, 1)
+            return (keys, one(keys, sums, distance, False)[0]), None
+
+        (_, sums), _ = lax.scan(step, (keys, sums), jnp.arange(1, ring.shards))
+    else:
+        for before, distance in zip(ring.hops, ring.hops[1:], strict=False):
+            keys, sums = moved(keys, distance - before), with_keys(sums, distance - before)
+            sums, _ = one(keys, sums, distance, False)
+    sums = with_keys(sums, -ring.hops[-1])
+    found = Gradients(sums.query, sums.key, sums.value, sums.bias, sinks, sums.scale)
+    cast = (
+        None if x is None else x.astype(like.dtype) for x, like in zip(found, inputs, strict=True)
+    )
+    return Gradients(*cast), None
+
+
+def _added(sums: _Sums, found: Gradients, kv_first: jax.Array) -> _Sums:
+    bias = sums.bias
+    if bias is not None:
+        part = found.bias.astype(jnp.float32)
+        if bias.shape[-1] != 1:
+            part += hop.columns(bias, kv_first, part.shape[-1])
+            bias = lax.dynamic_update_slice_in_dim(bias, part, kv_first, bias.ndim - 1)
+        else:
+            bias = bias + part
+    return _Sums(
+        sums.query + found.query,
+        bias,
+        None if sums.scale is None else sums.scale + found.traced_scale,
+        sums.key + found.key,
+        sums.value + found.value,
+    )
+
+
+_ring.defvjp(_forward, _backward)

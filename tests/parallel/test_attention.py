@@ -1,0 +1,210 @@
+"""Attention over a mesh is attention on one device: strategies, masks, heads, gradients."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from axattn import Mask, parallel
+from axattn.parallel import costs
+from tests import cases, precision
+from tests.cases import Shape
+from tests.precision import Call
+
+AXES = parallel.Axes(batch="data", heads="model", sequence="context")
+T = 48
+HEADS = {"MHA": (8, 8), "GQA": (8, 2), "MQA": (8, 1)}
+
+
+def segments(rng):
+    ids = np.sort(rng.integers(0, 4, (2, T)), -1)
+    return dict(query_segment_ids=ids, is_causal=True)
+
+
+MASKS = {
+    "nothing": lambda rng: {},
+    "causal": lambda rng: dict(is_causal=True),
+    "window": lambda rng: dict(local_window_size=(9, 0)),
+    "two-sided window": lambda rng: dict(local_window_size=(5, 11), logits_soft_cap=3.0),
+    "prefix": lambda rng: dict(mask=Mask.prefix(13)),
+    "segments": segments,
+    "lengths": lambda rng: dict(
+        query_seq_lengths=np.array([T, 21]), key_value_seq_lengths=np.array([17, 40])
+    ),
+    "dense, bias, sinks": lambda rng: dict(
+        mask=rng.random((2, 8, T, T)) < 0.5,
+        bias=rng.normal(size=(1, 8, T, T)),
+        sinks=rng.normal(size=8),
+        alibi_slopes=np.linspace(0.01, 0.3, 8).astype(np.float32),
+    ),
+}
+
+
+def call_of(mask, heads, dtype=jnp.float32):
+    rng = np.random.default_rng(5)
+    N, K = HEADS[heads]
+    shape = Shape(B=2, T=T, S=T, N=N, K=K, H=16, h=8)
+    call = Call(cases.arrays(rng, shape, dtype), MASKS[mask](rng))
+    for extra in ("bias", "sinks"):
+        if extra in call.options:
+            call.inputs[extra] = jnp.asarray(call.options.pop(extra), dtype)
+    if isinstance(call.options.get("mask"), Mask):
+        array = np.asarray(call.options["mask"].materialize(T, T))
+        call.reference_options = call.options | {"mask": array}
+    if mask == "lengths":
+        behind = {
+            name: cases.behind(T, call.options[f"{long}_seq_lengths"])
+            for name, long in (("query", "query"), ("key", "key_value"), ("value", "key_value"))
+        }
+        call.poison = behind
+    return call
+
+
+MESHES = [dict(context=8), dict(data=2, model=2, context=2), dict(model=2, context=4)]
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_strategies(mesh_of, strategy, mask, heads):
+    """Kinds of meshes take turns."""
+    turn = list(MASKS).index(mask) + costs.STRATEGIES.index(strategy) + list(HEADS).index(heads)
+    mesh = mesh_of(**MESHES[turn % 3])
+    attend = functools.partial(parallel.attention, axes=AXES, mesh=mesh, strategy=strategy)
+    precision.check(call_of(mask, heads), (attend,))
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+@pytest.mark.parametrize("mask", ["causal", "window", "prefix"])
+def test_zigzag(mesh_of, strategy, mask):
+    """Tokens in another order, which masks know by their positions."""
+    order = parallel.positions("zigzag", 4, T)
+    back = np.argsort(order)
+
+    def attend(query, key, value, **options):
+        out, lse = parallel.attention(
+            *(x[:, order] for x in (query, key, value)), axes=AXES, mesh=mesh_of(model=2, context=4),
+            strategy=strategy, layout="zigzag", **options,
+        )  # fmt: skip
+        return out[:, back], lse[:, back]
+
+    precision.check(call_of(mask, "GQA"), (attend,))
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+def test_low_precision(mesh_of, strategy):
+    attend = functools.partial(
+        parallel.attention, axes=AXES, mesh=mesh_of(model=2, context=4), strategy=strategy
+    )
+    precision.check(call_of("causal", "GQA", jnp.bfloat16), (attend,))
+
+
+@pytest.mark.parametrize("model", [1, 2, 4, 8])
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+def test_heads_and_batches_alone(mesh_of, model, implementation):
+    """More ways than key/value heads, too."""
+    axes = parallel.Axes(batch="data", heads="model")
+    mesh = mesh_of(data=min(2, 8 // model), model=model)
+    attend = functools.partial(
+        parallel.attention, axes=axes, mesh=mesh, implementation=implementation
+    )
+    precision.check(call_of("dense, bias, sinks", "GQA"), (attend,))
+
+
+# ---- what moves --------------------------------------------------------------------------------
+
+
+def program(mesh, strategy, backward=False, **options):
+    """Optimized HLO of attention whose arrays are shared out; no dimension is like another."""
+    shapes = (2, 64, 12, 20), (2, 64, 4, 20), (2, 64, 4, 28)
+    spec = jax.sharding.NamedSharding(mesh, jax.P("data", "context", "model", None))
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=spec) for s in shapes]
+
+    def attend(q, k, v):
+        return parallel.attention(q, k, v, axes=AXES, mesh=mesh, strategy=strategy, **options)
+
+    def gradients(q, k, v):
+        return jax.vjp(attend, q, k, v)[1](jnp.ones((2, 64, 12, 28)))
+
+    return jax.jit(gradients if backward else attend).lower(*arrays).compile().as_text()
+
+
+def moved(text, kind):
+    """Shapes that collectives of a kind give."""
+    found = re.findall(rf"= \(?([^=]*?) {kind}(?:-start)?\(", text)
+    return [shape for line in found for shape in re.findall(r"\w+\[[\d,]*\]", line)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_ring_moves_keys_and_values_of_their_own_heads(mesh_of, backward):
+    """Of 4 key/value heads on 2 ways: 2; and never a query."""
+    text = program(mesh_of(model=2, context=4), "ring", backward, is_causal=True)
+    for kind in ("all-gather", "all-to-all", "reduce-scatter"):
+        assert not moved(text, kind), kind
+    sizes = {int(np.prod([int(n) for n in shape.split("[")[1][:-1].split(",")]))
+             for shape in moved(text, "collective-permute")}  # fmt: skip
+    tokens = 2 * 16
+    assert sizes <= {tokens * 2 * 20, tokens * 2 * 28, 16}  # keys, values, positions
+
+
+def test_gathering_gathers_no_query(mesh_of):
+    text = program(mesh_of(model=2, context=4), "gather", is_causal=True)
+    sizes = [shape for shape in moved(text, "all-gather") if shape.startswith("f32")]
+    assert sizes and all(shape.endswith(("2,20]", "2,28]")) for shape in sizes), sizes
+    assert not moved(text, "collective-permute")
+
+
+@pytest.mark.parametrize("window, hops", [((9, 0), 1), ((16, 0), 1), ((17, 0), 2), ((3, 3), 2)])
+def test_windows_leave_hops_out(mesh_of, window, hops):
+    """Shards of 16 tokens: how far a window reaches is how often keys travel."""
+    text = program(mesh_of(context=4), "ring", local_window_size=window)
+    keys = [s for s in moved(text, "collective-permute") if s.endswith(",4,20]")]
+    assert len(keys) == hops
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, match, changes",
+    [
+        (ValueError, "heads takes axes of the mesh, .* got 'tensor'",
+         dict(axes=parallel.Axes(heads="tensor"))),
+        (ValueError, "used more than once: \\['data'\\]",
+         dict(axes=lambda: parallel.Axes(batch="data", heads="data"))),
+        (ValueError, "strategy takes one of .* got 'star'", dict(strategy="star")),
+        (ValueError, "layout takes one of .* got 'striped'", dict(layout="striped")),
+        (ValueError, "layout 'contiguous' takes lengths that are a multiple of 4 on 4 shards, got 50",
+         dict(length=50)),
+        (ValueError, "batch takes axes whose size divides 3 rows, got 2", dict(batch=3)),
+        (ValueError, "heads takes axes whose size divides 5 heads, got 2", dict(heads=(5, 1))),
+        (NotImplementedError, 'strategy "ulysses" needs query heads in multiples of 4, got 3',
+         dict(strategy="ulysses", heads=(3, 3), axes=parallel.Axes(sequence="context"))),
+        (ValueError, r"query takes \[B, T, N, H\]", dict(lead=(2, 2))),
+    ],
+)  # fmt: skip
+def test_errors(mesh_of, error, match, changes):
+    """Before anything is compiled."""
+    changes = dict(changes)
+    N, K = changes.pop("heads", (8, 2))
+    lead = changes.pop("lead", (changes.pop("batch", 2),))
+    length = changes.pop("length", 48)
+    q, kv = (jax.ShapeDtypeStruct((*lead, length, n, 16), jnp.float32) for n in (N, K))
+    given = dict(axes=AXES, mesh=mesh_of(data=2, context=4)) | changes
+    if N == 5:
+        given["mesh"] = mesh_of(model=2, context=4)
+    with pytest.raises(error, match=match):
+        axes = given.pop("axes")
+        axes = axes() if callable(axes) else axes
+        jax.eval_shape(functools.partial(parallel.attention, axes=axes, **given), q, kv, kv)
+
+
+def test_no_mesh():
+    q = jnp.ones((1, 8, 2, 4))
+    with pytest.raises(ValueError, match="mesh takes a Mesh where none is set"):
+        parallel.attention(q, q, q, axes=AXES)
