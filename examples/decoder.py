@@ -13,6 +13,7 @@ cache holds all that a local layer will ever read.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,14 @@ class Config:
 class Block(nnx.Module):
     """Attention and an MLP, each added to its input."""
 
-    def __init__(self, config: Config, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        window: int | None,
+        *,
+        attention_fn: Callable[..., Array],
+        rngs: nnx.Rngs,
+    ):
         c = config
         self.attention_norm = nnx.RMSNorm(c.features, dtype=c.dtype, rngs=rngs)
         self.attention = axattn.nnx.GroupedQueryAttention(
@@ -62,6 +70,7 @@ class Block(nnx.Module):
             dtype=c.dtype,
             use_bias=False,
             decode=False,
+            attention_fn=attention_fn,
             rope=None if window is None else axattn.rotary.RotaryEmbedding(c.rope_base),
             window=None if window is None else (window, 0),
             rngs=rngs,
@@ -70,24 +79,38 @@ class Block(nnx.Module):
         self.up = nnx.Linear(c.features, c.hidden, use_bias=False, dtype=c.dtype, rngs=rngs)
         self.down = nnx.Linear(c.hidden, c.features, use_bias=False, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, x, cache=None, lengths=None):
+    def __call__(self, x, cache=None, lengths=None, positions=None):
         y = self.attention_norm(x)
+        positions = None if self.attention.rope is None else positions
         if cache is None:
-            y = self.attention(y, is_causal=True)
+            y = self.attention(y, is_causal=True, positions=positions)
         else:
-            y, cache = self.attention(y, is_causal=True, cache=cache, lengths=lengths)
+            y, cache = self.attention(
+                y, is_causal=True, cache=cache, lengths=lengths, positions=positions
+            )
         x = x + y
         x = x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
         return x, cache
 
 
 class Decoder(nnx.Module):
-    """Tokens to logits. Input and output share one embedding."""
+    """Tokens to logits. Input and output share one embedding.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    ``attention_fn`` is what all layers attend with, where no cache does it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attention_fn: Callable[..., Array] = axattn.nnx.dot_product_attention,
+        rngs: nnx.Rngs,
+    ):
         c = self.config = config
         self.embedding = nnx.Embed(c.vocabulary, c.features, dtype=c.dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(c, window, rngs=rngs) for window in c.windows])
+        self.blocks = nnx.List(
+            [Block(c, window, attention_fn=attention_fn, rngs=rngs) for window in c.windows]
+        )
         self.norm = nnx.RMSNorm(c.features, dtype=c.dtype, rngs=rngs)
 
     def __call__(
@@ -96,6 +119,7 @@ class Decoder(nnx.Module):
         *,
         caches: tuple | None = None,
         lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "*B T"] | None = None,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple]:
         """Float32 logits of the token after each one.
 
@@ -104,6 +128,8 @@ class Decoder(nnx.Module):
           caches: one for each layer, as of `make_caches`.
           lengths: how many of a row's T tokens are real, at its front; the rest is padding, whose
             logits mean nothing. By default all are.
+          positions: [T] or [B, T], for RoPE, where the tokens are not in order. ``attention_fn``
+            has to know it, too.
 
         Returns:
           logits [B, T, V]; with caches, (logits, caches with these tokens in them).
@@ -111,7 +137,7 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         after = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, cache = block(x, cache, lengths)
+            x, cache = block(x, cache, lengths, positions)
             after.append(cache)
         logits = self.embedding.attend(self.norm(x)).astype(jnp.float32)
         return logits if caches is None else (logits, tuple(after))

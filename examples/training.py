@@ -44,19 +44,34 @@ def texts(seed: int) -> Iterator[np.ndarray]:
             yield data.documents(rng, batch, length + 1, filler_share)
 
 
+def loss_of(
+    model: Decoder,
+    inputs: jax.Array,
+    targets: jax.Array,
+    is_answer: jax.Array,
+    positions: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What is minimized, and the mean losses of (answers, other tokens), in nats.
+
+    Args:
+      inputs, targets: int32 [B, T], tokens and those that follow them.
+      is_answer: bool [B, T], which targets are digits asked for.
+      positions: as `Decoder` takes them.
+    """
+    logits = model(inputs, positions=positions)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    loss = jnp.average(losses, weights=jnp.where(is_answer, ANSWER_WEIGHT, 1.0))
+    return loss, (jnp.mean(losses, where=is_answer), jnp.mean(losses, where=~is_answer))
+
+
 @nnx.jit
 def update(
     model: Decoder, state: nnx.Optimizer, tokens: jax.Array, is_answer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One update of the model on tokens [B, T + 1], of which bool ``is_answer`` are digits asked
     for; returns the mean losses of (answers, other tokens), in nats."""
-    targets, answers = tokens[:, 1:], is_answer[:, 1:]
-
-    def loss_of(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), targets)
-        loss = jnp.average(losses, weights=jnp.where(answers, ANSWER_WEIGHT, 1.0))
-        return loss, (jnp.mean(losses, where=answers), jnp.mean(losses, where=~answers))
-
-    gradients, losses = nnx.grad(loss_of, has_aux=True)(model)
+    gradients, losses = nnx.grad(loss_of, has_aux=True)(
+        model, tokens[:, :-1], tokens[:, 1:], is_answer[:, 1:]
+    )
     state.update(model, gradients)
     return losses
