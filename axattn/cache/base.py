@@ -160,25 +160,14 @@ class Cache(abc.ABC):
           ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE. A row
           without tokens gives zeros.
         """
-        query = as_array("query", query)
-        length = query.shape[1] if query.ndim == 4 else 0  # else the door says what it takes
-        self._check_options(options, length, q_positions, is_causal)
-        if query_seq_lengths is not None:
-            query_seq_lengths = counts_of(
-                "query_seq_lengths", query_seq_lengths, self.batch, at_most=length
-            )
-        if q_positions is None and is_causal and length:
-            count = length if query_seq_lengths is None else query_seq_lengths
-            first = self.lengths - jnp.asarray(count, jnp.int32)
-            q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)
         return dot_product_attention(
-            query,
-            self.stored(),
-            None,
-            query_seq_lengths=query_seq_lengths,
-            q_positions=q_positions,
-            is_causal=is_causal,
-            **{**self._mask_options(), **options},
+            **self._arguments(
+                query,
+                query_seq_lengths=query_seq_lengths,
+                q_positions=q_positions,
+                is_causal=is_causal,
+                **options,
+            )
         )
 
     def extend(
@@ -258,6 +247,38 @@ class Cache(abc.ABC):
     @abc.abstractmethod
     def _places(self, counts: Array, length: int) -> Places: ...
 
+    def _arguments(
+        self,
+        query: Any,
+        *,
+        query_seq_lengths: ArrayLike | None = None,
+        q_positions: ArrayLike | None = None,
+        is_causal: bool = True,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """What `attend` asks `axattn.dot_product_attention`, by name."""
+        query = as_array("query", query)
+        length = query.shape[1] if query.ndim == 4 else 0  # else the door says what it takes
+        self._check_options(options, length, q_positions, is_causal)
+        if query_seq_lengths is not None:
+            query_seq_lengths = counts_of(
+                "query_seq_lengths", query_seq_lengths, self.batch, at_most=length
+            )
+        if q_positions is None and is_causal and length:
+            count = length if query_seq_lengths is None else query_seq_lengths
+            first = self.lengths - jnp.asarray(count, jnp.int32)
+            q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)
+        return {
+            **self._mask_options(),
+            **options,
+            "query": query,
+            "key": self.stored(),
+            "value": None,
+            "query_seq_lengths": query_seq_lengths,
+            "q_positions": q_positions,
+            "is_causal": is_causal,
+        }
+
     def _mask_options(self) -> dict[str, Any]:
         return {"key_value_seq_lengths": self.lengths}
 
@@ -269,6 +290,18 @@ class Cache(abc.ABC):
                 raise TypeError(f"attend takes no argument {name}: the cache knows it")
 
     def _append(self, key: Array, value: Array | None, counts: Array) -> Self:
+        counts, overflowed = self._admitted(counts)
+        places = self._places(counts, key.shape[1])
+        arrays = _write(self.arrays, self._encoded(key, value), places)
+        return dataclasses.replace(
+            self, arrays=arrays, lengths=self.lengths + counts, overflowed=overflowed
+        )
+
+    def _admitted(self, counts: Array) -> tuple[Array, Array]:
+        """How many of the new tokens each row takes, int32 [B], and its ``overflowed`` then.
+
+        Raises what `append` says of tokens that do not fit.
+        """
         fits, message = self._fits(counts)
         (overflowed,) = host(self.overflowed)
         if is_concrete(fits, overflowed):
@@ -281,15 +314,7 @@ class Cache(abc.ABC):
             fits = jnp.asarray(fits)
             _jax_compat.debug_check(fits.all(), message)
             counts = jnp.where(fits & ~self.overflowed, counts, 0)
-        counts = jnp.asarray(counts, jnp.int32)
-        places = self._places(counts, key.shape[1])
-        arrays = _write(self.arrays, self._encoded(key, value), places)
-        return dataclasses.replace(
-            self,
-            arrays=arrays,
-            lengths=self.lengths + counts,
-            overflowed=self.overflowed | ~jnp.asarray(fits),
-        )
+        return jnp.asarray(counts, jnp.int32), self.overflowed | ~jnp.asarray(fits)
 
     def _checked_tokens(
         self, key: Any, value: Any, lengths: Any

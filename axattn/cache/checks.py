@@ -13,7 +13,14 @@ from axattn._typing import Array
 
 
 def is_concrete(*arrays: Any) -> bool:
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    """Whether this process can look at the numbers now: not while tracing, nor on other hosts."""
+    return not any(isinstance(x, jax.core.Tracer) or _is_elsewhere(x) for x in arrays)
+
+
+def _is_elsewhere(x: Any) -> bool:
+    if not isinstance(x, jax.Array):
+        return isinstance(x, jax.ShapeDtypeStruct)
+    return not (x.is_fully_addressable or x.is_fully_replicated)
 
 
 def host(*arrays: Any) -> tuple[Any, ...]:

@@ -27,7 +27,16 @@ def merged_over(axis, part: Partial) -> Partial:
     top = lax.pmax(lse, axis)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weight = jnp.exp(lse - top)
-    total = lax.psum(weight, axis)
+    # Asked for together, which XLA makes one step on the wire of.
+    out, total = lax.psum((out.astype(jnp.float32) * weight[..., None], weight), axis)
     safe = jnp.where(total == 0, 1.0, total)
-    out = lax.psum(out.astype(jnp.float32) * weight[..., None], axis) / safe[..., None]
-    return out, jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
+    return out / safe[..., None], jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
+
+
+def with_sinks(part: Partial, sinks: jax.Array | None) -> Partial:
+    """Attention with one more score per head, float32 ``[N]``, that has no value."""
+    if sinks is None:
+        return part
+    out, lse = part
+    total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+    return out * jnp.exp(lse - total)[..., None], total

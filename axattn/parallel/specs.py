@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from jax.sharding import PartitionSpec
 
 from axattn import mask_parts as parts
@@ -15,20 +16,13 @@ from axattn.parallel.axes import Axes, Names
 def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:
     """The call with a spec in the place of each array; ``kv_heads``: the axes of K."""
     tokens = axes.batch, axes.sequence
-
-    def spec(array, *names):
-        if array is None:
-            return None
-        shape = getattr(array, "shape", ())
-        return PartitionSpec(*(None if n == 1 else a for n, a in zip(shape, names, strict=False)))
-
     return dataclasses.replace(
         call,
         query=PartitionSpec(*tokens, axes.heads, None),
         key=PartitionSpec(*tokens, kv_heads, None),
         value=PartitionSpec(*tokens, kv_heads, None),
         bias=spec(call.bias, axes.batch, axes.heads, axes.sequence, None),
-        mask=Mask(tuple(_of_part(part, axes, spec) for part in call.mask.parts)),
+        mask=of_mask(call.mask, axes),
         sinks=spec(call.sinks, axes.heads),
         traced_scale=spec(call.traced_scale),
         alibi_slopes=spec(call.alibi_slopes, axes.heads),
@@ -39,7 +33,20 @@ def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:
     )
 
 
-def _of_part(part: parts.Part, axes: Axes, spec) -> parts.Part:
+def of_mask(mask: Mask, axes: Axes) -> Mask:
+    """The normalized mask with a spec in the place of each array."""
+    return Mask(tuple(_of_part(part, axes) for part in mask.parts))
+
+
+def spec(array: jax.Array | None, *names: Names) -> PartitionSpec | None:
+    """The spec of an array whose dimensions these axes share out, but for those of size 1."""
+    if array is None:
+        return None
+    shape = getattr(array, "shape", ())
+    return PartitionSpec(*(None if n == 1 else a for n, a in zip(shape, names, strict=False)))
+
+
+def _of_part(part: parts.Part, axes: Axes) -> parts.Part:
     names = {
         "q_ids": (axes.batch, axes.sequence),
         "kv_ids": (axes.batch, axes.sequence),

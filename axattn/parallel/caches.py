@@ -1,0 +1,309 @@
+"""Caches that are shared out over a mesh: their rows, their heads, and the tokens of a row.
+
+    axes = parallel.Axes(batch="data", heads="model", sequence="context")
+    cache = ShardedCache.create(
+        DenseCache, batch, length, num_kv_heads, head_dim, dtype=jnp.int8, axes=axes, mesh=mesh
+    )
+    out, cache = cache.extend(query, key, value)
+
+What is stored stays where it is: a step reads its part on every device, and where the tokens of a
+row are on several devices (flash-decoding, as in Megatron's and Helix's context parallelism) the
+results are merged by their LSE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from axattn._jax_compat import resharded, vary_over, varying_axes
+from axattn._typing import ArrayLike
+from axattn.cache import Cache, DenseCache, PagedCache, RingCache
+from axattn.call import AttentionCall
+from axattn.implementations import registry
+from axattn.parallel import dealt, heads, specs
+from axattn.parallel.axes import Axes, mesh_or_current, names_of
+from axattn.parallel.held import HeldCache, resized
+
+# What `create` of each kind calls the rows and the slots of its arrays.
+_SIZES = {
+    DenseCache: ("batch", "length"),
+    PagedCache: ("num_pages", "page_size"),
+    RingCache: ("batch", None),
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("cache",),
+    meta_fields=("axes", "mesh", "num_kv_heads"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardedCache(HeldCache):
+    """A cache whose arrays lie in parts on the devices of a mesh.
+
+    It is passed in, returned and donated like any other, and the layers take it as ``cache=``. All
+    arguments and results are of the whole, as in `axattn.cache.Cache`. Rows are shared out over
+    ``axes.batch`` and key/value heads over ``axes.heads``: where these are more ways than K, each
+    device has the one head that its query heads read. Over ``axes.sequence`` tokens are dealt out,
+    token p to shard p % n, whatever the lengths of the rows; then queries go to all shards, and
+    outputs are added up.
+
+    Of a paged cache each shard of the batch has a pool of its own, which numbers its pages from 0:
+    one `PagePool` on the host for each, of ``num_pages`` pages of ``page_size`` tokens. A page has
+    its slots on all shards of the sequence.
+
+    Attributes:
+      cache: arrays of all devices. The slots of a row or page come shard by shard, and heads are
+        repeated where several devices have the same one.
+      axes, mesh: what is shared out over what.
+      num_kv_heads: K.
+    """
+
+    cache: Cache
+    axes: Axes
+    mesh: Any
+    num_kv_heads: int
+
+    @staticmethod
+    def create(
+        kind: type[Cache],
+        *sizes: Any,
+        axes: Axes,
+        mesh: Any = None,
+        abstract: bool = False,
+        **options: Any,
+    ) -> ShardedCache:
+        """An empty cache, each part of it made on its device.
+
+        Args:
+          kind: `DenseCache`, `PagedCache` or, where no sequence is shared out, `RingCache`.
+          *sizes, **options: of the whole, as ``kind.create`` takes them. ``num_pages`` are those of
+            all pools.
+          axes: which axes of the mesh share out what.
+          mesh: by default that of the context (``jax.set_mesh``).
+          abstract: shapes with shardings in place of arrays, to compile without devices.
+
+        Raises:
+          ValueError: sizes that the axes do not divide, an axis that the mesh does not have.
+          ValueError, TypeError: as ``kind.create``.
+        """
+        mesh = mesh_or_current(mesh)
+        axes.check(mesh)
+        jax.eval_shape(lambda: kind.create(*sizes, **options))  # its own checks
+        bound = inspect.signature(kind.create).bind(*sizes, **options)
+        given = bound.arguments
+        stored_heads = _check_sizes(kind, given, axes, mesh)
+        num_kv_heads, center = given["num_kv_heads"], given.get("key_center")
+        given["num_kv_heads"] = stored_heads
+        if center is not None:
+            center = jnp.repeat(jnp.asarray(center), stored_heads // num_kv_heads, axis=0)
+
+        def make(center):
+            if center is not None:
+                given["key_center"] = center
+            cache = kind.create(*bound.args, **bound.kwargs)
+            return ShardedCache(cache, axes, mesh, num_kv_heads)
+
+        shapes = jax.eval_shape(make, center)
+        if not abstract:
+            return jax.jit(make, out_shardings=shapes.shardings)(center)
+
+        def struct(shape, sharding):
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return jax.tree.map(struct, shapes, shapes.shardings)
+
+    @property
+    def shardings(self) -> ShardedCache:
+        """A NamedSharding in the place of each array: ``in_shardings``, say."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs)
+
+    @property
+    def specs(self) -> ShardedCache:
+        """A PartitionSpec in the place of each array."""
+        return dataclasses.replace(self, cache=_specs(self.cache, self.axes))
+
+    @property
+    def whole(self) -> Cache:
+        rows = self.cache.arrays.keys.shape[0]
+        if isinstance(self.cache, PagedCache):
+            rows //= self._ways("batch")  # pages that a table can name
+        return resized(self.cache, rows=rows, heads=self.num_kv_heads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales: of all parts, a head counted as often as it is there."""
+        return self.cache.nbytes
+
+    def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> ShardedCache:
+        """As `axattn.cache.PagedCache.with_table`; pages are those of the row's own pool."""
+        changed = super().with_table(block_table, lengths)
+        placed = {
+            name: jax.device_put(getattr(changed, name), getattr(self.shardings.cache, name))
+            for name in ("block_table", "lengths")
+        }
+        return self._with(**placed)
+
+    def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> ShardedCache:
+        """As `axattn.cache.PagedCache.copy_pages`, within each pool.
+
+        ``[n]``; where the batch is shared out ``[pools, n]``, filled up with -1.
+        """
+        pools, pairs = self._ways("batch"), [jnp.asarray(x) for x in (sources, targets)]
+        for name, x in zip(("sources", "targets"), pairs, strict=True):
+            if x.ndim != 1 + (pools > 1) or x.shape != pairs[0].shape or x.shape[0] != pools > 1:
+                takes = f"[{pools}, n]" if pools > 1 else "[n]"
+                raise ValueError(f"{name} takes int {takes} like the other, got shape {x.shape}")
+        pairs = [x.reshape(pools, -1) for x in pairs]
+        return dataclasses.replace(self, cache=_copy_pages(self, *pairs))
+
+    def fork(self, rows: ArrayLike) -> ShardedCache:
+        """As `axattn.cache.Cache.fork`, where the batch is not shared out."""
+        if self._ways("batch") > 1:
+            raise NotImplementedError("fork takes a cache whose rows are all on every device")
+        return dataclasses.replace(self, cache=self.cache.fork(rows))
+
+    def _ways(self, what: str) -> int:
+        return self.axes.size(self.mesh, what)
+
+    def _append(self, key, value, counts, overflowed):
+        if isinstance(self.cache, RingCache) and key.shape[1] > self.max_append:
+            raise ValueError(
+                f"key takes at most max_append = {self.max_append} tokens at a time in a ring on a "
+                f"mesh, got {key.shape[1]}"
+            )
+        cache = _append(self, key, value, jnp.asarray(counts), overflowed)
+        return dataclasses.replace(self, cache=cache)
+
+    def _attend(self, call, implementation):
+        ways = self._ways("heads")
+        if call.num_heads % ways:
+            raise ValueError(
+                f"heads takes axes whose size divides the {call.num_heads} query heads, got {ways}"
+            )
+        return _attend(self, call, implementation)
+
+
+def _check_sizes(kind: type[Cache], given: dict[str, Any], axes: Axes, mesh: Any) -> int:
+    """ValueError for what cannot be cut evenly; key/value heads of the arrays, of all devices."""
+    if kind not in _SIZES:
+        raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
+    rows, slots = _SIZES[kind]
+    shards = axes.size(mesh, "sequence")
+    if shards > 1 and slots is None:
+        raise ValueError("axes takes sequence=None for a RingCache, which is short as it is")
+    for name, what in (("batch", "batch"), (rows, "batch"), (slots, "sequence")):
+        size = axes.size(mesh, what)
+        if name is not None and given[name] % size:
+            raise ValueError(
+                f"{name} takes a multiple of {size}, the size of the axes {getattr(axes, what)!r} "
+                f"of {what}, got {given[name]}"
+            )
+    ways, num_kv_heads = axes.size(mesh, "heads"), given["num_kv_heads"]
+    if ways % num_kv_heads and num_kv_heads % ways:
+        raise ValueError(
+            f"heads takes axes whose size divides the {num_kv_heads} key/value heads or is a "
+            f"multiple of them, got {ways}"
+        )
+    return max(ways, num_kv_heads)
+
+
+def _specs(cache: Cache, axes: Axes) -> Cache:
+    """``cache`` with PartitionSpecs for arrays."""
+    row = PartitionSpec(axes.batch)
+    stored = axes.batch, axes.heads, axes.sequence, None
+    changes: dict[str, Any] = {
+        "arrays": jax.tree.map(lambda x: PartitionSpec(*stored[: x.ndim]), cache.arrays),
+        "lengths": row,
+        "overflowed": row,
+    }
+    if cache.key_center is not None:
+        changes["key_center"] = PartitionSpec(axes.heads, None)
+    for name in ("block_table", "positions"):
+        if hasattr(cache, name):
+            changes[name] = PartitionSpec(axes.batch, None)
+    return dataclasses.replace(cache, **changes)
+
+
+@jax.jit
+def _append(
+    sharded: ShardedCache,
+    key: jax.Array,
+    value: jax.Array | None,
+    counts: jax.Array,
+    overflowed: jax.Array,
+) -> Cache:
+    axes, mesh, cache = sharded.axes, sharded.mesh, sharded.cache
+    stored_heads = cache.arrays.keys.shape[1]
+    taken = heads.kv_axes(axes, mesh, stored_heads, sharded.num_kv_heads)
+    rest = names_of("heads", axes.heads)[len(taken) :]
+
+    def own_head(x: jax.Array) -> jax.Array:
+        """Of heads that several devices have, the one of this device."""
+        index = lax.axis_index(rest) * x.shape[2] // lax.axis_size(rest)
+        return lax.dynamic_slice_in_dim(x, index, 1, 2)
+
+    def local(cache, key, value, counts, overflowed):
+        if rest:
+            key, value = jax.tree.map(own_head, (key, value))
+        if axes.sequence is None:
+            cache = _whole_append(cache, key, value, counts)
+        else:
+            cache = dealt.append(cache, axes.sequence, key, value, counts)
+        return dataclasses.replace(cache, overflowed=overflowed)
+
+    tokens = PartitionSpec(axes.batch, None, taken or None, None)
+    row = PartitionSpec(axes.batch)
+    given = cache, key, value, counts, overflowed
+    in_specs = _specs(cache, axes), tokens, None if value is None else tokens, row, row
+    program = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0])
+    return program(*resharded(given, in_specs, mesh))
+
+
+def _whole_append(cache: Cache, key, value, counts) -> Cache:
+    axes = varying_axes(*jax.tree.leaves((cache.arrays, key, value, counts)))
+    cache = dataclasses.replace(cache, arrays=vary_over(cache.arrays, axes))
+    return cache.append(key, value, lengths=counts)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _attend(
+    sharded: ShardedCache, call: AttentionCall, implementation: tuple[str, ...] | None
+) -> tuple[jax.Array, jax.Array | None]:
+    axes, mesh, cache = sharded.axes, sharded.mesh, sharded.cache
+    of_queries = dataclasses.replace(axes, sequence=None)
+
+    def local(cache, call):
+        if axes.sequence is not None:
+            return dealt.attend(cache, axes.sequence, call, implementation)
+        call = dataclasses.replace(call, stored=cache.stored(), return_residual=True)
+        call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+        return registry.attend(call, registry.plan(call, implementation))
+
+    of_call = dataclasses.replace(specs.of_call(call, of_queries, None), key=None, value=None)
+    in_specs = _specs(cache, axes), of_call
+    program = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=specs.of_results(of_queries)
+    )
+    return program(*resharded((cache, call), in_specs, mesh))
+
+
+@jax.jit
+def _copy_pages(sharded: ShardedCache, sources: jax.Array, targets: jax.Array) -> Cache:
+    pool = PartitionSpec(sharded.axes.batch, None)
+    cache = _specs(sharded.cache, sharded.axes)
+    in_specs = cache, pool, pool
+
+    def local(cache, sources, targets):
+        return cache.copy_pages(sources[0], targets[0])
+
+    program = jax.shard_map(local, mesh=sharded.mesh, in_specs=in_specs, out_specs=cache)
+    return program(*resharded((sharded.cache, sources, targets), in_specs, sharded.mesh))

@@ -1,0 +1,127 @@
+"""What caches in parts have in common: the interface of `axattn.cache.Cache`, by one that is held."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+from typing import Any, Self
+
+import jax
+
+from axattn._typing import Array, ArrayLike, Bool, Float, Integer
+from axattn.arguments import normalize
+from axattn.attention import dot_product_attention
+from axattn.cache import Cache
+from axattn.call import AttentionCall
+from axattn.implementations import registry
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(dot_product_attention).parameters.items()
+    if parameter.default is not parameter.empty
+}
+
+# What a whole cache is asked for, and a cache in parts answers likewise.
+_FACTS = (
+    "batch", "capacity", "dtype", "head_dim", "value_head_dim", "num_kv_heads", "values_in_keys",
+    "stores_floats", "bytes_per_token", "page_size", "num_pages", "window", "max_append",
+)  # fmt: skip
+
+
+class HeldCache(abc.ABC):
+    """A value like `axattn.cache.Cache`, in parts. ``isinstance(it, Cache)`` holds.
+
+    Attributes:
+      cache: the arrays, and the lengths of all rows on all shards.
+    """
+
+    cache: Cache
+
+    @property
+    @abc.abstractmethod
+    def whole(self) -> Cache:
+        """The cache as it would be on one device, with shapes in place of its arrays."""
+
+    @abc.abstractmethod
+    def _append(self, key: Array, value: Array | None, counts: Array, overflowed: Array) -> Self:
+        """With tokens of which each row takes so many."""
+
+    @abc.abstractmethod
+    def _attend(self, call: AttentionCall, implementation: tuple[str, ...] | None) -> Any:
+        """Output and LSE of a call over the whole cache; its ``stored`` is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FACTS:
+            return getattr(self.whole, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def lengths(self) -> Integer[Array, " B"]:
+        return self.cache.lengths
+
+    @property
+    def overflowed(self) -> Bool[Array, " B"]:
+        return self.cache.overflowed
+
+    @property
+    def block_table(self) -> Integer[Array, "B pages"]:
+        return self.cache.block_table
+
+    next_positions = Cache.next_positions
+    extend = Cache.extend
+
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+    ) -> Self:
+        """As `axattn.cache.Cache.append`."""
+        key, value, counts = self.whole._checked_tokens(key, value, lengths)
+        counts, overflowed = self.whole._admitted(counts)
+        return self._append(key, value, counts, overflowed)
+
+    def attend(self, query: Float[Array, "B T N H"], **options: Any) -> Float[Array, "B T N h"]:
+        """As `axattn.cache.Cache.attend`. There is no dropout."""
+        arguments = {**_DEFAULTS, **self.whole._arguments(query, **options)}
+        unknown = sorted(arguments.keys() - inspect.signature(dot_product_attention).parameters)
+        if unknown:
+            raise TypeError(f"attend takes no argument {unknown[0]}")
+        implementation = registry.check_names(arguments.pop("implementation"))
+        call, _ = normalize(**arguments)
+        if call.dropout_key is not None:
+            raise NotImplementedError("dropout_rate takes 0 over a cache in parts")
+        out, lse = self._attend(dataclasses.replace(call, stored=None), implementation)
+        return (out, lse) if call.return_residual else out
+
+    def truncate(self, lengths: ArrayLike) -> Self:
+        """As `axattn.cache.Cache.truncate`."""
+        return dataclasses.replace(self, cache=self.cache.truncate(lengths))
+
+    def reset(self, rows: ArrayLike | None = None) -> Self:
+        """As `axattn.cache.Cache.reset`."""
+        return dataclasses.replace(self, cache=self.cache.reset(rows))
+
+    def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> Self:
+        """As `axattn.cache.PagedCache.with_table`; a page holds its slots of every shard."""
+        changed = self.whole.with_table(block_table, lengths)
+        return self._with(block_table=changed.block_table, lengths=changed.lengths)
+
+    def _with(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **changes))
+
+
+Cache.register(HeldCache)
+
+
+def resized(cache: Cache, **sizes: int) -> Cache:
+    """``cache`` with shapes in place of its arrays, of other ``rows``, ``heads`` or ``slots``."""
+
+    def shape(array):
+        rows, heads, slots, *rest = array.shape
+        new = sizes.get("rows", rows), sizes.get("heads", heads), sizes.get("slots", slots)
+        return jax.ShapeDtypeStruct((*new, *rest), array.dtype)
+
+    return dataclasses.replace(cache, arrays=jax.tree.map(shape, cache.arrays))
