@@ -5,6 +5,7 @@ Checked at jax 0.10.2, 0.11.2 and 0.12.0.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -49,6 +50,35 @@ def with_auto_axes(function, arrays, specs):
             return function(*args)
 
     return call
+
+
+def explicit_sharding(array) -> tuple[object, tuple] | None:
+    """The mesh and the PartitionSpec by which JAX types ``array``, or None without Explicit axes."""
+    sharding = jax.typeof(array).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = tuple(sharding.spec)
+    return sharding.mesh, spec + (None,) * (len(jax.typeof(array).shape) - len(spec))
+
+
+def resharded(tree, specs, mesh):
+    """``tree`` as ``specs`` say, where axes of the mesh are Explicit and JAX would not do it."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return tree
+
+    def move(array, spec):
+        return jax.sharding.reshard(array, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(move, tree, specs)
+
+
+def automatic_axes(array) -> tuple[str, ...]:
+    """Axes of more than one device over which the partitioner may cut ``array`` as it likes."""
+    meshes = [jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()]
+    mesh = next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = (name for name, kind in types if kind == jax.sharding.AxisType.Auto)
+    return tuple(name for name in auto if mesh.shape[name] > 1)
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset:
@@ -138,13 +168,16 @@ def has_nvidia_gpu() -> bool:
     return hardware_utils.has_visible_nvidia_gpu()
 
 
-def aot_tpu_device(topology: str, options: dict[str, str]) -> jax.Device:
-    """The first device of a TPU topology such as ``"v5p:1x1x1"``, from libtpu."""
+@functools.cache
+def aot_tpu_devices(topology: str, options: tuple[tuple[str, str], ...]) -> tuple[jax.Device, ...]:
+    """The devices of a TPU topology such as ``"v5p:2x2x1"``, from libtpu; the same every time."""
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices[
-        0
-    ]
+    return tuple(
+        topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **dict(options)
+        ).devices
+    )
 
 
 def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
@@ -214,7 +247,13 @@ def _abstract_device_with_capability() -> type:
 
 
 def use_abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
-    """A context in which code that is traced finds itself on a device of that kind."""
+    """A context in which code that is traced finds itself on a device of that kind.
+
+    Where a mesh of such devices is set, this is it.
+    """
+    there = jax.sharding.get_abstract_mesh()
+    if not there.empty and getattr(there.abstract_device, "device_kind", None) == kind:
+        return contextlib.nullcontext()
     if capability is None:
         device = jax.sharding.AbstractDevice(kind, num_cores, platform)
     else:

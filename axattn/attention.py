@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from axattn._jax_compat import explicit_sharding
 from axattn._typing import Array, ArrayLike
 from axattn.arguments import normalize
 from axattn.call import AttentionCall
@@ -113,8 +114,12 @@ def dot_product_attention(
     arguments = dict(locals())
     implementation = arguments.pop("implementation")
     call, lead = normalize(**arguments)
-    plan = registry.plan(call, implementation)
-    out, lse = _attend(call, plan=plan)
+    if explicit_sharding(call.query) is None:
+        out, lse = _attend(call, plan=registry.plan(call, implementation))
+    else:
+        from axattn.parallel import explicit  # which is built on this function
+
+        out, lse = explicit.attend(call, registry.check_names(implementation))
     out = out.reshape(*lead, *out.shape[1:])
     return (out, lse.reshape(*lead, *lse.shape[1:])) if return_residual else out
 

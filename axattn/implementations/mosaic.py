@@ -6,6 +6,7 @@ import collections
 
 import jax
 
+from axattn._jax_compat import automatic_axes
 from axattn.call import AttentionCall
 from axattn.implementations import blocks, chunked_backward
 from axattn.mask_parts import Dense, Segments
@@ -19,6 +20,12 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
         return "does not support arrays of no elements"
     if call.traced_scale is not None:
         return "does not support a traced scale"
+    auto = automatic_axes(call.query)
+    if auto:
+        return (
+            f"cannot be cut by XLA's partitioner, which has the mesh axes {', '.join(auto)}: name "
+            "them to axattn.parallel.attention, or use jax.shard_map or Explicit axes"
+        )
     kinds = collections.Counter(type(part) for part in call.mask.parts)
     if kinds[Segments] > 1:
         return "does not support two pairs of segment ids"

@@ -10,9 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
 
-from axattn._jax_compat import with_auto_axes
 from axattn.call import AttentionCall
 from axattn.implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
 from axattn.implementations.flash import PLATFORMS
@@ -109,21 +107,6 @@ def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
     Lowering for a platform that the plan leaves out is an error of JAX's: a named implementation
     never becomes another one.
     """
-    function = with_auto_axes(
-        functools.partial(_attend, plan=plan),
-        (call.query, call.key, call.value) if call.stored is None else (call.query,),
-        lambda spec: _out_specs(spec, call.return_residual),
-    )
-    return function(call)
-
-
-def _out_specs(query: tuple, return_residual: bool) -> tuple:
-    """Shardings of (out, lse): those of the query's ``[B, T, N]``, the value head size whole."""
-    lse = PartitionSpec(*query[:3])
-    return PartitionSpec(*query[:3], None), lse if return_residual else None
-
-
-def _attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
     names = {name for _, name in plan}
     if names <= set(flash.NAMES):
         return _with_lse(call, *flash.attend(call, flash.ways(call, plan)))
