@@ -23,6 +23,7 @@ def flax_attention(
     dropout_rate: float,
     deterministic: bool,
     implementation,
+    attend: Callable[..., Array],
     sow: Callable[[Array], object] | None,
     qk_einsum: Callable[..., Array] | None = None,
     value_einsum: Callable[..., Array] | None = None,
@@ -35,6 +36,7 @@ def flax_attention(
       mask: an `axattn.Mask`, or an array that broadcasts to [..., N, T, S] in which everything but
         zero says "attend"; those that Flax's helpers make are float32.
       deterministic: no dropout, whatever ``dropout_rate`` is.
+      attend: `axattn.dot_product_attention`, or what takes its arguments.
       sow: called with the weights [..., N, T, S] before dropout, in float32 or wider.
       qk_einsum, value_einsum: both or neither, in place of ``jnp.einsum``. With them all weights
         are written out, and no implementation but "xla" can be asked for.
@@ -58,7 +60,7 @@ def flax_attention(
     if sow is not None:
         sow(weights_of())
     if qk_einsum is None:
-        return dot_product_attention(
+        return attend(
             query,
             key,
             value,
@@ -73,5 +75,7 @@ def flax_attention(
         raise NotImplementedError(
             f"implementation={implementation!r} has no place for einsum hooks; leave it at None"
         )
+    if attend is not dot_product_attention:
+        raise NotImplementedError(f"attend={attend!r} has no place for einsum hooks")
     weights = weights_of(dropout_rate=dropout_rate)
     return weighted_sum(weights.astype(query.dtype), value, einsum=value_einsum).astype(query.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.linen.attention import dot_product_attention as flax_dot_product_attention
 from flax.linen.dtypes import promote_dtype
 
+from axattn import attention
 from axattn._jax_compat import einsum_by
 from axattn._typing import Array, Float, Integer
 from axattn.layers.dialect import flax_attention
@@ -46,6 +47,7 @@ def dot_product_attention(
     q_positions: Integer[Array, "..."] | None = None,
     kv_positions: Integer[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
+    attend: Callable[..., Array] = attention.dot_product_attention,
 ) -> Float[Array, "*batch T N h"]:
     """`axattn.dot_product_attention` in the dialect of ``flax.linen``'s ``attention_fn``.
 
@@ -68,6 +70,8 @@ def dot_product_attention(
         does not change the result.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
         quantized training. With one of them all weights are written out.
+      attend: what computes it, with the arguments of `axattn.dot_product_attention`: over a mesh
+        ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:
       [..., T, N, h].
@@ -142,6 +146,7 @@ def dot_product_attention(
         broadcast_dropout=broadcast_dropout,
         precision=precision,
         implementation=implementation,
+        attend=attend,
         sow=None if module is None else sow,
         qk_einsum=qk_attn_weights_einsum,
         value_einsum=attn_weights_value_einsum,

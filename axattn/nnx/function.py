@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
+from axattn import attention
 from axattn._typing import Array, Float, Integer
 from axattn.layers.dialect import flax_attention
 from axattn.masks import Mask
@@ -39,6 +40,7 @@ def dot_product_attention(
     q_positions: Integer[Array, "..."] | None = None,
     kv_positions: Integer[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
+    attend: Callable[..., Array] = attention.dot_product_attention,
 ) -> Float[Array, "*batch T N h"]:
     """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
 
@@ -58,6 +60,8 @@ def dot_product_attention(
         one dtype.
       module: sows the weights [..., N, T, S] as ``attention_weights`` (``nnx.Intermediate``) in
         the dtype of the query. This writes them out, but does not change the result.
+      attend: what computes it, with the arguments of `axattn.dot_product_attention`: over a mesh
+        ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:
       [..., T, N, h].
@@ -82,6 +86,7 @@ def dot_product_attention(
         broadcast_dropout=broadcast_dropout,
         precision=precision,
         implementation=implementation,
+        attend=attend,
         sow=None if module is None else sow,
         is_causal=is_causal,
         scale=scale,
