@@ -12,13 +12,16 @@ and whether it fits; they say nothing of how fast it runs.
 
 from __future__ import annotations
 
+from axattn.aot.collectives import Collective
 from axattn.aot.compiler import analyze, tracing_for
+from axattn.aot.meshes import mesh
 from axattn.aot.report import Refusal, Report, parse_refusal
 from axattn.aot.targets import TARGETS, Target, target
 from axattn.aot.toolchain import MissingCompilerError, check_installed, device
 
 __all__ = [
     "TARGETS",
+    "Collective",
     "MissingCompilerError",
     "Refusal",
     "Report",
@@ -26,6 +29,7 @@ __all__ = [
     "analyze",
     "check_installed",
     "device",
+    "mesh",
     "parse_refusal",
     "target",
     "tracing_for",

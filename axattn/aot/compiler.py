@@ -13,6 +13,7 @@ import numpy as np
 
 from axattn import _jax_compat
 from axattn.aot import toolchain
+from axattn.aot.collectives import program_collectives
 from axattn.aot.cost import program_cost
 from axattn.aot.report import Refusal, Report, parse_refusal
 from axattn.aot.targets import Target
@@ -37,8 +38,9 @@ def analyze(
       fn: a function of arrays, plain or already `jax.jit`ted. Arrays that it closes over are
         constants of the program.
       *args: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s (PRNG keys too), whose
-        values and placement do not matter. A ShapeDtypeStruct whose sharding is over devices of
-        the target, e.g. those of a `jax.experimental.topologies` description, keeps it.
+        values and placement do not matter. A ShapeDtypeStruct with a sharding over devices of the
+        target's kind, e.g. over an `axattn.aot.mesh`, keeps it; all that have one share its
+        devices, and the others are then replicated over these.
       target: a name in `axattn.aot.TARGETS`.
       donate_argnums: as in `jax.jit`.
       static_argnums: as in `jax.jit`.
@@ -46,7 +48,8 @@ def analyze(
         function) is bound as a constant of a plain function, as `functools.partial` would.
 
     Returns:
-      A `Report`. The compiler's refusal, above all for want of memory, is in `Report.refusal`.
+      A `Report`, whose figures are per device. The compiler's refusal, above all for want of
+      memory, is in `Report.refusal`.
 
     Raises:
       ValueError: an unknown target.
@@ -56,12 +59,14 @@ def analyze(
     """
     chip = find_target(target)
     device = toolchain.device(chip)
-    traceable, args, kwargs = _prepare(fn, args, kwargs, device, donate_argnums, static_argnums)
+    sharding = _sharding(device, (args, kwargs))
+    traceable, args, kwargs = _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums)
     report = functools.partial(
         Report,
         target=chip.name,
         device_kind=device.device_kind,
         function=_name(fn),
+        num_devices=len(sharding.device_set),
         versions=toolchain.compiler_versions(chip),
     )
     with tracing_for(chip):
@@ -86,6 +91,7 @@ def analyze(
 
     memory = compiled.memory_analysis()
     cost = program_cost(compiled)
+    collectives, notes = program_collectives(compiled, len(sharding.device_set))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes
     total += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return report(
@@ -97,7 +103,8 @@ def analyze(
         flops=cost.flops,
         bytes_accessed=cost.bytes_accessed,
         cost_is_lower_bound=cost.is_lower_bound,
-        notes=cost.notes,
+        collectives=collectives,
+        notes=cost.notes + notes,
         compile_seconds=seconds,
         refusal=_over_capacity(chip, total),
         compiled=compiled,
@@ -133,9 +140,30 @@ def _over_capacity(chip: Target, total: int) -> Refusal | None:
     return Refusal("out_of_memory", message, "hbm", total, chip.hbm_bytes)
 
 
-def _prepare(fn, args, kwargs, device, donate_argnums, static_argnums):
-    """`fn` as something with `.trace`, and its arguments as values on `device`."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def _sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
+    """Where arguments are that do not say: on `device`, or on all devices of those that do."""
+    kept = [s for leaf in jax.tree.leaves(args) if (s := _kept(leaf, device)) is not None]
+    for sharding in kept:
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return kept[0] if kept else jax.sharding.SingleDeviceSharding(device)
+
+
+def _kept(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
+    """The sharding that a ShapeDtypeStruct has over devices like `device`, if it has one."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return None
+    kind = device.platform, device.device_kind
+    # A mesh of JAX's own AbstractMesh has no devices.
+    devices = getattr(sharding, "device_set", ())
+    return sharding if all((d.platform, d.device_kind) == kind for d in devices) else None
+
+
+def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
+    """`fn` as something with `.trace`, and its arguments as values that `sharding` places."""
     jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     static = {i % len(args) for i in static} if args else static
@@ -156,17 +184,13 @@ def _prepare(fn, args, kwargs, device, donate_argnums, static_argnums):
 
 
 def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
-    """An array's shape and dtype, on the device of `sharding`; other leaves as they are."""
+    """An array's shape and dtype, where `sharding` or its own says; other leaves as they are."""
     if not _is_array(leaf):
         return leaf
-    old = getattr(leaf, "sharding", None)
-    if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(old, jax.sharding.Sharding):
-        client = next(iter(sharding.device_set)).client
-        if all(d.client is client for d in old.device_set):
-            sharding = old
+    own = _kept(leaf, next(iter(sharding.device_set)))
     weak = getattr(leaf, "weak_type", False)
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, weak_type=weak)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=own or sharding, weak_type=weak)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -4,13 +4,15 @@ XLA's cost analysis counts the body of a `while` once, whatever its trip count. 
 blocks would be reported at a 64th of its FLOPs, so `axattn.aot.cost` multiplies loop bodies back
 and needs two things from here: the trip count of a loop where the program shows it (`Module`, over
 HLO text), and a body as a module of its own, which XLA can then cost (`with_entry`, over the
-serialized module: XLA's text parser can crash on the text of a TPU program).
+serialized module: XLA's text parser can crash on the text of a TPU program). What loops send,
+`axattn.aot.collectives` counts over the same text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 
 _NAME = r"%?([\w.\-]+)"
@@ -21,6 +23,7 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]")
 # Operations that hand a scalar on unchanged.
 _TRANSPARENT = frozenset({"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape"})
 
@@ -33,6 +36,7 @@ class Instruction:
     opcode: str
     arguments: str
     attributes: str
+    shape: str = ""
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
@@ -54,6 +58,20 @@ class Instruction:
     def attribute(self, key: str) -> str | None:
         match = re.search(rf"\b{key}={_NAME}", self.attributes)
         return match.group(1) if match else None
+
+    @functools.cached_property
+    def nbytes(self) -> float:
+        """Of the result's values, without what its layout pads; all elements of a tuple."""
+        total = 0.0
+        for dtype, sizes in _ARRAY.findall(self.shape):
+            total += math.prod(map(int, filter(None, sizes.split(",")))) * _bits(dtype) / 8
+        return total
+
+
+def _bits(dtype: str) -> int:
+    """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits.group()) if digits else 8 if dtype == "pred" else 0
 
 
 @dataclasses.dataclass
@@ -240,12 +258,13 @@ def _read_instruction(line: str, computation: Computation) -> None:
     if match is None:
         return
     rest = line[match.end() :]
-    # Skip the shape: a tuple's is parenthesised, any other has no spaces in it.
-    rest = rest[_closing(rest) + 1 :] if rest.startswith("(") else rest.partition(" ")[2]
+    # A tuple's shape is parenthesised, any other has no spaces in it.
+    after = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:after], rest[after:]
     opcode, _, tail = rest.strip().partition("(")
     end = _closing("(" + tail) - 1
     name = match.group(2)
-    computation.instructions[name] = Instruction(name, opcode, tail[:end], tail[end + 1 :])
+    computation.instructions[name] = Instruction(name, opcode, tail[:end], tail[end + 1 :], shape)
     if match.group(1):
         computation.root = name
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from axattn.aot.collectives import Collective
 from axattn.aot.targets import target as find_target
 
 
@@ -103,6 +104,7 @@ class Report:
       target: name of the target, as in `axattn.aot.TARGETS`.
       device_kind: what JAX calls the device.
       function: name of the function.
+      num_devices: devices that the program is shared out over.
       argument_bytes: memory of the inputs, in the target's layout (padding included).
       output_bytes: memory of the outputs.
       temp_bytes: memory of the intermediate results alive at the same time.
@@ -110,6 +112,7 @@ class Report:
       generated_code_bytes: size of the program; 0 where the compiler does not say (GPU).
       flops: floating-point operations of one run; see `axattn.aot.cost`.
       bytes_accessed: bytes that operations read and write in one run.
+      collectives: what one device sends to others in one run, by kind.
       cost_is_lower_bound: True when `notes` name something that those two leave out.
       compile_seconds: wall time of the compiler, without tracing and lowering.
       versions: of jax, jaxlib and the wheels of the compiler.
@@ -121,6 +124,7 @@ class Report:
     target: str
     device_kind: str
     function: str
+    num_devices: int = 1
     argument_bytes: int | None = None
     output_bytes: int | None = None
     temp_bytes: int | None = None
@@ -128,6 +132,7 @@ class Report:
     generated_code_bytes: int | None = None
     flops: float | None = None
     bytes_accessed: float | None = None
+    collectives: tuple[Collective, ...] = ()
     cost_is_lower_bound: bool = False
     compile_seconds: float | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -153,6 +158,11 @@ class Report:
         return self.total_bytes if self.target != "cpu" else None
 
     @property
+    def sent_bytes(self) -> float:
+        """Bytes that one device sends to others in one run, by `collectives`."""
+        return sum(found.sent_bytes for found in self.collectives)
+
+    @property
     def memory(self) -> str:
         """What the byte counts are of: `"HBM"` or `"host memory"`."""
         return "host memory" if self.target == "cpu" else "HBM"
@@ -174,6 +184,7 @@ class Report:
         }
         out["versions"] = dict(self.versions)
         out["notes"] = list(self.notes)
+        out["collectives"] = [dataclasses.asdict(found) for found in self.collectives]
         out["refusal"] = dataclasses.asdict(self.refusal) if self.refusal else None
         return out | {
             "memory": self.memory,
@@ -201,6 +212,8 @@ class Report:
         if capacity and self.total_bytes is not None:
             share = f"  ({100 * self.total_bytes / capacity:.1f} % of {_bytes(capacity)})"
             rows[4] = (rows[4][0], rows[4][1] + share)
+        for found in self.collectives:
+            rows.append((found.kind, f"{_si(found.sent_bytes)}B sent, x{found.count:g}"))
         if self.compile_seconds is not None:
             rows.append(("compiled in", f"{self.compile_seconds:.2f} s"))
         rows.append(("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items())))
@@ -212,7 +225,10 @@ class Report:
         if self.refusal is not None:
             rows.insert(0, ("refused", str(self.refusal)))
         width = max(len(name) for name, _ in rows)
-        lines = [f"{self.function} on {self.target} ({self.device_kind})"]
+        where = f"{self.target} ({self.device_kind})"
+        if self.num_devices > 1:
+            where += f", one of {self.num_devices}"
+        lines = [f"{self.function} on {where}"]
         lines.extend(f"  {name:<{width}}  {value}" for name, value in rows)
         return "\n".join(lines)
 

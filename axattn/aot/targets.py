@@ -5,7 +5,11 @@ for roofline arithmetic, and were not measured here. What a program may really a
 little less than `hbm_bytes`: the compilers and the drivers keep some for themselves.
 
 TPU: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version.
-NVIDIA: the A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 data sheets; dense (not sparse) bf16.
+There the bandwidth between chips is given per chip, of all links and both directions
+("bidirectional ICI bandwidth", 1200 GB/s of a v5p; on older pages 4800 Gbps, one way); here it is
+one way.
+NVIDIA: the A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 data sheets; dense (not sparse) bf16; of
+NVLink half of what is given for both ways.
 GPU memory sizes are what the driver reports, as XLA's own target descriptions list them
 (openxla/xla, xla/backends/gpu/target_config/specs).
 """
@@ -13,6 +17,7 @@ GPU memory sizes are what the driver reports, as XLA's own target descriptions l
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 _GIB = 1 << 30
@@ -45,6 +50,11 @@ class Target:
       hbm_bytes: device memory in bytes; None for the CPU, whose memory is not HBM.
       peak_bf16_flops: dense bfloat16 FLOP/s; None for the CPU.
       hbm_bandwidth: bytes/s; None for the CPU.
+      ici_bandwidth: bytes/s that a device sends to others over all of its links, one way; None for
+        the CPU.
+      ici_links: how many links these are, a neighbour at each; 1 where a switch is between them,
+        and a neighbour may have it all.
+      slices: topologies of several devices, by how many.
       description: the name the device reports for itself, where we have to say it (GPU).
       gpu: limits of the chip; None unless the platform is `"cuda"`.
     """
@@ -56,6 +66,9 @@ class Target:
     hbm_bytes: int | None = None
     peak_bf16_flops: float | None = None
     hbm_bandwidth: float | None = None
+    ici_bandwidth: float | None = None
+    ici_links: int = 1
+    slices: Mapping[int, str] = dataclasses.field(default_factory=dict, hash=False)
     description: str = ""
     gpu: GpuLimits | None = None
 
@@ -109,12 +122,33 @@ _HOPPER = GpuLimits((9, 0), True, 132, 128, 233_472, 232_448, 52_428_800, 1.98)
 _BLACKWELL = GpuLimits((10, 0), True, 148, 128, 233_472, 232_448, 132_644_864, 1.965)
 
 
-def _tpu(name: str, topology: str, hbm: int, flops: float, bandwidth: float, **options: str):
-    return Target(name, "tpu", topology, options, hbm, flops, bandwidth)
+# Slices of machines whose chips lie in a cube, and in a square.
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
-def _gpu(name: str, hbm: int, flops: float, bandwidth: float, description: str, limits: GpuLimits):
-    return Target(name, "cuda", "1x1x1", {}, hbm, flops, bandwidth, description, limits)
+def _tpu(
+    name: str, shapes: tuple[str, ...], hbm: int, flops: float, bandwidth: float, ici: float,
+    devices_per_chip: int = 1, **options: str,
+) -> Target:  # fmt: skip
+    slices = {
+        devices_per_chip * math.prod(map(int, shape.split("x"))): f"{name}:{shape}"
+        for shape in shapes
+    }
+    return Target(
+        name, "tpu", f"{name}:{shapes[0]}", options, hbm, flops, bandwidth, ici,
+        2 * (shapes[0].count("x") + 1), slices,
+    )  # fmt: skip
+
+
+def _gpu(
+    name: str, hbm: int, flops: float, bandwidth: float, nvlink: float, description: str,
+    limits: GpuLimits,
+) -> Target:  # fmt: skip
+    return Target(
+        name, "cuda", "1x1x1", {}, hbm, flops, bandwidth, nvlink, description=description,
+        gpu=limits,
+    )  # fmt: skip
 
 
 TARGETS: Mapping[str, Target] = {
@@ -122,17 +156,18 @@ TARGETS: Mapping[str, Target] = {
     for t in (
         # JAX runs a v4 chip as one device with both cores ("megacore"); the bare topology would
         # describe two devices of half a chip each.
-        _tpu("v4", "v4:2x2x1", 32 * _GIB, 275e12, 1.228e12, chip_config_name="megacore"),
-        _tpu("v5e", "v5e:2x2", 16 * _GIB, 197e12, 0.819e12),
+        _tpu("v4", _CUBES, 32 * _GIB, 275e12, 1.228e12, 3e11, chip_config_name="megacore"),
+        _tpu("v5e", _SQUARES, 16 * _GIB, 197e12, 0.819e12, 2e11),
         # Sold as 95 GB; the compiler offers 95.73 GiB of 96.
-        _tpu("v5p", "v5p:2x2x1", 96 * _GIB, 459e12, 2.765e12),
-        _tpu("v6e", "v6e:2x2", 32 * _GIB, 918e12, 1.64e12),
-        # One JAX device is one of the chip's two cores: half of 192 GiB, 2307 TFLOP/s, 7.38 TB/s.
-        _tpu("tpu7x", "tpu7x:2x2x1", 96 * _GIB, 1153.5e12, 3.69e12),
-        _gpu("a100", 85_100_068_864, 312e12, 2.039e12, "NVIDIA A100-SXM4-80GB", _AMPERE),
-        _gpu("h100", 84_942_979_072, 989e12, 3.35e12, "NVIDIA H100 80GB HBM3", _HOPPER),
-        _gpu("h200", 150_754_820_096, 989e12, 4.8e12, "NVIDIA H200", _HOPPER),
-        _gpu("b200", 191_514_411_008, 2250e12, 8.0e12, "NVIDIA B200", _BLACKWELL),
+        _tpu("v5p", _CUBES, 96 * _GIB, 459e12, 2.765e12, 6e11),
+        _tpu("v6e", _SQUARES, 32 * _GIB, 918e12, 1.64e12, 4e11),
+        # One JAX device is one of the chip's two cores: half of 192 GiB, 2307 TFLOP/s, 7.38 TB/s
+        # and 600 GB/s to other chips.
+        _tpu("tpu7x", _CUBES, 96 * _GIB, 1153.5e12, 3.69e12, 3e11, devices_per_chip=2),
+        _gpu("a100", 85_100_068_864, 312e12, 2.039e12, 3e11, "NVIDIA A100-SXM4-80GB", _AMPERE),
+        _gpu("h100", 84_942_979_072, 989e12, 3.35e12, 4.5e11, "NVIDIA H100 80GB HBM3", _HOPPER),
+        _gpu("h200", 150_754_820_096, 989e12, 4.8e12, 4.5e11, "NVIDIA H200", _HOPPER),
+        _gpu("b200", 191_514_411_008, 2250e12, 8.0e12, 9e11, "NVIDIA B200", _BLACKWELL),
         Target("cpu", "cpu"),
     )
 }

@@ -87,15 +87,25 @@ def device(target: Target) -> jax.Device:
     """
     if target.platform == "cpu":
         return _jax_compat.cpu_device()
+    if target.platform == "tpu":
+        return tpu_devices(target, target.topology)[0]
+    _wake(target)
+    return _jax_compat.aot_cuda_device(target.name, target.topology, target.config())
+
+
+def tpu_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
+    """All devices of a topology such as ``"v5p:4x4x4"``; of one name always the same ones."""
+    _wake(target)
+    return _jax_compat.aot_tpu_devices(topology, tuple(target.topology_options.items()))
+
+
+def _wake(target: Target) -> None:
     check_installed(target)
     # Both, whatever the target: JAX, if it has not started yet, tries every plugin it finds.
     if not _jax_compat.has_tpu():
         _set_defaults(_TPU_ENVIRONMENT)
     if not _jax_compat.has_nvidia_gpu():
         _set_defaults(_CUDA_ENVIRONMENT)
-    if target.platform == "tpu":
-        return _jax_compat.aot_tpu_device(target.topology, dict(target.topology_options))
-    return _jax_compat.aot_cuda_device(target.name, target.topology, target.config())
 
 
 def _set_defaults(environment: dict[str, str]) -> None:

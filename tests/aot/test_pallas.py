@@ -54,6 +54,20 @@ def test_the_cost_estimate_of_a_kernel_counts():
     assert (r.flops, r.bytes_accessed, r.notes) == (12345, 777, ())
 
 
+def test_the_cost_estimate_of_a_kernel_counts_as_often_as_a_loop_runs():
+    cost = pl.CostEstimate(flops=10**9, bytes_accessed=10**10, transcendentals=0)
+
+    def loop(x):
+        def twice(x, _):
+            return jax.lax.scan(lambda x, _: (increment(x, cost=cost), None), x, None, 2)[0], None
+
+        return jax.lax.scan(twice, increment(x, cost=cost), None, 5)[0]
+
+    r = analyze(loop, X, target="v5p")
+    assert r.flops == pytest.approx(11 * 10**9, rel=1e-3)
+    assert r.bytes_accessed == pytest.approx(11 * 10**10, rel=1e-2)
+
+
 def test_a_block_larger_than_vmem_is_a_refusal():
     x = jax.ShapeDtypeStruct((65536, 1024), jnp.float32)
     r = analyze(lambda x: increment(x, rows=65536), x, target="v5p")
