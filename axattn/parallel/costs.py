@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from axattn.aot.targets import Target
+from axattn.aot.targets import target as find_target
 from axattn.masks import Mask
 from axattn.parallel import layouts, ulysses
 
@@ -15,12 +18,31 @@ STRATEGIES = ("ring", "gather", "ulysses")
 SAMPLES = 16
 
 
+def _v5p(name: str) -> Any:
+    return dataclasses.field(default_factory=lambda: getattr(Links.of("v5p"), name))
+
+
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Rates of a device, per second: FLOPs in bfloat16, and bytes to a neighbour, one way."""
+    """Rates of a device, per second: FLOPs in bfloat16, and bytes to a neighbour, one way.
 
-    flops: float = 459e12
-    bytes: float = 9e10
+    By default those of a TPU v5p.
+    """
+
+    flops: float = _v5p("flops")
+    bytes: float = _v5p("bytes")
+
+    @classmethod
+    def of(cls, target: str | Target) -> Links:
+        """Those of a chip of `axattn.aot.TARGETS`, by its data sheet.
+
+        Raises:
+          ValueError: an unknown target, or the CPU, which has no such figures.
+        """
+        chip = find_target(target)
+        if chip.peak_bf16_flops is None or chip.ici_bandwidth is None:
+            raise ValueError(f"target takes an accelerator, got {chip.name!r}")
+        return cls(chip.peak_bf16_flops, chip.ici_bandwidth / chip.ici_links)
 
 
 @dataclasses.dataclass(frozen=True)
