@@ -20,7 +20,7 @@ from axattn.layers.options import head_layout, qk_norm_kind, requested
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
 from axattn.linen.function import dot_product_attention
-from axattn.linen.parameters import parameters
+from axattn.linen.parameters import named, parameters
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -56,6 +56,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
         over devices this can cost a reshard; ``capture_intermediates`` does not see projections.
       implementation: of `axattn.dot_product_attention`.
+      logical_axes: box the parameters with names of their axes (``nn.with_logical_partitioning``),
+        those of ``axattn.layers.axes``: embed, heads, kv_heads, head_dim.
     """
 
     attention_fn: Callable[..., Array] = dot_product_attention
@@ -70,6 +72,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     sinks: bool = _field(False)
     fused_qkv: bool = _field(False)
     implementation: str | Sequence[str] | None = _field(None)
+    logical_axes: bool = _field(False)
 
     @nn.compact
     def __call__(
@@ -130,7 +133,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
             )
-            query, key = make(name="query_ln")(query), make(name="key_ln")(key)
+            ones = nn.initializers.ones_init()
+            query, key = (
+                make(name=name, scale_init=named(self, ones, name, "scale"))(x)
+                for name, x in (("query_ln", query), ("key_ln", key))
+            )
 
         index = None
         if self.decode and cache is None:
@@ -162,9 +169,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
 
         sinks = None
         if self.sinks:
-            sinks = self.param(
-                "sinks", nn.initializers.zeros_init(), (self.num_heads,), self.param_dtype
-            )
+            zeros = named(self, nn.initializers.zeros_init(), "sinks")
+            sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype)
         flax_kwargs = dict(
             mask=mask,
             dropout_rng=dropout_rng,
@@ -225,8 +231,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         y = nn.DenseGeneral(
             features=self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
-            kernel_init=self.out_kernel_init or self.kernel_init,
-            bias_init=self.out_bias_init or self.bias_init,
+            kernel_init=named(self, self.out_kernel_init or self.kernel_init, "out", "kernel"),
+            bias_init=named(self, self.out_bias_init or self.bias_init, "out", "bias"),
             use_bias=self.use_bias if self.out_use_bias is None else self.out_use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -281,15 +287,21 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             nn.DenseGeneral,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
             use_bias=self.use_bias,
             precision=self.precision,
             dot_general=None if self.fused_qkv else self.qkv_dot_general,
             dot_general_cls=None if self.fused_qkv else self.qkv_dot_general_cls,
         )
         heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
-        layers = {name: dense(features=(n, head_dim), name=name) for name, n in heads.items()}
+        layers = {
+            name: dense(
+                features=(n, head_dim),
+                name=name,
+                kernel_init=named(self, self.kernel_init, name, "kernel"),
+                bias_init=named(self, self.bias_init, name, "bias"),
+            )
+            for name, n in heads.items()
+        }
         inputs = {"query": inputs_q, "key": inputs_k, "value": inputs_v}
         if not self.fused_qkv:
             return tuple(layers[name](inputs[name]) for name in layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend
 from axattn.layers.options import requested
-from axattn.linen.parameters import parameters
+from axattn.linen.parameters import named, parameters
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -46,6 +45,7 @@ class MultiHeadLatentAttention(nn.Module):
       norm_epsilon: of both RMS norms.
       dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
         bias_init: as in Flax's layers.
+      logical_axes: as in `MultiHeadDotProductAttention`; besides, q_lora and kv_lora.
     """
 
     num_heads: int
@@ -71,6 +71,7 @@ class MultiHeadLatentAttention(nn.Module):
     precision: Any = None
     kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
     bias_init: Callable[..., Array] = nn.initializers.zeros_init()
+    logical_axes: bool = False
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
@@ -150,33 +151,43 @@ class MultiHeadLatentAttention(nn.Module):
         )(x)
         return y if cache is None else (y, cache)
 
-    def _dense(self, features: int | tuple[int, int], **options: Any) -> nn.DenseGeneral:
+    def _dense(
+        self, features: int | tuple[int, int], *, name: str, **options: Any
+    ) -> nn.DenseGeneral:
         return nn.DenseGeneral(
             features,
+            name=name,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
+            kernel_init=named(self, self.kernel_init, name, "kernel"),
+            bias_init=named(self, self.bias_init, name, "bias"),
             **options,
         )
 
     def _project(self, inputs: Float[Array, "*batch T E"]) -> Projected:
         sizes = LatentSizes.of(self)
-        norm = functools.partial(
-            nn.RMSNorm, epsilon=self.norm_epsilon, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+
+        def norm(name: str) -> nn.RMSNorm:
+            return nn.RMSNorm(
+                epsilon=self.norm_epsilon,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                scale_init=named(self, nn.initializers.ones_init(), name, "scale"),
+                name=name,
+            )
+
         heads = (self.num_heads, sizes.qk_head_dim)
         if self.q_lora_rank is None:
             query = self._dense(heads, use_bias=False, name="query")(inputs)
         else:
             down = self._dense(self.q_lora_rank, use_bias=self.use_bias, name="query_down")(inputs)
-            down = norm(name="query_norm")(down)
+            down = norm("query_norm")(down)
             query = self._dense(heads, use_bias=False, name="query_up")(down)
         features = self.kv_lora_rank + self.qk_rope_head_dim
         down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
         down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
-        down = norm(name="kv_norm")(down)
+        down = norm("kv_norm")(down)
         key_up, value_up = (
             parameters(self._dense((self.num_heads, size), use_bias=False, name=name), down)[0]
             for name, size in (("key_up", self.qk_nope_head_dim), ("value_up", self.v_head_dim))

@@ -1,10 +1,13 @@
-"""A layer's parameters without its product."""
+"""A layer's parameters: without its product, and with names for their axes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.linen as nn
 
 from axattn._typing import Array, Float
+from axattn.layers.axes import LOGICAL_AXES
 
 
 def parameters(
@@ -14,3 +17,8 @@ def parameters(
     layer(inputs[..., :0, :])  # no tokens, no work
     params = nn.meta.unbox(layer.variables["params"])
     return params["kernel"], params.get("bias")
+
+
+def named(layer: nn.Module, init: Callable[..., Array], *path: str) -> Callable[..., Array]:
+    """``init`` of the parameter at ``path``, boxed with its axes where the layer's are named."""
+    return nn.with_logical_partitioning(init, LOGICAL_AXES[path]) if layer.logical_axes else init

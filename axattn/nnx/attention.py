@@ -20,6 +20,7 @@ from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
 from axattn.masks import Mask
 from axattn.nnx.function import dot_product_attention
+from axattn.nnx.metadata import name_axes
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
 
@@ -69,6 +70,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
         over devices this can cost a reshard.
       implementation: of `axattn.dot_product_attention`.
+      logical_axes: name the parameters' axes in their metadata (``out_sharding``), by the names of
+        ``axattn.layers.axes``: embed, heads, kv_heads, head_dim. Arrays are not moved; where they
+        belong ``nnx.get_named_sharding`` says, under ``nnx.logical_axis_rules``.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -98,6 +102,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         sinks: bool = False,
         fused_qkv: bool = False,
         implementation: str | Sequence[str] | None = None,
+        logical_axes: bool = False,
         **flax_kwargs,
     ):
         head_layout(num_heads, num_kv_heads, in_features if qkv_features is None else qkv_features)
@@ -148,6 +153,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
         self.fused_qkv = fused_qkv
         self.implementation = static(implementation)
+        if logical_axes:
+            name_axes(self)
 
     def _new_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
         init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()

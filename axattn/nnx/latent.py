@@ -16,6 +16,7 @@ from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
 from axattn.layers.options import requested, static
 from axattn.masks import Mask
+from axattn.nnx.metadata import name_axes
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
 
@@ -47,6 +48,7 @@ class MultiHeadLatentAttention(nnx.Module):
       norm_epsilon: of both RMS norms.
       dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
         bias_init, rngs, keep_rngs: as in Flax's layers.
+      logical_axes: as in `MultiHeadAttention`; besides, q_lora and kv_lora.
 
     Raises:
       ValueError, TypeError: sizes that are no positive integers, an odd ``qk_rope_head_dim``, no
@@ -82,6 +84,7 @@ class MultiHeadLatentAttention(nnx.Module):
         bias_init: Callable[..., Array] = nnx.initializers.zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
+        logical_axes: bool = False,
     ):
         self.num_heads = num_heads
         self.in_features = in_features
@@ -138,6 +141,8 @@ class MultiHeadLatentAttention(nnx.Module):
             (num_heads, v_head_dim), out_features or in_features, bias=use_bias, axis=(-2, -1)
         )
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else nnx.data(None)
+        if logical_axes:
+            name_axes(self)
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
