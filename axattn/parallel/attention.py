@@ -41,7 +41,8 @@ def attention(
     Each device runs its own part, kernels too: the partitioner never sees them whole.
 
     Args:
-      query, key, value, bias, mask: as there, ``[..., T, N, H]``, ``[..., S, K, H]``, ``[..., S, K, h]``.
+      query, key, value, bias, mask: as there: ``[..., T, N, H]``, ``[..., S, K, H]``,
+        ``[..., S, K, h]``, all of them; shared out already or not.
       axes: which axes of the mesh share out what. Where the heads' are more than K, keys and values
         are shared out over as many as go into K, and the same on the others.
       mesh: by default that of the context (``jax.set_mesh``).
@@ -132,7 +133,7 @@ def local_attention(
         raise NotImplementedError("bias and dense masks are for parallel.attention, not for this")
     shards = lax.axis_size(axis)
     lengths = {"q_positions": call.q_len, "kv_positions": call.kv_len}
-    known = layout if all(getattr(call, name) is None for name in lengths) else None
+    known = program.known(call, layout)
     here = lax.axis_index(axis)
     changes = {}
     for name, own in lengths.items():
@@ -141,9 +142,12 @@ def local_attention(
             changes[name] = lax.dynamic_slice_in_dim(whole, here * own, own)[None]
     if strategy not in costs.STRATEGIES:
         raise ValueError(f"strategy takes one of {costs.STRATEGIES}, got {strategy!r}")
-    refusal = ulysses.refuses(call.num_heads, call.num_kv_heads, shards)
-    if strategy == "ulysses" and refusal:
-        raise NotImplementedError(f'strategy "ulysses" {refusal}')
+    refusals = {
+        "ring": program.ring_refuses(implementation),
+        "ulysses": ulysses.refuses(call.num_heads, call.num_kv_heads, shards),
+    }
+    if refusals.get(strategy):
+        raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
     sizes = (n * shards for n in lengths.values())
     hops = layouts.hops(call.mask, known, shards, *sizes)
     plan = program.Plan(Axes(sequence=axis), None, (), shards, strategy, hops, implementation)

@@ -71,8 +71,7 @@ def plan(
         strategy = strategy or by_cost[0].strategy
         if refusals[strategy]:
             raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
-        known = _known(call, layout)
-        hops = layouts.hops(call.mask, known, shards, call.q_len, call.kv_len)
+        hops = layouts.hops(call.mask, known(call, layout), shards, call.q_len, call.kv_len)
     return Plan(axes, mesh, taken, shards, strategy, hops, implementation)
 
 
@@ -89,20 +88,21 @@ def costs_of(call, axes, mesh, layout, links, implementation) -> list[costs.Cost
         value_head_dim=call.value_head_dim,
         itemsize=call.query.dtype.itemsize,
     )
-    found = costs.costs(problem, call.mask, _known(call, layout), shards, links or costs.Links())
-    refusal = _ring_refuses(implementation)
+    found = costs.costs(problem, call.mask, known(call, layout), shards, links or costs.Links())
+    refusal = ring_refuses(implementation)
     if refusal:
-        ring_cost = costs.Cost("ring", refusal)
-        found = [cost for cost in found if cost.strategy != "ring"] + [ring_cost]
+        found = [cost for cost in found if cost.strategy != "ring"]
+        found.append(costs.Cost("ring", refusal))
     return found
 
 
-def _known(call: AttentionCall, layout: str) -> str | None:
+def known(call: AttentionCall, layout: str) -> str | None:
     """The layout, unless the call says by itself where its tokens are."""
     return layout if call.q_positions is None and call.kv_positions is None else None
 
 
-def _ring_refuses(implementation: tuple[str, ...] | None) -> str | None:
+def ring_refuses(implementation: tuple[str, ...] | None) -> str | None:
+    """Why the ring cannot be done with what the user asked for."""
     names = ("mosaic", *flash.NAMES)
     if implementation is None or any(name in names for name in implementation):
         return None

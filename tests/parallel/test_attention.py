@@ -185,16 +185,16 @@ def test_windows_leave_hops_out(mesh_of, window, hops):
         (ValueError, "heads takes axes whose size divides 5 heads, got 2", dict(heads=(5, 1))),
         (NotImplementedError, 'strategy "ulysses" needs query heads in multiples of 4, got 3',
          dict(strategy="ulysses", heads=(3, 3), axes=parallel.Axes(sequence="context"))),
-        (ValueError, r"query takes \[B, T, N, H\]", dict(lead=(2, 2))),
+        (NotImplementedError, 'strategy "ring" merges .*, got \\(\'xla\',\\)',
+         dict(strategy="ring", implementation="xla")),
     ],
 )  # fmt: skip
 def test_errors(mesh_of, error, match, changes):
     """Before anything is compiled."""
     changes = dict(changes)
     N, K = changes.pop("heads", (8, 2))
-    lead = changes.pop("lead", (changes.pop("batch", 2),))
-    length = changes.pop("length", 48)
-    q, kv = (jax.ShapeDtypeStruct((*lead, length, n, 16), jnp.float32) for n in (N, K))
+    batch, length = changes.pop("batch", 2), changes.pop("length", 48)
+    q, kv = (jax.ShapeDtypeStruct((batch, length, n, 16), jnp.float32) for n in (N, K))
     given = dict(axes=AXES, mesh=mesh_of(data=2, context=4)) | changes
     if N == 5:
         given["mesh"] = mesh_of(model=2, context=4)
@@ -208,3 +208,56 @@ def test_no_mesh():
     q = jnp.ones((1, 8, 2, 4))
     with pytest.raises(ValueError, match="mesh takes a Mesh where none is set"):
         parallel.attention(q, q, q, axes=AXES)
+
+
+# ---- inside of shard_map -----------------------------------------------------------------------
+
+
+def local(mesh, strategy, layout="contiguous"):
+    """`local_attention` in the place of the door: a shard_map of one's own."""
+    P = jax.sharding.PartitionSpec
+
+    def attend(query, key, value, query_segment_ids=None, **options):
+        def run(query, key, value, ids):
+            ids = {} if ids is None else dict(query_segment_ids=ids)
+            return parallel.local_attention(
+                query,
+                key,
+                value,
+                axis="context",
+                strategy=strategy,
+                layout=layout,
+                **ids,
+                **options,
+            )
+
+        tokens = P(None, "context")
+        specs = (tokens, tokens, tokens, None if query_segment_ids is None else tokens)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens)(
+            query, key, value, query_segment_ids
+        )
+
+    return attend
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+@pytest.mark.parametrize("mask", ["causal", "two-sided window", "segments"])
+def test_local_attention(mesh_of, strategy, mask):
+    heads = "MHA" if strategy == "ulysses" else "MQA"
+    precision.check(call_of(mask, heads), (local(mesh_of(context=4), strategy),))
+
+
+@pytest.mark.parametrize(
+    "error, match, strategy, options",
+    [
+        (NotImplementedError, "bias and dense masks are for", "ring", dict(bias=np.zeros((1, 1, 1, 12)))),
+        (NotImplementedError, "bias and dense masks are for", "ring", dict(mask=np.ones((12, 12), bool))),
+        (ValueError, "strategy takes one of .* got None", None, {}),
+        (NotImplementedError, 'strategy "ulysses" needs query heads in multiples of 4, got 2', "ulysses", {}),
+        (NotImplementedError, 'strategy "ring" merges .*, got \\(\'xla\',\\)', "ring", dict(implementation="xla")),
+    ],
+)  # fmt: skip
+def test_local_errors(mesh_of, error, match, strategy, options):
+    q = jnp.ones((1, T, 2, 16))
+    with pytest.raises(error, match=match):
+        local(mesh_of(context=4), strategy)(q, q, q, **options)
