@@ -95,6 +95,8 @@ class ShardedCache(HeldCache):
           ValueError: sizes that the axes do not divide, an axis that the mesh does not have.
           ValueError, TypeError: as ``kind.create``.
         """
+        if kind not in _SIZES:
+            raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
         mesh = mesh_or_current(mesh)
         axes.check(mesh)
         jax.eval_shape(lambda: kind.create(*sizes, **options))  # its own checks
@@ -140,7 +142,7 @@ class ShardedCache(HeldCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and scales: of all parts, a head counted as often as it is there."""
+        """Bytes of keys, values and scales; heads that several devices have count for each."""
         return self.cache.nbytes
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> ShardedCache:
@@ -194,8 +196,6 @@ class ShardedCache(HeldCache):
 
 def _check_sizes(kind: type[Cache], given: dict[str, Any], axes: Axes, mesh: Any) -> int:
     """ValueError for what cannot be cut evenly; key/value heads of the arrays, of all devices."""
-    if kind not in _SIZES:
-        raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
     rows, slots = _SIZES[kind]
     shards = axes.size(mesh, "sequence")
     if shards > 1 and slots is None:

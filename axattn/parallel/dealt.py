@@ -36,9 +36,9 @@ class DealtCache(HeldCache):
         cache = DealtCache(DenseCache.create(batch, length // n, ...), "context")
         out, cache = cache.extend(query, key, value)
 
-    It does what an `axattn.cache.Cache` does, with tokens and queries that all shards are given, and
-    gives all of them the same results. To bring it out of the ``shard_map``: ``cache.arrays`` are of
-    this shard, all else is the same on all of them.
+    It does what an `axattn.cache.Cache` does, with tokens and queries that all shards are given,
+    and gives all of them the same results. ``cache.arrays`` are this shard's, and all else is the
+    same on all of them: so say ``out_specs``.
 
     Attributes:
       cache: dense or paged, of any dtype, with an n-th of the slots: of each row, or of each page.

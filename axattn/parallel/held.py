@@ -1,4 +1,4 @@
-"""What caches in parts have in common: the interface of `axattn.cache.Cache`, by one that is held."""
+"""What caches in parts have in common: the interface of `Cache`, over one that they hold."""
 
 from __future__ import annotations
 
