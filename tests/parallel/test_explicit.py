@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import axattn
-from axattn._jax_compat import varying_axes, vary_over
+from axattn._jax_compat import vary_over, varying_axes
 from tests import cases, precision
 from tests.cases import Shape
 from tests.precision import Call
