@@ -67,7 +67,7 @@ def _grouped(case: Case, dtype: Any) -> tuple[Any, Any]:
         param_dtype=dtype,
         use_bias=False,
     )
-    bare = cls(**fields, attention_fn=_first_value)
+    bare = cls(**fields, attention_fn=first_value)
     name = case.implementation
     if name == BASELINE:
         return cls(**fields, attention_fn=BASELINES["repeat_kv"]), bare
@@ -113,7 +113,7 @@ def heads_in_turn(query, key, value, mask=None, *, implementation=None, is_causa
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _first_value(query, key, value, mask=None, *, is_causal: bool = False):
+def first_value(query, key, value, mask=None, *, is_causal: bool = False):
     return query
 
 
