@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MUL
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def run(blocks) -> dict:
@@ -53,8 +53,15 @@ def test_huggingface(tmp_path):
     np.testing.assert_allclose(names["y"], golden("deepseek_v3")[2][0][1], atol=1e-5)
 
 
+def test_several_devices(capsys):
+    names = run([*BLOCKS[:3], BLOCKS[5]])
+    assert names["out"].shape == (2, 300, 16, 64) and names["y"].shape == (2, 1024, 512)
+    assert names["cache"].lengths.tolist() == [1024, 1024]
+    assert "ring" in capsys.readouterr().out
+
+
 @pytest.mark.aot
 def test_report(capsys):
-    run([BLOCKS[0], BLOCKS[5]])
+    run([BLOCKS[0], BLOCKS[6]])
     printed = capsys.readouterr().out
     assert "v5p" in printed and "MiB" in printed

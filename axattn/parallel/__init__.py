@@ -2,14 +2,26 @@
 
     axes = parallel.Axes(batch="data", heads="model", sequence="context")
     out = parallel.attention(query, key, value, axes=axes, mesh=mesh, is_causal=True)
+    cache = parallel.ShardedCache.create(DenseCache, batch, length, ..., axes=axes, mesh=mesh)
 
-Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on what a device has,
-and `local_attention` attends across the shards of a sequence.
+Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on what a device has;
+`local_attention` attends across the shards of a sequence, `DealtCache` over those of a cache.
 """
 
 from axattn.parallel.attention import attention, explain, local_attention
 from axattn.parallel.axes import Axes
+from axattn.parallel.caches import ShardedCache
 from axattn.parallel.costs import Links
+from axattn.parallel.dealt import DealtCache
 from axattn.parallel.layouts import positions
 
-__all__ = ["Axes", "Links", "attention", "explain", "local_attention", "positions"]
+__all__ = [
+    "Axes",
+    "DealtCache",
+    "Links",
+    "ShardedCache",
+    "attention",
+    "explain",
+    "local_attention",
+    "positions",
+]
