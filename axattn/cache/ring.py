@@ -89,7 +89,7 @@ class RingCache(Cache):
     def extend(self, query, key, value=None, *, lengths=None, **options):
         step, length = self.max_append, (*jnp.shape(key), 0, 0)[1]
         if length <= step or jnp.shape(query)[1] != length:
-            return super().extend(query, key, value, lengths=lengths, **options)
+            return Cache.extend(self, query, key, value, lengths=lengths, **options)
         if options.get("return_residual") or options.get("q_positions") is not None:
             raise ValueError(
                 f"extend takes return_residual and q_positions for at most max_append = {step} "

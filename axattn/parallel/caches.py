@@ -100,20 +100,12 @@ class ShardedCache(HeldCache):
         mesh = mesh_or_current(mesh)
         axes.check(mesh)
         jax.eval_shape(lambda: kind.create(*sizes, **options))  # its own checks
-        bound = inspect.signature(kind.create).bind(*sizes, **options)
-        given = bound.arguments
-        stored_heads = _check_sizes(kind, given, axes, mesh)
-        num_kv_heads, center = given["num_kv_heads"], given.get("key_center")
-        given["num_kv_heads"] = stored_heads
+        given = dict(inspect.signature(kind.create).bind(*sizes, **options).arguments)
+        num_kv_heads, center = given["num_kv_heads"], given.pop("key_center", None)
+        given["num_kv_heads"] = _check_sizes(kind, given, axes, mesh)
         if center is not None:
-            center = jnp.repeat(jnp.asarray(center), stored_heads // num_kv_heads, axis=0)
-
-        def make(center):
-            if center is not None:
-                given["key_center"] = center
-            cache = kind.create(*bound.args, **bound.kwargs)
-            return ShardedCache(cache, axes, mesh, num_kv_heads)
-
+            center = jnp.repeat(jnp.asarray(center), given["num_kv_heads"] // num_kv_heads, axis=0)
+        make = _maker(kind, tuple(given.items()), axes, mesh, num_kv_heads)
         shapes = jax.eval_shape(make, center)
         if not abstract:
             return jax.jit(make, out_shardings=shapes.shardings)(center)
@@ -144,6 +136,11 @@ class ShardedCache(HeldCache):
     def nbytes(self) -> int:
         """Bytes of keys, values and scales; heads that several devices have count for each."""
         return self.cache.nbytes
+
+    def extend(self, query, key, value=None, **options):
+        """As `axattn.cache.Cache.extend`."""
+        kind = RingCache if isinstance(self.cache, RingCache) else Cache
+        return kind.extend(self, query, key, value, **options)
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> ShardedCache:
         """As `axattn.cache.PagedCache.with_table`; pages are those of the row's own pool."""
@@ -177,11 +174,6 @@ class ShardedCache(HeldCache):
         return self.axes.size(self.mesh, what)
 
     def _append(self, key, value, counts, overflowed):
-        if isinstance(self.cache, RingCache) and key.shape[1] > self.max_append:
-            raise ValueError(
-                f"key takes at most max_append = {self.max_append} tokens at a time in a ring on a "
-                f"mesh, got {key.shape[1]}"
-            )
         cache = _append(self, key, value, jnp.asarray(counts), overflowed)
         return dataclasses.replace(self, cache=cache)
 
@@ -192,6 +184,17 @@ class ShardedCache(HeldCache):
                 f"heads takes axes whose size divides the {call.num_heads} query heads, got {ways}"
             )
         return _attend(self, call, implementation)
+
+
+@functools.cache
+def _maker(kind: type[Cache], given: tuple, axes: Axes, mesh: Any, num_kv_heads: int):
+    """The same function for the same sizes: then layers that are alike compile one program."""
+
+    def make(center: jax.Array | None) -> ShardedCache:
+        cache = kind.create(**dict(given), key_center=center)
+        return ShardedCache(cache, axes, mesh, num_kv_heads)
+
+    return make
 
 
 def _check_sizes(kind: type[Cache], given: dict[str, Any], axes: Axes, mesh: Any) -> int:

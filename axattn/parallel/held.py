@@ -79,7 +79,7 @@ class HeldCache(abc.ABC):
         lengths: ArrayLike | None = None,
     ) -> Self:
         """As `axattn.cache.Cache.append`."""
-        key, value, counts = self.whole._checked_tokens(key, value, lengths)
+        key, value, counts = self._checked_tokens(key, value, lengths)
         counts, overflowed = self.whole._admitted(counts)
         return self._append(key, value, counts, overflowed)
 
@@ -108,6 +108,9 @@ class HeldCache(abc.ABC):
         """As `axattn.cache.PagedCache.with_table`; a page holds its slots of every shard."""
         changed = self.whole.with_table(block_table, lengths)
         return self._with(block_table=changed.block_table, lengths=changed.lengths)
+
+    def _checked_tokens(self, key: Any, value: Any, lengths: Any) -> Any:
+        return self.whole._checked_tokens(key, value, lengths)
 
     def _with(self, **changes: Any) -> Self:
         return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **changes))

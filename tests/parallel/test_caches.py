@@ -13,7 +13,7 @@ from flax import nnx
 import axattn.linen
 import axattn.nnx
 from axattn import Mask, latent
-from axattn.cache import Cache, DenseCache, PagedCache, RingCache, prefill
+from axattn.cache import Cache, DenseCache, PagedCache, PagePool, RingCache, prefill
 from axattn.parallel import Axes
 from axattn.parallel.caches import ShardedCache
 from axattn.rotary import RotaryEmbedding
@@ -24,7 +24,7 @@ from tests.parallel.sharded_caches import AXES, B, gathered, poisoned
 from tests.parallel.test_attention import moved
 from tests.precision import ULPS, quick_jit
 
-LENGTHS = np.array([21, 9, 0, 18])
+LENGTHS = np.array([22, 9, 0, 18])
 MESHES = {
     "sequence": dict(context=4),
     "rows and sequence": dict(data=2, context=2),
@@ -71,10 +71,10 @@ def test_prompts_and_tokens(mesh_of, kind, dtype):
     group = 3 * G if list(MESHES)[turn] == "heads on several devices" else 2 * G
     mesh = mesh_of(**list(MESHES.values())[turn])
     tokens = caches.tokens(
-        21, batch=B, kv_heads=heads, group=group, dtype=caches.float_dtype(dtype)
+        22, batch=B, kv_heads=heads, group=group, dtype=caches.float_dtype(dtype)
     )
     options = dict(dtype=dtype, kv_heads=heads)
-    steps = (10, 1, 1, 9)
+    steps = (10, 1, 1, 10)
     plain, one = filled(caches.make(kind, batch=B, **options), tokens, steps)
     sharded = sharded_caches.make(kind, mesh, **options)
     out, cache = filled(sharded, tokens, steps, poison=True)
@@ -116,10 +116,10 @@ FEATURES = {
 
 def test_features(mesh_of):
     """Outputs and LSE of all of them, from one program for the mesh and one for one device."""
-    tokens = caches.tokens(21, batch=B)
-    _, one = filled(caches.make("paged", batch=B), tokens, (21,))
+    tokens = caches.tokens(22, batch=B)
+    _, one = filled(caches.make("paged", batch=B), tokens, (22,))
     _, cache = filled(
-        sharded_caches.make("paged", mesh_of(data=2, model=2, context=2)), tokens, (21,)
+        sharded_caches.make("paged", mesh_of(data=2, model=2, context=2)), tokens, (22,)
     )
 
     @quick_jit
@@ -163,15 +163,15 @@ def test_rows_that_overflow(mesh_of, kind):
 
 def test_rings(mesh_of):
     mesh = mesh_of(data=2, model=2)
-    tokens = caches.tokens(21, batch=B)
-    steps = (10, 1, 1, 9)
+    tokens = caches.tokens(22, batch=B)
+    steps = (20, 1, 1)
     options = dict(max_append=10, value_head_dim=h, dtype="float32")
     plain, _ = filled(RingCache.create(B, 7, K, H, **options), tokens, steps)
     axes = Axes(batch="data", heads="model")
     ring = ShardedCache.create(RingCache, B, 7, K, H, axes=axes, mesh=mesh, **options)
     out, ring = filled(ring, tokens, steps)
     np.testing.assert_allclose(out, plain, atol=2e-6)
-    with pytest.raises(ValueError, match="at most max_append = 17 tokens .* got 21"):
+    with pytest.raises(ValueError, match="at most max_append = 17 tokens .* got 22"):
         ring.append(*tokens[1:])
 
 
@@ -242,6 +242,42 @@ def test_layers_and_prefill(mesh_of, make_layer):
 
 
 # ---- pages -------------------------------------------------------------------------------------
+
+
+def test_one_pool_on_the_host_serves_all_shards(mesh_of):
+    """Prefixes found again, pages shared and copied: the tables are those of one device."""
+    query, key, value = caches.tokens(24, batch=2)
+    pool, ids = PagePool(8, PAGE), list(range(20))
+
+    def step(cache, table, firsts, counts, copies):
+        cache = cache.copy_pages(*copies).with_table(table, np.array(firsts))
+        width = max(counts)
+        taken = np.array(firsts)[:, None] + np.arange(width)
+        tokens = (np.take_along_axis(x, taken[..., None, None], 1) for x in (query, key, value))
+        return extend(cache, *tokens, np.array(counts))
+
+    sizes = dict(value_head_dim=h, dtype="float32")
+    plain = PagedCache.create(2, 8, PAGE, 3, K, H, **sizes)
+    cache = ShardedCache.create(
+        PagedCache, 2, 8, PAGE, 3, K, H, axes=AXES, mesh=mesh_of(model=2, context=4), **sizes
+    )
+    first, second = pool.allocate(ids), pool.allocate(0)
+    outs, found = [], [cache, plain]
+    plans = [(pool.block_table([first, second], 3), [0, 0], [20, 0], ([], []))]
+    pool.publish(first)
+    pool.append(first, [20])
+    second = pool.allocate([*ids[:13], 77, 78])
+    assert pool.cached(second) == 13
+    copies = pool.take_copies()
+    plans.append((pool.block_table([first, second], 3), [20, 13], [1, 2], copies))
+    assert len(copies[0]) == 1
+    for plan in plans:
+        found = [step(cache, *plan) for cache in found]
+        outs.append([out for out, _ in found])
+        found = [cache for _, cache in found]
+    for got, want in outs:
+        assert np.asarray(want).any()
+        np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def test_pages_are_copied_in_each_pool(mesh_of):
