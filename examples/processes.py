@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -18,9 +20,10 @@ def free_port() -> int:
 def run_together(commands: Sequence[Sequence[str]]) -> int:
     """Runs commands at once and waits for all; 0, or the exit status of the first that failed.
 
-    One that fails ends the others, which would wait for it; so does an exception (Ctrl-C).
+    One that fails ends the others, which would wait for it; so do Ctrl-C and SIGTERM.
     """
     running = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         running += [subprocess.Popen(command) for command in commands]
         while True:
@@ -34,3 +37,4 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
             process.kill()
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)

@@ -154,6 +154,25 @@ def test_one_that_fails_ends_the_others():
     assert processes.run_together([[sys.executable, "-c", ""]] * 2) == 0
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
+def test_signals_end_all(number, status):
+    sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from examples import processes\n"
+        f"processes.run_together([[sys.executable, '-c', {sleeps!r}]] * 2)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        started = [int(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(number)
+        assert process.wait(30) == status
+    for one in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(one, 0)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return jax.make_mesh((2, 2, 2), ("data", "context", "model"), (jax.sharding.AxisType.Auto,) * 3)
