@@ -53,7 +53,7 @@ def with_auto_axes(function, arrays, specs):
 
 
 def explicit_sharding(array) -> tuple[object, tuple] | None:
-    """The mesh and the PartitionSpec by which JAX types ``array``, or None without Explicit axes."""
+    """Mesh and PartitionSpec by which JAX types ``array``, or None without Explicit axes."""
     sharding = jax.typeof(array).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return None

@@ -20,6 +20,7 @@ N = 128, R = 512, D = 128, P = 64, h = 128.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -71,6 +72,7 @@ def latent_attention(
     form: Form | None = None,
     scale: float | None = None,
     precision: Any = None,
+    attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
 ) -> Float[Array, "*batch T N h"]:
     """Latent attention over the tokens' latents.
@@ -84,6 +86,8 @@ def latent_attention(
       scale: of the logits; 1 / sqrt(D + P) by default. YaRN changes it:
         `axattn.rotary.yarn_softmax_scale`.
       precision: of the projections and of attention.
+      attend: what takes the arguments of `axattn.dot_product_attention`: over a mesh
+        ``functools.partial(axattn.parallel.attention, axes=axes)``.
       **options: as `axattn.dot_product_attention`.
 
     Returns:
@@ -103,10 +107,10 @@ def latent_attention(
     if form == "naive":
         written = write_out(latent, key_rope, key_up, value_up, precision=precision)
         key, value = (x.astype(query.dtype) for x in written)
-        return dot_product_attention(query, key, value, **options)
+        return attend(query, key, value, **options)
     query = absorb(query, key_up, precision=precision)
     key, value = _shared_key(latent, key_rope), latent[..., None, :]
-    return _expanded(dot_product_attention(query, key, value, **options), value_up, precision)
+    return _expanded(attend(query, key, value, **options), value_up, precision)
 
 
 def write_out(
@@ -191,6 +195,7 @@ def extend(
     form: Literal["absorbed"] | None = None,
     scale: float | None = None,
     precision: Any = None,
+    attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
 ) -> tuple[Float[Array, "B T N h"], Cache]:
     """Appends tokens to a cache and attends from them over all that it holds: a layer's step.
@@ -205,6 +210,7 @@ def extend(
         training. Whether the cache is empty is asked when the program runs, which then has both
         forms. "absorbed": never. Rings, and steps with ``mask``, ``bias``, segment ids or
         ``q_positions``, are always absorbed.
+      attend: as in `latent_attention`, of prompts in the naive form.
       **options: as `axattn.cache.Cache.extend`.
 
     Returns:
@@ -239,7 +245,7 @@ def extend(
 
     def naive():
         return latent_attention(
-            query, latent, key_rope, key_up, value_up, form="naive",
+            query, latent, key_rope, key_up, value_up, form="naive", attend=attend,
             query_seq_lengths=written, key_value_seq_lengths=written,
             **{"is_causal": True, **options},
         )  # fmt: skip

@@ -11,6 +11,7 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn import latent
 from axattn._typing import Array, Float, Integer
+from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend
 from axattn.layers.options import requested
@@ -46,6 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
       dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
         bias_init: as in Flax's layers.
       logical_axes: as in `MultiHeadDotProductAttention`; besides, q_lora and kv_lora.
+      attend: as in `axattn.latent.latent_attention`.
     """
 
     num_heads: int
@@ -72,6 +74,7 @@ class MultiHeadLatentAttention(nn.Module):
     kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
     bias_init: Callable[..., Array] = nn.initializers.zeros_init()
     logical_axes: bool = False
+    attend: Callable[..., Any] = dot_product_attention
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
@@ -139,6 +142,7 @@ class MultiHeadLatentAttention(nn.Module):
                 query_segment_ids=segment_ids,
                 precision=self.precision,
                 implementation=self.implementation,
+                attend=self.attend,
                 **({} if stays else dropout),
             ),
             excluded={"segment_ids": segment_ids is not None, "dropout": not stays},

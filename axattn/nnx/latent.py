@@ -12,6 +12,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from axattn import latent
 from axattn._typing import Array, Float, Integer
+from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
 from axattn.layers.options import requested, static
@@ -49,6 +50,7 @@ class MultiHeadLatentAttention(nnx.Module):
       dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
         bias_init, rngs, keep_rngs: as in Flax's layers.
       logical_axes: as in `MultiHeadAttention`; besides, q_lora and kv_lora.
+      attend: as in `axattn.latent.latent_attention`.
 
     Raises:
       ValueError, TypeError: sizes that are no positive integers, an odd ``qk_rope_head_dim``, no
@@ -85,6 +87,7 @@ class MultiHeadLatentAttention(nnx.Module):
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
         logical_axes: bool = False,
+        attend: Callable[..., Any] = dot_product_attention,
     ):
         self.num_heads = num_heads
         self.in_features = in_features
@@ -102,6 +105,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.dropout_rate = dropout_rate
         self.broadcast_dropout = broadcast_dropout
         self.deterministic = deterministic
+        self.attend = attend
         self.dtype = dtype
         self.precision = precision
         check_fields(rope, form)
@@ -221,6 +225,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 query_segment_ids=segment_ids,
                 precision=self.precision,
                 implementation=self.implementation,
+                attend=self.attend,
                 **dropout,
             ),
             excluded={"segment_ids": segment_ids is not None, "dropout": bool(dropout)},

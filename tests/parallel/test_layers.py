@@ -152,3 +152,25 @@ def test_hooks_do_not_go_with_attention_over_a_mesh(mesh_of):
         over(axattn.linen, mesh_of())(
             q, q, q, qk_attn_weights_einsum=jnp.einsum, attn_weights_value_einsum=jnp.einsum
         )
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_latent_attention(mesh_of, inputs, form):
+    """Absorbed, all heads share one key/value head, which every device has whole."""
+    mesh = mesh_of(data=2, model=2, context=2)
+    attend = functools.partial(parallel.attention, axes=AXES, mesh=mesh, strategy="ring")
+    one = axattn.linen.MultiHeadLatentAttention(**LATENT, form=form)
+    params = one.init(jax.random.key(0), inputs)
+
+    def gradients(layer):
+        return jax.jit(jax.grad(lambda p: (layer.apply(p, inputs, is_causal=True) ** 2).sum()))
+
+    close(gradients(one.clone(attend=attend))(params), gradients(one)(params))
+
+    def output(**options):
+        layer = axattn.nnx.MultiHeadLatentAttention(
+            in_features=E, **LATENT, form=form, **options, rngs=nnx.Rngs(0)
+        )
+        return layer(inputs, is_causal=True)
+
+    close(output(attend=attend), output())
