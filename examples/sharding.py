@@ -21,8 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from axattn.cache import Cache, DenseCache
-from axattn.parallel import Axes
-from axattn.parallel.caches import ShardedCache
+from axattn.parallel import Axes, ShardedCache
 from examples.decoder import Config
 
 AXES = Axes(batch="data", heads="model", sequence="context")
