@@ -39,13 +39,13 @@ def as_array(name: str, x: Any) -> Array:
 def counts_of(name: str, counts: Any, batch: int, at_most: int | None = None) -> Array:
     """int32 ``[B]`` of at least 0 (and at most ``at_most``), numpy where concrete."""
     takes = f"int or int [B] = [{batch}]" + ("" if at_most is None else f", 0 to {at_most}")
-    if not isinstance(counts, jax.core.Tracer):
+    if is_concrete(counts):
         counts = np.asarray(counts)
     if not np.issubdtype(counts.dtype, np.integer):
         raise TypeError(f"{name} takes {takes}, got dtype {counts.dtype}")
     if counts.shape not in ((), (batch,)):
         raise ValueError(f"{name} takes {takes}, got shape {counts.shape}")
-    if isinstance(counts, jax.core.Tracer):
+    if not is_concrete(counts):
         kept = jnp.clip(counts, 0, at_most)
         _jax_compat.debug_check((kept == counts).all(), f"{name} takes {takes}")
         return jnp.broadcast_to(kept.astype(jnp.int32), (batch,))

@@ -296,6 +296,9 @@ def test_pages_are_copied_in_each_pool(mesh_of):
         np.testing.assert_array_equal(got, want)
     with pytest.raises(ValueError, match=r"sources takes int \[2, n\] .* got shape \(1,\)"):
         cache.copy_pages([1], [2])
+    with pytest.raises(ValueError, match="rows \\[3\\] .* do not have them"):
+        table[3, 1] = 14  # a page of the other pool
+        cache.with_table(table).append(*tokens[1:])
 
 
 def test_forks(mesh_of):
