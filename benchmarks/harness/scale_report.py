@@ -12,7 +12,8 @@ from benchmarks.harness.sections import Sections
 
 UPPER_BOUNDS = (
     "FLOPs are by arithmetic, half of all pairs. Compiled and Accessed are upper bounds: kernels "
-    "that learn positions at run time count all pairs, and skip what is masked."
+    "that learn positions at run time count all pairs, and skip what is masked. Rooflines by these "
+    "bytes are upper bounds, too (<)."
 )
 
 

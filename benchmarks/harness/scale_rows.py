@@ -29,7 +29,7 @@ class Cell:
         every block that a shard may see: on the layer upper bounds. Or lower bounds, where
         ``cost_is_lower_bound``.
       roofline: the longest of FLOPs, bytes accessed and bytes sent at the chip's published rates,
-        and ``bound`` which one.
+        and ``bound`` which one. With an upper bound of bytes accessed it is one, too.
       estimate: of the attention forward, by `axattn.parallel.explain`.
     """
 
@@ -106,7 +106,8 @@ def _sent(*kinds: str):
 def _bound(row: Cell) -> str:
     if row.roofline is None:
         return units.NOTHING
-    return f"{units.seconds(row.roofline)} ({row.bound})"
+    most = "<" if row.table == "layer" and row.bound == "HBM" else ""
+    return f"{most}{units.seconds(row.roofline)} ({row.bound})"
 
 
 def _why(row: Cell) -> str:
