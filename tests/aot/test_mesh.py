@@ -69,10 +69,10 @@ def test_figures_are_per_device():
     report = aot.analyze(fn, x, w, target="cpu")
     assert report.num_devices == 4 and "one of 4" in str(report)
     # A quarter of x, and w, which says nothing of where it is, on each.
-    assert report.argument_bytes == x.nbytes // 4 + w.nbytes
+    assert report.argument_bytes == 4 * (x.size // 4 + w.size)
     (found,) = report.collectives
     assert found.kind == "all-reduce" and found.count == 1
-    assert found.sent_bytes == report.sent_bytes == 2 * 3 / 4 * w.nbytes
+    assert found.sent_bytes == report.sent_bytes == 2 * 3 / 4 * 4 * w.size
     assert report.to_dict()["collectives"] == [
         {"kind": "all-reduce", "count": 1, "sent_bytes": found.sent_bytes}
     ]
