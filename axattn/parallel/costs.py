@@ -14,7 +14,7 @@ from axattn.parallel import layouts, ulysses
 
 STRATEGIES = ("ring", "gather", "ulysses")
 
-# Positions that are looked at of each run of a shard, to count pairs.
+# Queries that are looked at of each run of a shard, to count pairs.
 SAMPLES = 16
 
 
@@ -91,10 +91,12 @@ def costs(
     problem: Problem, mask: Mask, layout: str | None, shards: int, links: Links
 ) -> list[Cost]:
     """Of every strategy, the one to take first."""
+    pairs = _pairs(problem, mask, layout, shards)
+    hops = layouts.hops(mask, layout, shards, problem.q_len, problem.kv_len)
     found = [
-        _ring(problem, mask, layout, shards, links),
-        _gather(problem, mask, layout, shards, links),
-        _ulysses(problem, mask, layout, shards, links),
+        _ring(problem, pairs, hops, links),
+        _gather(problem, pairs, links),
+        _ulysses(problem, pairs, links),
     ]
     return sorted(found, key=lambda cost: cost.seconds)
 
@@ -109,58 +111,54 @@ def _flops(p: Problem, pairs: float) -> float:
     return 2.0 * p.batch * p.num_heads * pairs * (p.head_dim + p.value_head_dim)
 
 
-def _ring(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
-    hops = layouts.hops(mask, layout, shards, p.q_len, p.kv_len)
-    pairs = _pairs(p, mask, layout, shards)
-    block = _kv_bytes(p, shards)
+def _ring(p: Problem, pairs: np.ndarray, hops: tuple[int, ...], links: Links) -> Cost:
+    shards = np.arange(len(pairs))
+    block = _kv_bytes(p, len(pairs))
     # Hop by hop, computing while the next keys are on their way; all wait for the slowest.
     seconds = 0.0
     for i, distance in enumerate(hops):
-        busiest = max(pairs[r][(r - distance) % shards] for r in range(shards))
+        busiest = pairs[shards, (shards - distance) % len(pairs)].max()
         sends = block * (hops[i + 1] - distance) if i + 1 < len(hops) else 0.0
         seconds += max(_flops(p, busiest) / links.flops, sends / links.bytes)
-    busiest = max(map(sum, pairs))
+    busiest = pairs.sum(1).max()
     held = min(2, len(hops) - 1) * block
     return Cost("ring", None, block * hops[-1], _flops(p, busiest), held, seconds)
 
 
-def _gather(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
-    busiest = _flops(p, max(map(sum, _pairs(p, mask, layout, shards))))
+def _gather(p: Problem, pairs: np.ndarray, links: Links) -> Cost:
+    shards, busiest = len(pairs), _flops(p, pairs.sum(1).max())
     sent = _kv_bytes(p, shards) * (shards - 1)
     # Both ways around at once.
     seconds = sent / (2 * links.bytes) + busiest / links.flops
     return Cost("gather", None, sent, busiest, sent, seconds)
 
 
-def _ulysses(p: Problem, mask: Mask, layout, shards: int, links: Links) -> Cost:
+def _ulysses(p: Problem, pairs: np.ndarray, links: Links) -> Cost:
+    shards = len(pairs)
     refusal = ulysses.refuses(p.num_heads, p.num_kv_heads, shards)
     if refusal:
         return Cost("ulysses", refusal)
-    pairs = sum(map(sum, _pairs(p, mask, layout, shards)))
+    flops = _flops(p, pairs.sum() / shards)
     rows = p.batch * p.q_len / shards * p.num_heads * (p.head_dim + p.value_head_dim) * p.itemsize
     keys = _kv_bytes(p, shards) * max(1, shards // p.num_kv_heads)
     sent = (rows + keys) * (shards - 1) / shards
     # On a ring a part travels a quarter of the way round on average, both ways.
-    seconds = sent * shards / 4 / (2 * links.bytes) + _flops(p, pairs / shards) / links.flops
-    return Cost("ulysses", None, sent, _flops(p, pairs / shards), keys, seconds)
+    seconds = sent * shards / 4 / (2 * links.bytes) + flops / links.flops
+    return Cost("ulysses", None, sent, flops, keys, seconds)
 
 
-def _pairs(p: Problem, mask: Mask, layout: str | None, shards: int) -> list[list[float]]:
-    """Pairs of tokens that attend, of each shard's queries with each shard's keys; sampled."""
+def _pairs(p: Problem, mask: Mask, layout: str | None, shards: int) -> np.ndarray:
+    """Pairs of tokens that attend, of each shard's queries with each shard's keys.
+
+    Of some queries, spread over the shard, keys are counted.
+    """
+    rows = p.q_len / shards
     if layout is None:
-        share = p.q_len / shards * p.kv_len / shards
-        return [[share] * shards for _ in range(shards)]
-    found = np.zeros((shards, shards))
-    queries = layouts.runs(layout, shards, p.q_len)
-    keys = layouts.runs(layout, shards, p.kv_len)
-
-    def points(runs):
-        return np.concatenate([np.linspace(a, b, SAMPLES).round() for a, b in runs]).astype(int)
-
-    for r in range(shards):
-        at = points(queries[r])
-        for s in range(shards):
-            to = points(keys[s])
-            seen = layouts.allowed(mask, at[:, None], to[None])
-            found[r, s] = seen.mean() * p.q_len / shards * p.kv_len / shards
-    return found.tolist()
+        return np.full((shards, shards), rows * p.kv_len / shards)
+    queries, keys = (np.array(layouts.runs(layout, shards, n)) for n in (p.q_len, p.kv_len))
+    at = np.linspace(queries[..., 0], queries[..., 1], SAMPLES, axis=-1).round()
+    first, last = layouts.reach(mask, at.reshape(shards, -1))
+    # [shard of queries, sample, shard of keys, their run]
+    low = np.maximum(first[..., None, None], keys[..., 0])
+    high = np.minimum(last[..., None, None], keys[..., 1])
+    return np.maximum(high - low + 1, 0).sum(-1).mean(1) * rows

@@ -9,12 +9,22 @@ Shard r of n has the slots ``[r S / n, (r + 1) S / n)``. Its positions are, by l
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from axattn import mask_parts as parts
 from axattn.masks import Mask
 
 LAYOUTS = ("contiguous", "zigzag")
+
+_FAR = 1 << 40
+
+
+def check(layout: str) -> None:
+    """ValueError for another one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout takes one of {LAYOUTS}, got {layout!r}")
 
 
 def runs(layout: str, shards: int, length: int) -> list[list[tuple[int, int]]]:
@@ -23,8 +33,7 @@ def runs(layout: str, shards: int, length: int) -> list[list[tuple[int, int]]]:
     Raises:
       ValueError: another layout, or a length that its chunks do not divide.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout takes one of {LAYOUTS}, got {layout!r}")
+    check(layout)
     chunks = shards if layout == "contiguous" else 2 * shards
     if length % chunks:
         raise ValueError(
@@ -51,20 +60,36 @@ def positions(layout: str, shards: int, length: int) -> np.ndarray:
     return np.concatenate([np.arange(a, b + 1, dtype=np.int32) for row in found for a, b in row])
 
 
-def may_attend(mask: Mask, query: tuple[int, int], key: tuple[int, int]) -> bool:
-    """Whether a run of queries may see any of a run of keys, by what is known while tracing."""
-    return all(_part_allows(part, *query, *key) for part in mask.parts)
+def of_slots(layout: str, slots: jax.Array, shards: int, length: int) -> jax.Array:
+    """The same of some slots, while a program runs: nothing of the sequence's length is stored."""
+    if layout == "contiguous":
+        return slots
+    own = length // shards
+    shard, within = slots // own, slots % own
+    chunk = own // 2
+    return jnp.where(
+        within < chunk, shard * chunk + within, (2 * shards - 2 - shard) * chunk + within
+    )
 
 
-def _part_allows(part, q_first: int, q_last: int, k_first: int, k_last: int) -> bool:
-    if isinstance(part, parts.Causal) and isinstance(part.offset, int):
-        return q_last + part.offset >= k_first
-    if isinstance(part, parts.Window):
-        left = part.left is None or k_last >= q_first - part.left
-        return left and (part.right is None or k_first <= q_last + part.right)
-    if isinstance(part, parts.Prefix) and isinstance(part.length, int):
-        return k_first < part.length or q_last >= k_first
-    return True
+def reach(mask: Mask, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last position that a query at a position sees, by what is known while tracing.
+
+    Both grow with the position.
+    """
+    query = np.asarray(query, np.int64)
+    first, last = np.full_like(query, -_FAR), np.full_like(query, _FAR)
+    for part in mask.parts:
+        if isinstance(part, parts.Causal) and isinstance(part.offset, int):
+            last = np.minimum(last, query + part.offset)
+        elif isinstance(part, parts.Prefix) and isinstance(part.length, int):
+            last = np.minimum(last, np.maximum(query, part.length - 1))
+        elif isinstance(part, parts.Window):
+            if part.left is not None:
+                first = np.maximum(first, query - part.left)
+            if part.right is not None:
+                last = np.minimum(last, query + part.right)
+    return first, last
 
 
 def hops(mask: Mask, layout: str | None, shards: int, q_len: int, kv_len: int) -> tuple[int, ...]:
@@ -75,33 +100,13 @@ def hops(mask: Mask, layout: str | None, shards: int, q_len: int, kv_len: int) -
     """
     if layout is None:
         return tuple(range(shards))
-    queries, keys = runs(layout, shards, q_len), runs(layout, shards, kv_len)
-
-    def needed(distance: int) -> bool:
-        return any(
-            may_attend(mask, q, k)
-            for r in range(shards)
-            for q in queries[r]
-            for k in keys[(r - distance) % shards]
-        )
-
-    return (0, *(d for d in range(1, shards) if needed(d)))
-
-
-def allowed(mask: Mask, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Which positions attend to which, bool, by what is known while tracing; arrays broadcast."""
-    found = np.ones(np.broadcast_shapes(query.shape, key.shape), bool)
-    for part in mask.parts:
-        if isinstance(part, parts.Causal) and isinstance(part.offset, int):
-            found &= query + part.offset >= key
-        elif isinstance(part, parts.Prefix) and isinstance(part.length, int):
-            found &= (key < part.length) | (query >= key)
-        elif isinstance(part, parts.Window):
-            if part.left is not None:
-                found &= key >= query - part.left
-            if part.right is not None:
-                found &= key <= query + part.right
-    return found
+    queries, keys = (np.array(runs(layout, shards, n)) for n in (q_len, kv_len))
+    first, last = reach(mask, queries[..., 0])[0], reach(mask, queries[..., 1])[1]
+    # [shard of queries, their run, shard of keys, their run]
+    needed = keys[..., 1] >= first[..., None, None]
+    needed &= keys[..., 0] <= last[..., None, None]
+    r, s = np.nonzero(needed.any((1, 3)))
+    return tuple(sorted({0, *((r - s) % shards).tolist()}))
 
 
 def speaks_of_positions(mask: Mask) -> bool:

@@ -66,6 +66,12 @@ def test_positions_that_are_not_known_cost_all_pairs():
     assert by_name(CAUSAL, None)["ring"].flops == by_name()["ring"].flops
 
 
+def test_pairs_of_a_narrow_window_are_counted_not_guessed():
+    found = by_name(Mask.window(256, 0), q_len=2**20, kv_len=2**20, shards=64)
+    each = 2.0 * 2 * 32 * 257 * (128 + 64)  # FLOPs of a query
+    assert found["ring"].flops == pytest.approx(each * 2**20 / 64, rel=1e-3)
+
+
 def test_refusals_come_last_and_say_why():
     found = by_name(num_heads=12, num_kv_heads=4)
     assert [*found][-1] == "ulysses" and "multiples of 8, got 12" in str(found["ulysses"])
@@ -91,6 +97,7 @@ class TestLayouts:
         for layout in layouts.LAYOUTS:
             found = parallel.positions(layout, 4, 48)
             assert sorted(found) == list(range(48))
+            assert (layouts.of_slots(layout, jnp.arange(48), 4, 48) == found).all()
         assert parallel.positions("zigzag", 2, 8).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
     @pytest.mark.parametrize(
@@ -114,10 +121,11 @@ class TestLayouts:
     @pytest.mark.parametrize("mask", [CAUSAL, Mask.window(9, 4), CAUSAL & Mask.window(20, None),
                                       Mask.prefix(11)])  # fmt: skip
     def test_no_pair_is_left_out(self, mask, layout):
-        """Whatever attends is within a hop that is made, and `allowed` is the mask itself."""
+        """Whatever attends is within a hop that is made, and `reach` is the mask itself."""
         at = parallel.positions(layout, 4, 48)
         array = np.asarray(mask.materialize(48, 48))[0, 0][at][:, at]
-        assert (layouts.allowed(mask, at[:, None], at[None]) == array).all()
+        first, last = layouts.reach(mask, at)
+        assert (((at >= first[:, None]) & (at <= last[:, None])) == array).all()
         made = layouts.hops(mask, layout, 4, 48, 48)
         for r in range(4):
             for s in range(4):
