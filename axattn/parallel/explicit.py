@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from axattn._jax_compat import explicit_sharding, with_auto_axes
 from axattn.call import AttentionCall
 from axattn.implementations import registry
-from axattn.parallel import layouts, program
+from axattn.parallel import program
 from axattn.parallel.axes import Axes
 
 
@@ -22,27 +22,38 @@ def attend(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output ``[B, T, N, h]`` and LSE ``[B, T, N]`` of a call whose query has Explicit axes."""
     plan = _plan(call, implementation)
-    if plan is None:
-        return _by_partitioner(call, implementation)
-    return program.run(plan, call, "contiguous")
-
-
-def _plan(call: AttentionCall, implementation) -> program.Plan | None:
-    """None for what is left to the partitioner: caches, and sizes that cannot be cut alike."""
-    mesh, (batch, sequence, heads, _) = explicit_sharding(call.query)
-    if call.stored is not None or isinstance(sequence, tuple) and len(sequence) > 1:
-        return None
-    if isinstance(sequence, tuple):
-        sequence = sequence[0] if sequence else None
-    axes = Axes(batch, heads, sequence)
+    if isinstance(plan, program.Plan):
+        return program.run(plan, call)
     try:
-        for length in (call.q_len, call.kv_len):
-            layouts.runs("contiguous", axes.size(mesh, "sequence"), length)
-        return program.plan(call, axes, mesh, implementation=implementation)
-    except ValueError:
-        return None
+        return _by_partitioner(call, implementation)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{error}. It is left to the partitioner since {plan}") from None
 
 
+def _plan(call: AttentionCall, implementation) -> program.Plan | str:
+    """Or why the call is left to the partitioner."""
+    mesh, (batch, sequence, heads, _) = explicit_sharding(call.query)
+    if call.stored is not None:
+        return "key is a cache: ShardedCache needs no partitioner"
+    if isinstance(sequence, tuple):
+        if len(sequence) > 1:
+            return f"the sequence of query has several mesh axes, {sequence}"
+        sequence = sequence[0] if sequence else None
+    if sequence is None and any(_shares_out_slots(x) for x in (call.key, call.value)):
+        # A step over keys that are shared out: these are not to be moved.
+        return "keys have a mesh axis for their sequence that queries have not"
+    try:
+        return program.plan(call, Axes(batch, heads, sequence), mesh, implementation=implementation)
+    except ValueError as error:
+        return str(error)
+
+
+def _shares_out_slots(array: jax.Array) -> bool:
+    found = explicit_sharding(array)
+    return found is not None and found[1][1] not in (None, ())
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
 def _by_partitioner(call: AttentionCall, implementation) -> tuple[jax.Array, jax.Array | None]:
     def attend(call):
         return registry.attend(call, registry.plan(call, implementation))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import axattn
 from axattn._jax_compat import vary_over, varying_axes
+from axattn.parallel import explicit
 from tests import cases, precision
 from tests.cases import Shape
 from tests.precision import Call
@@ -117,6 +118,23 @@ def test_nothing_gathers_queries_or_more_key_value_heads_than_a_device_needs():
     attend = functools.partial(axattn.dot_product_attention, is_causal=True)
     text = jax.jit(attend).lower(q, k, v).compile().as_text()
     assert not re.search(r"all-gather|all-to-all|collective-permute|all-reduce", text)
+
+
+def test_keys_that_are_shared_out_stay_where_they_are():
+    """A decoding step: results are summed, keys do not move; nothing compiles a second time."""
+    mesh = mesh_of(AxisType.Explicit, 4)
+    q, k, v = (call_of(T=1).inputs[name] for name in ("query", "key", "value"))
+    q = jax.device_put(q, NamedSharding(mesh, P()))
+    k, v = (jax.device_put(x, NamedSharding(mesh, P(None, "x"))) for x in (k, v))
+    text = jax.jit(axattn.dot_product_attention).lower(q, k, v).compile().as_text()
+    assert "all-gather" not in text and "all-reduce" in text
+    want = axattn.dot_product_attention(*map(np.asarray, (q, k, v)))
+    np.testing.assert_allclose(axattn.dot_product_attention(q, k, v), want, atol=1e-5)
+    programs = explicit._by_partitioner._cache_size()
+    axattn.dot_product_attention(q, k, v)
+    assert explicit._by_partitioner._cache_size() == programs > 0
+    with pytest.raises(NotImplementedError, match="left to the partitioner since keys have a mesh"):
+        axattn.dot_product_attention(q, k, v, implementation="mosaic_gpu")
 
 
 class TestAuto:
