@@ -72,6 +72,21 @@ def resharded(tree, specs, mesh):
     return jax.tree.map(move, tree, specs)
 
 
+def placed(tree, specs, mesh):
+    """``tree`` with those arrays that are there, not traced, put on the devices of ``mesh``."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return tree
+
+    def put(array, spec):
+        if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+            return array
+        if array.sharding.device_set == set(mesh.devices.flat):
+            return array
+        return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, tree, specs)
+
+
 def automatic_axes(array) -> tuple[str, ...]:
     """Axes of more than one device over which the partitioner may cut ``array`` as it likes."""
     meshes = [jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()]

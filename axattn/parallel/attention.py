@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from axattn.attention import dot_product_attention
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.mask_parts import Dense
-from axattn.parallel import costs, layouts, program, ulysses
+from axattn.parallel import costs, layouts, program
 from axattn.parallel.axes import Axes, mesh_or_current
 
 _SIGNATURE = inspect.signature(dot_product_attention)
@@ -63,7 +63,9 @@ def attention(
       NotImplementedError: a strategy or an implementation that does not take the call.
     """
     mesh = mesh_or_current(mesh)
-    call, lead, implementation = _call(query, key, value, bias, mask, options)
+    axes.check(mesh)
+    where = _Where(layout, axes.size(mesh, "sequence"))
+    call, lead, implementation = _call(query, key, value, bias, mask, options, where)
     plan = program.plan(
         call,
         axes,
@@ -73,7 +75,7 @@ def attention(
         links=links,
         implementation=implementation,
     )
-    return _results(call, lead, *program.run(plan, call, layout))
+    return _results(call, lead, *program.run(plan, call))
 
 
 def explain(
@@ -95,12 +97,21 @@ def explain(
     """
     mesh, found = mesh_or_current(mesh), []
     axes.check(mesh)
+    where = _Where(layout, axes.size(mesh, "sequence"))
+    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    structs = {
+        name: value
+        for name, value in given.items()
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+    }
 
-    def look(*arrays):
-        call, _, implementation = _call(*arrays, bias, mask, options)
+    def look(arrays):
+        merged = {**given, **arrays}
+        positional = (merged.pop(name) for name in ("query", "key", "value", "bias", "mask"))
+        call, _, implementation = _call(*positional, merged, where)
         found.extend(program.costs_of(call, axes, mesh, layout, links, implementation))
 
-    jax.eval_shape(look, query, key, value)
+    jax.eval_shape(look, structs)
     return found
 
 
@@ -127,32 +138,40 @@ def local_attention(
     Raises:
       ValueError, NotImplementedError: as `attention`; and a bias or a dense mask.
     """
-    call, lead, implementation = _call(query, key, value, bias, mask, options)
+    shards = lax.axis_size(axis)
+    where = _Where(layout, shards, lax.axis_index(axis))
+    call, lead, implementation = _call(query, key, value, bias, mask, options, where)
     dense = any(isinstance(part, Dense) for part in call.mask.parts)
     if call.bias is not None or dense:
         raise NotImplementedError("bias and dense masks are for parallel.attention, not for this")
-    shards = lax.axis_size(axis)
-    lengths = {"q_positions": call.q_len, "kv_positions": call.kv_len}
-    known = program.known(call, layout)
-    here = lax.axis_index(axis)
-    changes = {}
-    for name, own in lengths.items():
-        whole = jnp.asarray(layouts.positions(layout, shards, own * shards))
-        if getattr(call, name) is None:
-            changes[name] = lax.dynamic_slice_in_dim(whole, here * own, own)[None]
     if strategy not in costs.STRATEGIES:
         raise ValueError(f"strategy takes one of {costs.STRATEGIES}, got {strategy!r}")
-    refusals = {
-        "ring": program.ring_refuses(implementation),
-        "ulysses": ulysses.refuses(call.num_heads, call.num_kv_heads, shards),
-    }
-    if refusals.get(strategy):
-        raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
-    sizes = (n * shards for n in lengths.values())
-    hops = layouts.hops(call.mask, known, shards, *sizes)
-    plan = program.Plan(Axes(sequence=axis), None, (), shards, strategy, hops, implementation)
-    changed = dataclasses.replace(call, **changes)
-    return _results(call, lead, *program.local(plan, changed))
+    program.check_strategy(
+        strategy, call.num_heads, call.num_kv_heads, shards, call, implementation
+    )
+    sizes = (call.q_len * shards, call.kv_len * shards)
+    hops = layouts.hops(call.mask, program.known(call, layout), shards, *sizes)
+    plan = program.Plan(
+        Axes(sequence=axis), None, (), shards, strategy, layout, hops, implementation
+    )
+    return _results(call, lead, *program.local(plan, call))
+
+
+class _Where(NamedTuple):
+    """Where the tokens of a call are; ``shard``: it has those of this one, not of all."""
+
+    layout: str
+    shards: int
+    shard: jax.Array | None = None
+
+    def positions(self, length: int) -> jax.Array:
+        """Of the call's ``length`` tokens."""
+        whole = length if self.shard is None else length * self.shards
+        if self.shards > 1:
+            layouts.runs(self.layout, self.shards, whole)  # the check
+        first = 0 if self.shard is None else self.shard * length
+        slots = first + jnp.arange(length, dtype=jnp.int32)
+        return layouts.of_slots(self.layout, slots, self.shards, whole)
 
 
 def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array) -> Any:
@@ -160,12 +179,18 @@ def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array)
     return (out, lse.reshape(*lead, *lse.shape[1:])) if call.return_residual else out
 
 
-def _call(query, key, value, bias, mask, options) -> tuple[AttentionCall, tuple[int, ...], Any]:
+def _call(
+    query, key, value, bias, mask, options, where: _Where
+) -> tuple[AttentionCall, tuple[int, ...], Any]:
     bound = _SIGNATURE.bind(query, key, value, bias, mask, **options)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     implementation = registry.check_names(arguments.pop("implementation"))
     call, lead = normalize(**arguments)
+    if arguments["q_offset"] is not None:
+        # It counts from where the tokens are, not from their slots.
+        further = where.positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
+        call = dataclasses.replace(call, q_positions=call.q_positions + further)
     if call.stored is not None:
-        raise ValueError("key takes an array, got a cache: axattn.parallel.caches has sharded ones")
+        raise ValueError("key takes an array, got a cache: ShardedCache has its own attend")
     return call, lead, implementation

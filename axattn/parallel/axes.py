@@ -28,6 +28,9 @@ class Axes:
     def __post_init__(self):
         if not isinstance(self.sequence, str | None):
             raise TypeError(f"sequence takes the name of one mesh axis, got {self.sequence!r}")
+        for what in ("batch", "heads"):  # hashable
+            if isinstance(getattr(self, what), list):
+                object.__setattr__(self, what, tuple(getattr(self, what)))
         used = [*names_of("batch", self.batch), *names_of("heads", self.heads)]
         used += names_of("sequence", self.sequence)
         twice = sorted({name for name in used if used.count(name) > 1})

@@ -20,9 +20,9 @@ Results = tuple[jax.Array, jax.Array]
 
 
 def whole(array: jax.Array | None, axis: str, dim: int = 1) -> jax.Array | None:
-    """All shards' parts, in order; what is the same everywhere stays as it is."""
-    if array is None or array.shape[dim] == 1:
-        return array
+    """All shards' parts, in order."""
+    if array is None:
+        return None
     return lax.all_gather(array, axis, axis=dim, tiled=True)
 
 
@@ -43,7 +43,6 @@ def attend(call: AttentionCall, axis: str, run: Callable[[AttentionCall], Result
             call,
             key=whole(call.key, axis),
             value=whole(call.value, axis),
-            kv_positions=whole(call.kv_positions, axis),
             mask=Mask(tuple(map(part, call.mask.parts))),
         )
     )

@@ -1,8 +1,8 @@
-"""Key/value heads of a shard of the query heads: as many as it needs, and no more.
+"""Key/value heads of a shard of the query heads: never one for each query head.
 
-With more tensor-parallel ways than key/value heads some shards share a head. It is shared out over
-as many of the heads' axes as go into K, and of what a device then has it reads its own head: keys
-and values are never written once per query head, nor once per shard.
+With more tensor-parallel ways than key/value heads some shards share a head. K and V are shared out
+over as many of the heads' axes as go into K (one axis larger than K is none of them), and of what a
+device then has it reads its own heads: keys and values are never written once per query head.
 """
 
 from __future__ import annotations

@@ -39,4 +39,5 @@ def with_sinks(part: Partial, sinks: jax.Array | None) -> Partial:
         return part
     out, lse = part
     total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-    return out * jnp.exp(lse - total)[..., None], total
+    share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total))
+    return out * share[..., None], total

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from axattn._jax_compat import resharded
+from axattn._jax_compat import placed, resharded
 from axattn.call import AttentionCall
 from axattn.implementations import flash, registry
-from axattn.parallel import costs, gather, heads, layouts, ring, specs, ulysses
+from axattn.mask_parts import Dense
+from axattn.masks import Mask
+from axattn.parallel import costs, gather, heads, hop, layouts, ring, specs, ulysses
 from axattn.parallel.axes import Axes, names_of
 
 Results = tuple[jax.Array, jax.Array]
@@ -29,6 +31,7 @@ class Plan:
       kv_axes: those of ``axes.heads`` that share out the key/value heads.
       shards: of the sequence.
       strategy: one of ``costs.STRATEGIES``; None where the sequence is whole.
+      layout: where tokens are.
       hops: at which distances shards need each other's keys.
       implementation: of what one device does, as the user asked for it.
     """
@@ -38,6 +41,7 @@ class Plan:
     kv_axes: tuple[str, ...]
     shards: int
     strategy: str | None
+    layout: str
     hops: tuple[int, ...]
     implementation: tuple[str, ...] | None
 
@@ -60,25 +64,59 @@ def plan(
     taken = heads.kv_axes(axes, mesh, call.num_heads, call.num_kv_heads)
     if strategy not in (None, *costs.STRATEGIES):
         raise ValueError(f"strategy takes one of {costs.STRATEGIES} or None, got {strategy!r}")
-    hops: tuple[int, ...] = (0,)
+    layouts.check(layout)
+    made = functools.partial(
+        Plan, axes, mesh, taken, shards, layout=layout, implementation=implementation
+    )
     if shards == 1:
-        strategy = None
-    else:
-        for length in (call.q_len, call.kv_len):
-            layouts.runs(layout, shards, length)  # the check
-        by_cost = costs_of(call, axes, mesh, layout, links, implementation)
-        refusals = {cost.strategy: cost.refusal for cost in by_cost}
-        strategy = strategy or by_cost[0].strategy
-        if refusals[strategy]:
-            raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
-        hops = layouts.hops(call.mask, known(call, layout), shards, call.q_len, call.kv_len)
-    return Plan(axes, mesh, taken, shards, strategy, hops, implementation)
+        return made(strategy=None, hops=(0,))
+    for length in (call.q_len, call.kv_len):
+        layouts.runs(layout, shards, length)  # the check
+    hops = layouts.hops(call.mask, known(call, layout), shards, call.q_len, call.kv_len)
+    if strategy is not None:
+        problem = problem_of(call, axes, mesh)
+        check_strategy(
+            strategy, problem.num_heads, problem.num_kv_heads, shards, call, implementation
+        )
+        return made(strategy=strategy, hops=hops)
+    names = [
+        c.strategy
+        for c in costs_of(call, axes, mesh, layout, links, implementation)
+        if not c.refusal
+    ]
+    for name in names[:-1]:
+        if _takes(made(strategy=name, hops=hops), call):
+            return made(strategy=name, hops=hops)
+    return made(strategy=names[-1], hops=hops)
 
 
-def costs_of(call, axes, mesh, layout, links, implementation) -> list[costs.Cost]:
-    """Of every strategy for this call, the cheapest first."""
-    shards, ways = axes.size(mesh, "sequence"), axes.size(mesh, "heads")
-    problem = costs.Problem(
+def _takes(plan: Plan, call: AttentionCall) -> bool:
+    """Whether the implementations that were named, if any, take what one device does."""
+    if plan.implementation is None:
+        return True
+    try:
+        jax.eval_shape(functools.partial(run, plan), call)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def check_strategy(
+    strategy: str, num_heads: int, num_kv_heads: int, shards: int, call, implementation
+) -> None:
+    """NotImplementedError where it cannot be done, by the heads of one shard of them."""
+    refusals = {
+        "ring": ring_refuses(call, implementation),
+        "ulysses": ulysses.refuses(num_heads, num_kv_heads, shards),
+    }
+    if refusals.get(strategy):
+        raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
+
+
+def problem_of(call: AttentionCall, axes: Axes, mesh: Any) -> costs.Problem:
+    """A call as the cost model sees it."""
+    ways = axes.size(mesh, "heads")
+    return costs.Problem(
         batch=max(1, call.batch // axes.size(mesh, "batch")),
         q_len=call.q_len,
         kv_len=call.kv_len,
@@ -88,8 +126,18 @@ def costs_of(call, axes, mesh, layout, links, implementation) -> list[costs.Cost
         value_head_dim=call.value_head_dim,
         itemsize=call.query.dtype.itemsize,
     )
-    found = costs.costs(problem, call.mask, known(call, layout), shards, links or costs.Links())
-    refusal = ring_refuses(implementation)
+
+
+def costs_of(call, axes, mesh, layout, links, implementation) -> list[costs.Cost]:
+    """Of every strategy for this call, the cheapest first."""
+    found = costs.costs(
+        problem_of(call, axes, mesh),
+        call.mask,
+        known(call, layout),
+        axes.size(mesh, "sequence"),
+        links or costs.Links(),
+    )
+    refusal = ring_refuses(call, implementation)
     if refusal:
         found = [cost for cost in found if cost.strategy != "ring"]
         found.append(costs.Cost("ring", refusal))
@@ -101,19 +149,27 @@ def known(call: AttentionCall, layout: str) -> str | None:
     return layout if call.q_positions is None and call.kv_positions is None else None
 
 
-def ring_refuses(implementation: tuple[str, ...] | None) -> str | None:
+def ring_refuses(call: AttentionCall, implementation: tuple[str, ...] | None) -> str | None:
     """Why the ring cannot be done with what the user asked for."""
+    if call.query.dtype == jnp.float64:
+        return "merges in float32, got float64"
     names = ("mosaic", *flash.NAMES)
     if implementation is None or any(name in names for name in implementation):
         return None
     return f"merges and rings with implementations {', '.join(names)}, got {implementation}"
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "layout"))
-def run(plan: Plan, call: AttentionCall, layout: str) -> Results:
+def run(plan: Plan, call: AttentionCall) -> Results:
     """Output ``[B, T, N, h]`` and LSE ``[B, T, N]``, shared out as the query is."""
-    if plan.shards > 1:
-        call = _with_positions(call, layout, plan.shards)
+    in_specs = specs.of_call(call, plan.axes, plan.kv_axes or None)
+    return _run(plan, placed(call, in_specs, plan.mesh))
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _run(plan: Plan, call: AttentionCall) -> Results:
+    # Compiled as one unit also when called eagerly.
+    if call.q_len == plan.shards > 1:
+        call = _with_all_rows(call)
     in_specs = specs.of_call(call, plan.axes, plan.kv_axes or None)
     program = jax.shard_map(
         functools.partial(local, plan),
@@ -124,15 +180,19 @@ def run(plan: Plan, call: AttentionCall, layout: str) -> Results:
     return program(resharded(call, in_specs, plan.mesh))
 
 
-def _with_positions(call: AttentionCall, layout: str, shards: int) -> AttentionCall:
-    """Says where tokens are, which a shard does not know by their slots."""
-    if not layouts.speaks_of_positions(call.mask) and call.alibi_slopes is None:
-        return call
-    changes = {}
-    for name, length in (("q_positions", call.q_len), ("kv_positions", call.kv_len)):
-        if getattr(call, name) is None:
-            changes[name] = jnp.asarray(layouts.positions(layout, shards, length))[None]
-    return dataclasses.replace(call, **changes)
+def _with_all_rows(call: AttentionCall) -> AttentionCall:
+    """Where a shard has one query, an array of one row would look like one for all queries."""
+
+    def rows(array):
+        if array is None or array.shape[2] != 1:
+            return array
+        return jnp.broadcast_to(array, (*array.shape[:2], call.q_len, array.shape[3]))
+
+    def part(one):
+        return Dense(rows(one.array)) if isinstance(one, Dense) else one
+
+    mask = Mask(tuple(map(part, call.mask.parts)))
+    return dataclasses.replace(call, bias=rows(call.bias), mask=mask)
 
 
 def local(plan: Plan, call: AttentionCall) -> Results:
@@ -140,7 +200,7 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     axes = plan.axes
     call = dataclasses.replace(call, return_residual=True)
     if call.dropout_key is not None:
-        call = _with_own_bits(call, axes)
+        call = _with_own_bits(plan, call)
     call = heads.own(call, axes, plan.mesh, plan.kv_axes)
 
     def attend(call: AttentionCall) -> Results:
@@ -148,12 +208,36 @@ def local(plan: Plan, call: AttentionCall) -> Results:
 
     if plan.strategy is None:
         return attend(call)
+    call = _with_positions(plan, call)
     if plan.strategy == "gather":
         return gather.attend(call, axes.sequence, attend)
     if plan.strategy == "ulysses":
         return ulysses.attend(call, axes.sequence, plan.shards, attend)
-    ways = flash.ways(call, _flash_plan(call, plan.implementation))
+    # Of one hop: a dense mask has the columns of all shards, and a hop is given its own.
+    here = lax.axis_index(axes.sequence)
+    hop_call = hop.call_of(call, hop.moving(call), here, here, first=True)
+    ways = flash.ways(hop_call, _flash_plan(hop_call, plan.implementation))
     return ring.attend(ring.Ring(axes.sequence, plan.shards, plan.hops, ways), call)
+
+
+def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
+    """Says where tokens are, where slots do not: `xla_chunked` and kernels count from 0."""
+    if not layouts.speaks_of_positions(call.mask) and call.alibi_slopes is None:
+        return call
+    here, changes = lax.axis_index(plan.axes.sequence), {}
+    for name, own in (("q_positions", call.q_len), ("kv_positions", call.kv_len)):
+        # A shard's own, or those of all shards where they will be together.
+        together = plan.strategy == "ulysses" or (plan.strategy, name) == ("gather", "kv_positions")
+        given, length = getattr(call, name), own * plan.shards
+        if given is not None:
+            changes[name] = gather.whole(given, plan.axes.sequence) if together else given
+        elif not together:
+            slots = here * own + jnp.arange(own, dtype=jnp.int32)
+            changes[name] = layouts.of_slots(plan.layout, slots, plan.shards, length)[None]
+        elif plan.layout != "contiguous":
+            slots = jnp.arange(length, dtype=jnp.int32)
+            changes[name] = layouts.of_slots(plan.layout, slots, plan.shards, length)[None]
+    return dataclasses.replace(call, **changes)
 
 
 def _flash_plan(call: AttentionCall, implementation) -> tuple[tuple[str, str], ...]:
@@ -165,11 +249,18 @@ def _flash_plan(call: AttentionCall, implementation) -> tuple[tuple[str, str], .
     return registry.plan(call, names)
 
 
-def _with_own_bits(call: AttentionCall, axes: Axes) -> AttentionCall:
-    """Dropout's bits belong to rows, heads and slots, which every device counts from 0."""
-    names = [n for what in ("batch", "heads") for n in names_of(what, getattr(axes, what))]
-    names += names_of("sequence", axes.sequence)
-    if call.broadcast_dropout or not names:
+def _with_own_bits(plan: Plan, call: AttentionCall) -> AttentionCall:
+    """Dropout's bits belong to rows, heads and slots, which every device counts from 0.
+
+    One pattern for all rows and heads differs by the slots alone, and a ring says which.
+    """
+    axes = plan.axes
+    names = list(names_of("sequence", axes.sequence))
+    if not call.broadcast_dropout:
+        names += [n for what in ("batch", "heads") for n in names_of(what, getattr(axes, what))]
+    elif plan.strategy != "gather":
+        names = []
+    if not names:
         return call
     index = lax.axis_index(tuple(names)).astype(jnp.uint32)
     mixed = index * np.uint32(0x85EBCA6B)

@@ -52,7 +52,7 @@ def attend(
 
     def like_scores(array: jax.Array | None) -> jax.Array | None:
         """``[B, n or 1, t or 1, S or 1]`` with all rows, of this shard's heads."""
-        if array is None or array.shape[2] == 1:
+        if array is None or (array.shape[2] == 1 and call.q_len > 1):
             return own(array, 1)
         if array.shape[1] == 1:
             return whole(array, axis, 2)
@@ -69,8 +69,6 @@ def attend(
             query=by_heads(call.query),
             key=of_keys(call.key),
             value=of_keys(call.value),
-            q_positions=whole(call.q_positions, axis),
-            kv_positions=whole(call.kv_positions, axis),
             bias=like_scores(call.bias),
             sinks=own(call.sinks),
             alibi_slopes=own(call.alibi_slopes),

@@ -70,7 +70,9 @@ MESHES = [dict(context=8), dict(data=2, model=2, context=2), dict(model=2, conte
 
 @pytest.mark.parametrize("strategy", costs.STRATEGIES)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    "heads", [n if n == "GQA" else pytest.param(n, marks=pytest.mark.slow) for n in HEADS]
+)
 def test_strategies(mesh_of, strategy, mask, heads):
     """Kinds of meshes take turns."""
     turn = list(MASKS).index(mask) + costs.STRATEGIES.index(strategy) + list(HEADS).index(heads)
@@ -114,6 +116,79 @@ def test_heads_and_batches_alone(mesh_of, model, implementation):
         parallel.attention, axes=axes, mesh=mesh, implementation=implementation
     )
     precision.check(call_of("dense, bias, sinks", "GQA"), (attend,))
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+def test_one_token_on_each_shard(mesh_of, strategy):
+    """What is one token of a shard is not what all tokens share."""
+    rng = np.random.default_rng(1)
+    shape = Shape(B=2, T=8, S=8, N=8, K=8, H=8, h=8)
+    call = Call(cases.arrays(rng, shape, jnp.float32), dict(mask=rng.random((2, 8, 1, 8)) < 0.7))
+    call.inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 8, 8)), jnp.float32)
+    call.options |= dict(is_causal=True, query_segment_ids=np.sort(rng.integers(0, 2, (2, 8)), -1))
+    attend = functools.partial(
+        parallel.attention, axes=AXES, mesh=mesh_of(context=8), strategy=strategy
+    )
+    precision.check(call, (attend,))
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_an_offset_counts_from_where_tokens_are(mesh_of, strategy, layout):
+    attend = functools.partial(
+        parallel.attention, axes=AXES, mesh=mesh_of(context=4), strategy=strategy, layout=layout
+    )
+    q, k, v = (call_of("causal", "MHA").inputs[name] for name in ("query", "key", "value"))
+    np.testing.assert_array_equal(
+        attend(q, k, v, is_causal=True, q_offset=np.array([0, 0])), attend(q, k, v, is_causal=True)
+    )
+    inside = local(mesh_of(context=4), strategy, layout)
+    np.testing.assert_array_equal(
+        inside(q, k, v, is_causal=True, q_offset=0), inside(q, k, v, is_causal=True)
+    )
+
+
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
+def test_one_pattern_of_dropout(mesh_of, strategy):
+    """``broadcast_dropout``: the same for all rows and heads, another for every token."""
+    q = jnp.zeros((2, 16, 4, 4))
+    v = jnp.broadcast_to(jnp.eye(16)[None, :, None], (2, 16, 4, 16))
+    out = parallel.attention(
+        q, q, v, axes=AXES, mesh=mesh_of(context=4), strategy=strategy, dropout_rate=0.5,
+        dropout_rng=jax.random.key(0), broadcast_dropout=True,
+    )  # fmt: skip
+    kept = np.asarray(out) > 0
+    assert (kept == kept[:1, :, :1]).all()
+    assert len(np.unique(kept[0, :, 0], axis=0)) == 16
+
+
+def test_named_implementations_take_what_they_take(mesh_of):
+    """A sequence of names is an order of preference within a strategy that one of them takes."""
+    call = call_of("window", "GQA")
+    attend = functools.partial(
+        parallel.attention, **{n: call.inputs[n] for n in ("query", "key", "value")},
+        axes=AXES, mesh=mesh_of(context=4), local_window_size=(2, 0),
+    )  # fmt: skip
+    want = attend(implementation="xla_chunked", strategy="ring")
+    np.testing.assert_allclose(attend(implementation=("mosaic_tpu", "xla")), want, atol=1e-5)
+    with pytest.raises(NotImplementedError, match='"ring" merges in float32, got float64'):
+        with jax.enable_x64(True):
+            q = jnp.ones((1, 16, 2, 4), jnp.float64)
+            parallel.attention(q, q, q, axes=AXES, mesh=mesh_of(context=4), strategy="ring")
+
+
+def test_arrays_of_another_device_are_brought(mesh_of):
+    q = jax.device_put(jnp.ones((2, 16, 4, 4)), jax.devices()[7])
+    out = parallel.attention(q, q, q, axes=AXES, mesh=mesh_of(data=2, context=2))
+    assert len(out.sharding.device_set) == 4 and (out == 1).all()
+
+
+def test_a_list_of_axes_and_structs(mesh_of):
+    axes = parallel.Axes(batch=["data"], sequence="context")
+    assert axes == parallel.Axes(batch=("data",), sequence="context")
+    q, bias = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 16, 4, 4), (1, 4, 16, 16)))
+    found = parallel.explain(q, q, q, bias, axes=axes, mesh=mesh_of(data=2, context=4))
+    assert len(found) == 3
 
 
 # ---- what moves --------------------------------------------------------------------------------
