@@ -64,7 +64,7 @@ _LAYOUT = flags.DEFINE_enum("layout", "contiguous", LAYOUTS, "of a text's parts"
 
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the model that is trained", 1)
 _STEPS = flags.DEFINE_integer("steps", 3, "of training", 1)
-_BATCH = flags.DEFINE_integer("batch", 8, "texts of a step, on all devices", 1)
+_BATCH = flags.DEFINE_integer("batch_size", 8, "texts of a step, on all devices", 1)
 _LENGTH = flags.DEFINE_integer("length", 256, "tokens of a text, in training and of prompts", 1)
 _RATE = flags.DEFINE_float("learning_rate", 1e-3, "of AdamW")
 _SEED = flags.DEFINE_integer("seed", 0, "of the first parameters and of the text")

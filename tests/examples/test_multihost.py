@@ -26,7 +26,7 @@ from examples.decoder import Config, Decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS, LENGTH = 4, 128
-SMALL = ["--layers=2", f"--batch={ROWS}", f"--length={LENGTH}", "--steps=3"]
+SMALL = ["--layers=2", f"--batch_size={ROWS}", f"--length={LENGTH}", "--steps=3"]
 
 
 def script(*arguments, timeout=240):
@@ -118,7 +118,7 @@ def parsed_flags():
     [
         (dict(context=3), r"data x model x context takes sizes of 4 devices in all, got 1 x 1 x 3"),
         (dict(data=4, model=2), r"got 4 x 2 x 1 = 8"),
-        (dict(batch=6), "batch takes a multiple of data = 4, got 6"),
+        (dict(batch_size=6), "batch takes a multiple of data = 4, got 6"),
         (dict(context=4, length=130), "length takes a multiple of context = 4, got 130"),
         (dict(context=4, length=132, layout="zigzag"), "multiple of 2 x context = 8, got 132"),
         (dict(simulate=3, cpu_devices=1, model=3), "heads takes a multiple of model = 3, got 4"),
@@ -156,7 +156,8 @@ def test_one_that_fails_ends_the_others():
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
 def test_signals_end_all(number, status):
-    sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    # In one piece: both write to one pipe.
+    sleeps = r"import os, time; os.write(1, b'%d\n' % os.getpid()); time.sleep(60)"
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from examples import processes\n"
