@@ -13,6 +13,10 @@ VERSION = re.search(
 ).group(1)
 README = ROOT / "README.md"
 
+PLOT = ["matplotlib>=3.9"]
+# To run examples/notebooks, and to make them from their sources.
+NOTEBOOKS = [*PLOT, "jupytext", "nbclient", "ipykernel"]
+
 LINUX = "sys_platform == 'linux'"
 LINUX_X86 = f"{LINUX} and platform_machine == 'x86_64'"
 
@@ -30,7 +34,19 @@ EXTRAS = {
         f"nvidia-cuda-nvcc>=13.0.48; {LINUX}",
         f"nvidia-nvvm>=13.0.48; {LINUX}",
     ],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "beartype", "ruff", "safetensors"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist",
+        "hypothesis",
+        "beartype",
+        "ruff",
+        "safetensors",
+        *NOTEBOOKS,
+    ],
+    # axattn.plotting draws with it, and `--plot` of the benchmarks.
+    "plot": PLOT,
+    "notebooks": NOTEBOOKS,
+    "docs": [*PLOT, "sphinx>=8.1", "myst-nb>=1.3", "furo", "sphinx-copybutton", "safetensors"],
     # axattn.huggingface reads files with it.
     "huggingface": ["safetensors>=0.6"],
     # What the benchmarks measure against.
@@ -68,7 +84,6 @@ setup(
         # benchmarks/
         "google-benchmark",
         "rich",
-        "matplotlib",
     ],
     extras_require=EXTRAS,
 )

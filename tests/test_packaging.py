@@ -82,6 +82,7 @@ def _metadata():
 def test_extras_go_through_jax():
     metadata = _metadata()
     extras = {"cuda12", "cuda13", "tpu", "aot", "huggingface", "test", "peers"}
+    extras |= {"plot", "notebooks", "docs"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     requirements = metadata.get_all("Requires-Dist")
     assert any(r.startswith("jax>=") for r in requirements)
