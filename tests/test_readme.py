@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
+import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
+from tests import markdown
 from tests.huggingface import golden, save
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+README = markdown.ROOT / "README.md"
+BLOCKS = markdown.blocks(README, "python")
+
+run = functools.partial(markdown.run, README)
 
 
 def test_there_are_blocks():
     assert len(BLOCKS) == 7
-
-
-def run(blocks) -> dict:
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    return names
 
 
 def test_layers_and_function(capsys):
@@ -47,9 +43,9 @@ def test_latent_attention():
 
 def test_huggingface(tmp_path):
     path = save(tmp_path, "deepseek_v3", golden("deepseek_v3")[1])
-    block = BLOCKS[4].replace("path/to/model", str(path))
-    names = {"hidden_states": golden("deepseek_v3")[2][0][0]}
-    exec(compile(block, str(README), "exec"), names)
+    text = BLOCKS[4].text.replace("path/to/model", str(path))
+    states = golden("deepseek_v3")[2][0][0]
+    names = run([dataclasses.replace(BLOCKS[4], text=text)], hidden_states=states)
     np.testing.assert_allclose(names["y"], golden("deepseek_v3")[2][0][1], atol=1e-5)
 
 

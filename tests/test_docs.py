@@ -1,0 +1,84 @@
+"""The documentation's code runs as it is printed, and its commands name what exists."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+
+from tests import markdown
+from tests.markdown import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+WITH_CODE = [path for path in PAGES if markdown.blocks(path, "python", "pycon")]
+
+
+def name(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_are_pages():
+    # A pattern that finds nothing would pass every test below.
+    assert len(WITH_CODE) >= 9
+    assert sum(len(markdown.blocks(path, "python", "pycon")) for path in WITH_CODE) >= 35
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=name)
+def test_code(path, monkeypatch):
+    if path.name == "parallel.md" and len(jax.devices()) != 8:
+        pytest.skip("the page has a mesh of eight devices")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    markdown.run(path, markdown.blocks(path, "python", "pycon"))
+
+
+def test_code_that_is_wrong_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```pycon\n>>> x + 1\n3\n\n```\n")
+    with pytest.raises(AssertionError, match="Expected:\n    3\nGot:\n    2"):
+        markdown.run(page, markdown.blocks(page, "python", "pycon"))
+
+
+# ---- commands ---------------------------------------------------------------------------------
+
+COMMANDS = [
+    (path, line)
+    for path in (ROOT / "README.md", ROOT / "WORKSPACE.md", *PAGES)
+    for line in re.findall(
+        r"(?:^|[`\s/])(python3? (?:benchmarks|examples)/[^`#\n]*|pytest [^`#\n]*)",
+        path.read_text("utf-8").replace("\\\n", " "),
+        re.MULTILINE,
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"), COMMANDS, ids=[f"{name(path)}:{line[:50]}" for path, line in COMMANDS]
+)
+def test_commands_name_what_exists(path, line):
+    words = shlex.split(line)
+    files = [word for word in words if re.match(r"(benchmarks|examples|tests|docs)/", word)]
+    for file in files:
+        assert (ROOT / file).exists(), f"{name(path)} names {file}"
+    if words[0] != "pytest":
+        script = ROOT / files[0]
+        for flag in re.findall(r"--(\w+)", line):
+            assert _defines(script, flag), f"{script.name} has no --{flag} ({name(path)})"
+
+
+def _defines(script: pathlib.Path, flag: str) -> bool:
+    """Whether the script, or what it shares with others, defines the flag."""
+    sources = [script, *sorted((ROOT / "benchmarks" / "harness").glob("*.py"))]
+    sources += sorted(script.parent.glob("*.py")) if script.parent.name == "examples" else []
+    names = "|".join(dict.fromkeys((flag, flag.removeprefix("no"))))
+    defined = re.compile(rf"""["'](--)?({names})["']""")
+    return flag == "help" or any(defined.search(source.read_text("utf-8")) for source in sources)
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 25
+    assert not _defines(ROOT / "benchmarks" / "mqa_bench.py", "no_such_flag")
