@@ -28,6 +28,8 @@ exclude_patterns = ["_build", "Thumbs.db", ".DS_Store"]
 html_theme = "furo"
 html_title = f"axattn {version}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["axattn.css"]
 copybutton_exclude = ".linenos, .gp, .go"  # neither prompts nor outputs
 
 # Notebooks come with their outputs; the tests execute them.
@@ -42,7 +44,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = []
+napoleon_use_ivar = True  # attributes of dataclasses are described once
 
 
 def _bring_notebooks(_) -> None:
