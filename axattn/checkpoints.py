@@ -1,8 +1,8 @@
 """Turning the parameters of multi-head attention into those of grouped- or multi-query attention.
 
-The recipe is that of the GQA paper (Ainslie et al., 2023, arXiv:2305.13245): each key and value
-head of the new model is the mean of the heads it replaces; then training goes on for a few percent
-of the original steps.
+The recipe is that of the GQA paper (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245): each
+key and value head of the new model is the mean of the heads it replaces; then training goes on for
+a few percent of the original steps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PROJECTIONS = ("query", "key", "value", "out")
 def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
     """Mean-pools the key and value heads of every attention layer in ``params``.
 
-    Query head n of the result reads key/value head ``n // (N / num_kv_heads)``, as everywhere in
-    axattn: new head j is the mean of the old heads ``j * P ... (j + 1) * P - 1`` where P is the
-    number of old heads per new one.
+    Section 2.1 of https://arxiv.org/abs/2305.13245. Query head n of the result reads key/value head
+    ``n // (N / num_kv_heads)``, as everywhere in axattn: new head j is the mean of the old heads
+    ``j * P ... (j + 1) * P - 1`` where P is the number of old heads per new one.
 
     A layer is any node with the children ``query``, ``key``, ``value`` and ``out`` that have a
     ``kernel`` each, the names of Flax's and axattn's layers, wherever it stands. Heads are the
-    last axis but one of its kernels ([..., E, K, H]) and biases ([..., K, H]), so that layers
-    stacked along leading axes by a scan are pooled as well. All else is returned as it is.
+    last axis but one of its kernels (``[..., E, K, H]``) and biases (``[..., K, H]``), so that
+    layers stacked along leading axes by a scan are pooled as well. All else is returned as it is.
 
     Args:
       params: a tree of arrays: Linen variables or parameters, an ``nnx.State`` or an NNX module.
@@ -38,13 +38,24 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
       num_kv_heads: of the result; must divide that of each layer, and may be equal to it.
 
     Returns:
-      the same tree with pooled keys and values, in their dtypes; means are taken in float32 (or
+      The same tree with pooled keys and values, in their dtypes; means are taken in float32 (or
       float64 for float64).
 
     Raises:
       ValueError: no attention layer is found, or its heads cannot be pooled into that many; the
         message names the layer.
       TypeError: ``num_kv_heads`` is not an integer, or weights are not floating-point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import checkpoints, linen
+      >>> x = jnp.ones((1, 4, 32))
+      >>> trained = linen.MultiHeadAttention(num_heads=4).init(jax.random.key(0), x)
+      >>> params = checkpoints.mha_to_gqa(trained, num_kv_heads=2)
+      >>> params["params"]["key"]["kernel"].shape
+      (32, 2, 8)
+      >>> linen.GroupedQueryAttention(num_heads=4, num_kv_heads=2).apply(params, x).shape
+      (1, 4, 32)
     """
     try:
         num_kv_heads = operator.index(num_kv_heads)
@@ -81,7 +92,30 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
 
 
 def mha_to_mqa(params: Any) -> Any:
-    """`mha_to_gqa` to a single key/value head, as in multi-query attention (arXiv:1911.02150)."""
+    """`mha_to_gqa` to a single key/value head: multi-query attention.
+
+    Multi-query attention is https://arxiv.org/abs/1911.02150.
+
+    Args:
+      params: as in `mha_to_gqa`.
+
+    Returns:
+      The same tree with one key head and one value head in each layer.
+
+    Raises:
+      ValueError: no attention layer is found, or kernels are of another shape.
+      TypeError: weights are not floating-point.
+
+    Example:
+      >>> import numpy as np
+      >>> from axattn import checkpoints
+      >>> kernel = {"kernel": np.ones((32, 4, 8), np.float32)}  # [E, K, H]
+      >>> out = {"kernel": np.ones((4, 8, 32), np.float32)}
+      >>> layer = {"query": kernel, "key": kernel, "value": kernel, "out": out}
+      >>> params = checkpoints.mha_to_mqa({"layer_0": layer})
+      >>> {name: p["kernel"].shape for name, p in params["layer_0"].items()}
+      {'key': (32, 1, 8), 'out': (4, 8, 32), 'query': (32, 4, 8), 'value': (32, 1, 8)}
+    """
     return mha_to_gqa(params, 1)
 
 

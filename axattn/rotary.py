@@ -1,28 +1,30 @@
-"""Rotary position embeddings (RoPE, Su et al., 2021, arXiv:2104.09864) on BTNH arrays.
+"""Rotary position embeddings on BTNH arrays (RoPE, Su et al., 2021).
 
-Pair ``i`` of a head's features is a point in the plane and is turned by the angle
-``position * frequency[i]``, ``frequency[i] = base ** (-2 i / R)`` for the ``R`` features that are
-rotated. A dot product of a rotated query and a rotated key then depends on the difference of their
-positions only.
+RoPE is https://arxiv.org/abs/2104.09864. Pair ``i`` of a head's features is a point in the plane
+and is turned by the angle ``position * frequency[i]``, ``frequency[i] = base ** (-2 i / R)`` for
+the ``R`` features that are rotated. A dot product of a rotated query and a rotated key then depends
+on the difference of their positions only.
 
 Which features form a pair is a convention of the checkpoint:
 
-===================  ==================  =====================================================
-layout               pair ``i``          where
-===================  ==================  =====================================================
-split-half           ``(i, i + R / 2)``  Llama, GPT-NeoX, Gemma, Qwen
-``interleaved``      ``(2i, 2i + 1)``    RoFormer, GPT-J, Llama as published by Meta, DeepSeek
-``output_halves``    in ``(2i, 2i + 1)``,  DeepSeek as transformers runs it
-                     out ``(i, i + R / 2)``
-===================  ==================  =====================================================
+=================  ======================  =================================================
+layout             pair ``i``              where
+=================  ======================  =================================================
+split-half         ``(i, i + R / 2)``      Llama, GPT-NeoX, Gemma, Qwen
+``interleaved``    ``(2i, 2i + 1)``        RoFormer, GPT-J, Llama as published by Meta,
+                                           DeepSeek
+``output_halves``  in ``(2i, 2i + 1)``,    DeepSeek as transformers runs it
+                   out ``(i, i + R / 2)``
+=================  ======================  =================================================
 
 ``output_halves`` reads interleaved pairs and leaves the results as two halves, even features
 then odd ones. Attention scores are those of ``interleaved``, if query and key are treated alike;
 the arrays themselves (and so a KV cache filled by one and read by the other) are not.
 
-Long contexts: `LinearScaling` (position interpolation, arXiv:2306.15595), `Llama3Scaling` (Llama
-3.1) and `YarnScaling` (arXiv:2309.00071) change the frequencies. YaRN also makes attention
-sharper, which models write in one of two ways:
+Long contexts: `LinearScaling` (position interpolation, https://arxiv.org/abs/2306.15595),
+`Llama3Scaling` (Llama 3.1) and `YarnScaling` (https://arxiv.org/abs/2309.00071) change the
+frequencies; ``Scaling`` is the type of these three. YaRN also makes attention sharper, which models
+write in one of two ways:
 
 * Llama-style models multiply cosine and sine by `yarn_attention_factor`. `apply_rotary` does so.
 * DeepSeek V2/V3 set ``mscale`` and ``mscale_all_dim`` to the same value. The factor on cosine and
@@ -77,9 +79,21 @@ def _check_count(name: str, value) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation: positions count as ``position / factor`` (Chen et al., 2023).
+    """Position interpolation: positions count as ``position / factor``.
 
-    Raises ValueError unless ``factor`` is finite and positive.
+    Chen et al., 2023, https://arxiv.org/abs/2306.15595.
+
+    Attributes:
+      factor: finite and positive.
+
+    Raises:
+      ValueError: ``factor`` is not.
+      TypeError: ``factor`` is no Python number.
+
+    Example:
+      >>> from axattn.rotary import LinearScaling, rotary_frequencies
+      >>> rotary_frequencies(4, scaling=LinearScaling(2.0)).tolist()
+      [0.5, 0.005]
     """
 
     factor: float
@@ -95,12 +109,27 @@ class LinearScaling:
 class Llama3Scaling:
     """Llama 3.1's rule: interpolate slow pairs, leave fast ones, blend those between.
 
-    A pair that turns fewer than ``low_freq_factor`` times in ``original_max_position`` tokens is
-    slowed down by ``factor``; one that turns more than ``high_freq_factor`` times is left alone.
-    The names are those of the ``rope_scaling`` entry of a Llama 3.1 configuration; its values
-    there are 8, 1, 4 and 8192.
+    The model is that of https://arxiv.org/abs/2407.21783. A pair that turns fewer than
+    ``low_freq_factor`` times in ``original_max_position`` tokens is slowed down by ``factor``; one
+    that turns more than ``high_freq_factor`` times is left alone. The names are those of the
+    ``rope_scaling`` entry of a Llama 3.1 configuration; its values there are 8, 1, 4 and 8192.
 
-    Raises ValueError unless all are finite and positive and low_freq_factor < high_freq_factor.
+    Attributes:
+      factor: how much slow pairs are slowed down.
+      low_freq_factor: turns in the original context below which a pair is slow.
+      high_freq_factor: turns above which it is fast; more than ``low_freq_factor``.
+      original_max_position: tokens of the original context.
+
+    Raises:
+      ValueError: a number that is not finite and positive; ``low_freq_factor`` is not the lesser.
+      TypeError: no Python numbers, or an ``original_max_position`` that is no integer.
+
+    Example:
+      >>> from axattn.rotary import Llama3Scaling, rotary_frequencies
+      >>> llama = Llama3Scaling(8.0, 1.0, 4.0, original_max_position=8192)
+      >>> plain = rotary_frequencies(128, base=500000.0)
+      >>> (plain / rotary_frequencies(128, 500000.0, llama)).round(2)[[0, 32, 63]].tolist()
+      [1.0, 2.69, 8.0]
     """
 
     factor: float
@@ -128,19 +157,39 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (Peng et al., 2023): interpolation by parts, and a factor on attention.
+    """YaRN: interpolation by parts, and a factor on attention.
 
-    A pair that turns more than ``beta_fast`` times in ``original_max_position`` tokens is left
-    alone, one that turns fewer than ``beta_slow`` times is slowed down by ``factor``; between
-    them, the share changes linearly with the pair's index. ``truncate`` rounds the two ends of
-    that ramp outward to whole indices (YaRN's own code does; gpt-oss does not).
+    Peng et al., 2023, https://arxiv.org/abs/2309.00071. A pair that turns more than ``beta_fast``
+    times in ``original_max_position`` tokens is left alone, one that turns fewer than ``beta_slow``
+    times is slowed down by ``factor``; between them, the share changes linearly with the pair's
+    index. ``truncate`` rounds the two ends of that ramp outward to whole indices (YaRN's own code
+    does; gpt-oss does not).
 
-    ``attention_factor`` sets the factor on cosine and sine outright. Otherwise `mscale` and
-    `mscale_all_dim` (DeepSeek) or, without both of them, the paper's rule give it: see
+    ``attention_factor`` sets the factor on cosine and sine outright. Otherwise ``mscale`` and
+    ``mscale_all_dim`` (DeepSeek) or, without both of them, the paper's rule give it: see
     `yarn_attention_factor`. ``mscale_all_dim`` also sets `yarn_softmax_scale`.
 
-    Raises ValueError unless the numbers are finite and positive (the two mscales may be 0, which
-    means absent, as in DeepSeek's code) and beta_slow < beta_fast.
+    Attributes:
+      factor: how much slow pairs are slowed down.
+      original_max_position: tokens of the original context.
+      beta_fast: turns in the original context above which a pair is left alone.
+      beta_slow: turns below which it is slowed down; less than ``beta_fast``.
+      attention_factor: of cosine and sine; None: by the two that follow, or the paper's rule.
+      mscale: DeepSeek's; None or 0: absent.
+      mscale_all_dim: likewise.
+      truncate: round the ends of the ramp outward to whole indices.
+
+    Raises:
+      ValueError: a number that is not finite and positive (the two mscales may be 0);
+        ``beta_slow`` is not the lesser.
+      TypeError: no Python numbers, or an ``original_max_position`` that is no integer.
+
+    Example:
+      >>> from axattn.rotary import RotaryEmbedding, YarnScaling, yarn_attention_factor
+      >>> yarn = YarnScaling(4.0, original_max_position=4096)
+      >>> round(yarn_attention_factor(yarn), 3)
+      1.139
+      >>> rope = RotaryEmbedding(base=10000.0, scaling=yarn)  # for a layer's rope=
     """
 
     factor: float
@@ -209,12 +258,17 @@ def rotary_frequencies(
       scaling: how the frequencies are changed for contexts longer than those trained on.
 
     Returns:
-      float64 numpy array [head_dim / 2], fastest first; computed on the host.
+      numpy float64 ``[head_dim / 2]``, fastest first; computed on the host.
 
     Raises:
-      ValueError: head_dim odd or not positive, base not finite and positive (with YarnScaling,
-        greater than 1).
-      TypeError: head_dim, base or scaling of another type.
+      ValueError: ``head_dim`` odd or not positive, ``base`` not finite and positive (with
+        `YarnScaling`, greater than 1).
+      TypeError: ``head_dim``, ``base`` or ``scaling`` of another type.
+
+    Example:
+      >>> from axattn.rotary import rotary_frequencies
+      >>> rotary_frequencies(8, base=10000.0).tolist()
+      [1.0, 0.1, 0.01, 0.001]
     """
     head_dim = _check_count("head_dim", head_dim)
     if head_dim % 2:
@@ -235,6 +289,19 @@ def yarn_attention_factor(scaling: Scaling | None) -> float:
     In order: ``scaling.attention_factor``; the ratio ``m(mscale) / m(mscale_all_dim)`` where both
     are given and not 0; the paper's ``m(1)``; with ``m(a) = 0.1 a ln(factor) + 1``, or 1 where
     factor <= 1. Query and key both carry it, so that logits grow by its square.
+
+    Args:
+      scaling: as for `rotary_frequencies`.
+
+    Raises:
+      TypeError: ``scaling`` of another type.
+
+    Example:
+      >>> from axattn.rotary import YarnScaling, yarn_attention_factor
+      >>> round(yarn_attention_factor(YarnScaling(16.0, original_max_position=4096)), 4)
+      1.2773
+      >>> yarn_attention_factor(None)
+      1.0
     """
     _check_scaling(scaling)
     if not isinstance(scaling, YarnScaling):
@@ -258,6 +325,16 @@ def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
       head_dim: the whole size of a query head, features that are not rotated included (192 in
         DeepSeek V3: 128 + 64).
       scaling: as for `rotary_frequencies`.
+
+    Raises:
+      ValueError: ``head_dim`` is not positive.
+      TypeError: ``head_dim`` or ``scaling`` of another type.
+
+    Example:
+      >>> from axattn.rotary import YarnScaling, yarn_softmax_scale
+      >>> v3 = YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+      >>> round(yarn_softmax_scale(192, v3) * 192**0.5, 4)  # times 1 / sqrt(192)
+      1.8739
     """
     scale = _check_count("head_dim", head_dim) ** -0.5
     _check_scaling(scaling)
@@ -276,15 +353,22 @@ def rotary_cos_sin(
     ulps (of 1) for any position, without float64.
 
     Args:
-      positions: integers [..., T], any sign.
-      frequencies: [half], radians per position, on the host: see `rotary_frequencies`.
+      positions: integers ``[..., T]``, any sign.
+      frequencies: ``[half]``, radians per position, on the host: see `rotary_frequencies`.
       dtype: of the result: float32, or float64 where that is enabled.
 
     Returns:
-      cosine and sine, each [..., T, half].
+      Cosine and sine, each ``[..., T, half]``.
 
     Raises:
-      TypeError: positions are not integers.
+      TypeError: ``positions`` are not integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.rotary import rotary_cos_sin, rotary_frequencies
+      >>> cos, sin = rotary_cos_sin(jnp.array([0, 1, 1_000_000]), rotary_frequencies(64))
+      >>> cos.shape, bool(jnp.allclose(cos**2 + sin**2, 1.0))
+      ((3, 32), True)
     """
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -347,11 +431,11 @@ def apply_rotary(
     rotary_dim: int | None = None,
     output_halves: bool = False,
 ) -> Float[Array, "*batch T N H"]:
-    """Rotates queries or keys by their positions.
+    """Rotates queries or keys by their positions (RoPE, https://arxiv.org/abs/2104.09864).
 
     Args:
-      x: [..., T, N, H], floating-point.
-      positions: integers [T], or [..., T] that broadcasts to x's leading dimensions.
+      x: ``[..., T, N, H]``, floating-point.
+      positions: integers ``[T]``, or ``[..., T]`` that broadcast to x's leading dimensions.
       base: the geometric base of the frequencies.
       interleaved: pairs are neighbours ``(2i, 2i + 1)`` rather than ``(i, i + rotary_dim / 2)``.
       scaling: see `rotary_frequencies`; YaRN's `yarn_attention_factor` is multiplied in.
@@ -360,13 +444,22 @@ def apply_rotary(
       output_halves: with ``interleaved``, leave the result as two halves (see the module).
 
     Returns:
-      [..., T, N, H] in x's dtype. Cosine, sine and the products are float32 (float64 for a float64
-      x).
+      ``[..., T, N, H]`` in x's dtype. Cosine, sine and the products are float32 (float64 for a
+      float64 x).
 
     Raises:
-      ValueError: H or rotary_dim odd, rotary_dim > H, positions of a shape that does not fit,
-        base not finite and positive, output_halves without interleaved.
-      TypeError: x not floating-point, positions not integers.
+      ValueError: H or ``rotary_dim`` odd, ``rotary_dim`` > H, positions of a shape that does not
+        fit, ``base`` not finite and positive, ``output_halves`` without ``interleaved``.
+      TypeError: ``x`` not floating-point, ``positions`` not integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.rotary import apply_rotary
+      >>> query, key = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 2, 8))  # [B, T, N, H]
+      >>> q, k = (apply_rotary(x, jnp.arange(3)) for x in (query, key))
+      >>> scores = jnp.einsum("btnh,bsnh->bnts", q, k)[0, 0]
+      >>> bool(jnp.allclose(scores[0, 1], scores[1, 2]))  # only differences of positions count
+      True
     """
     return RotaryEmbedding(
         base=base,
@@ -381,7 +474,24 @@ def apply_rotary(
 class RotaryEmbedding:
     """The settings of `apply_rotary` as one hashable value, to hand to layers and to ``jit``.
 
-    Fields as the arguments of `apply_rotary`; they are checked here, with the same errors.
+    Attributes:
+      base: the geometric base of the frequencies.
+      interleaved: pairs are neighbours ``(2i, 2i + 1)`` rather than ``(i, i + rotary_dim / 2)``.
+      scaling: None, `LinearScaling`, `Llama3Scaling` or `YarnScaling`.
+      rotary_dim: rotate only this many leading features; None: all H.
+      output_halves: with ``interleaved``, leave the result as two halves (see the module).
+
+    Raises:
+      ValueError: ``base`` not finite and positive (with `YarnScaling`, greater than 1),
+        ``rotary_dim`` odd or not positive, ``output_halves`` without ``interleaved``.
+      TypeError: a field of another type.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.rotary import RotaryEmbedding
+      >>> rope = RotaryEmbedding(base=500000.0, rotary_dim=32)
+      >>> rope.apply(jnp.ones((2, 5, 4, 64)), jnp.arange(5)).shape
+      (2, 5, 4, 64)
     """
 
     base: float = 10000.0
@@ -403,7 +513,19 @@ class RotaryEmbedding:
     def apply(
         self, x: Float[Array, "*batch T N H"], positions: Integer[Array, "*leading T"]
     ) -> Float[Array, "*batch T N H"]:
-        """`apply_rotary` with these settings: x [..., T, N, H], positions [T] or [..., T]."""
+        """`apply_rotary` with these settings.
+
+        Args:
+          x: ``[..., T, N, H]``, floating-point.
+          positions: integers ``[T]``, or ``[..., T]`` that broadcast to x's leading dimensions.
+
+        Returns:
+          ``[..., T, N, H]`` in x's dtype.
+
+        Raises:
+          ValueError: H odd or less than ``rotary_dim``, positions of a shape that does not fit.
+          TypeError: ``x`` not floating-point, ``positions`` not integers.
+        """
         x, positions = jnp.asarray(x), jnp.asarray(positions)
         rotary_dim = _check_arguments(x, positions, self.rotary_dim)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
