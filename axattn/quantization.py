@@ -1,5 +1,7 @@
 """Keys and values in fewer bits: one scale per token and head, symmetric, rounded to nearest.
 
+::
+
     x ~ scale * codes,   scale = max|x| / limit,   limit = 127 (int8), 448 (float8_e4m3fn), 7 (int4)
 
 A scale per token and head is what a cache can keep while it grows, and attention can fold it: a
@@ -21,6 +23,8 @@ from jax import lax
 from axattn import _jax_compat
 from axattn._typing import Array, Float, Integer
 
+__all__ = ["Quantized", "bytes_per_vector", "dequantize", "key_center", "quantize"]
+
 # The largest code of each quantized dtype. -128 and -8 are not used: codes are symmetric.
 LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 
@@ -28,10 +32,26 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class Quantized(NamedTuple):
-    """Codes as they are stored, and the scale of each vector."""
+    """Codes as they are stored, and the scale of each vector: what `quantize` returns.
 
-    codes: Array  # [..., H]: int8, int4 or, of float8_e4m3fn, uint8
-    scales: Float[Array, "..."]  # float32 [...]
+    A named tuple, and so a pytree. It checks nothing.
+
+    Attributes:
+      codes: ``[..., H]``, int8, int4 or, of float8_e4m3fn, the bits of the codes as uint8.
+      scales: float32 ``[...]``, one for each vector.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import quantization
+      >>> quantized = quantization.quantize(jnp.array([[1.0, -2.0], [0.0, 0.0]]), "int8")
+      >>> quantized.codes.tolist()
+      [[64, -127], [0, 0]]
+      >>> (127 * quantized.scales).tolist()
+      [2.0, 0.0]
+    """
+
+    codes: Array
+    scales: Float[Array, "..."]
 
 
 def dtype_name(dtype: Any) -> str:
@@ -73,12 +93,30 @@ def nbytes(array: Any) -> int:
 def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
     """Codes and float32 scales of the vectors along the last axis.
 
-    A zero vector has codes and scale 0. A vector with a NaN or an infinity comes back as NaN from
-    :func:`dequantize`, all of it, and no other vector does.
+    The scale of a vector is its largest magnitude over the largest code: 127, 448 or 7. A zero
+    vector has codes and scale 0. A vector with a NaN or an infinity comes back as NaN from
+    `dequantize`, all of it, and no other vector does.
 
     Args:
       x: ``[..., H]``, floating point.
-      dtype: ``int8``, ``float8_e4m3fn`` or ``int4``.
+      dtype: int8, float8_e4m3fn or int4, as a dtype or its name.
+
+    Returns:
+      A `Quantized`: codes ``[..., H]`` and scales float32 ``[...]``.
+
+    Raises:
+      TypeError: another ``dtype``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import quantization
+      >>> x = jnp.array([0.1, -0.5, 1.0])
+      >>> quantized = quantization.quantize(x, jnp.int8)
+      >>> quantized.codes
+      Array([ 13, -64, 127], dtype=int8)
+      >>> error = jnp.abs(quantization.dequantize(quantized, jnp.int8) - x)
+      >>> bool((error <= quantized.scales / 2).all())
+      True
     """
     name = dtype_name(dtype)
     if name not in LIMITS:
@@ -110,7 +148,25 @@ def codes_as(codes: Array, dtype: str, compute_dtype: Any) -> Array:
 
 
 def dequantize(quantized: Quantized, dtype: Any) -> Float[Array, "... H"]:
-    """The vectors, float32 ``[..., H]``: for tests and for looking at a cache."""
+    """The vectors again, for tests and for looking at a cache: attention folds the scales.
+
+    Args:
+      quantized: what `quantize` returned.
+      dtype: that of its codes: int8, float8_e4m3fn or int4.
+
+    Returns:
+      float32 ``[..., H]``.
+
+    Raises:
+      TypeError: a ``dtype`` that no cache has.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import quantization
+      >>> quantized = quantization.quantize(jnp.array([[2.0, -8.0, 16.0]]), "float8_e4m3fn")
+      >>> quantization.dequantize(quantized, "float8_e4m3fn")
+      Array([[ 2., -8., 16.]], dtype=float32)
+    """
     name = dtype_name(dtype)
     numbers = codes_as(quantized.codes, name, jnp.float32)
     return numbers * quantized.scales[..., None]
@@ -121,16 +177,26 @@ def key_center(
 ) -> Float[Array, "K H"]:
     """Mean key per head and channel, to give to a cache as ``key_center``.
 
-    A few channels of keys often carry large constant offsets, which take up the range of the
-    scales. Attention over ``key - center`` differs by a number per query, which is added back to
-    its scores: exact, also under a soft cap and in the LSE.
+    A few channels of keys often carry large constant offsets (KIVI,
+    https://arxiv.org/abs/2402.02750, has figures of them), which take up the range of the scales.
+    Attention over ``key - center`` differs by a number per query, which is added back to its
+    scores: exact, also under a soft cap and in the LSE.
 
     Args:
-      key: ``[B, T, K, H]``, as it is appended (after RoPE).
+      key: ``[B, T, K, H]``, floating point, as it is appended (after RoPE).
       lengths: int ``[B]``, the leading tokens that are real; all by default.
 
     Returns:
       float32 ``[K, H]``; zeros where there is no token.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import cache, quantization
+      >>> key = jnp.array([1.0, 3.0, 100.0]).reshape(1, 3, 1, 1)  # the last one is padding
+      >>> center = quantization.key_center(key, jnp.array([2]))
+      >>> center
+      Array([[2.]], dtype=float32)
+      >>> kv = cache.DenseCache.create(1, 8, 1, 1, dtype="int8", key_center=center)
     """
     key = key.astype(jnp.float32)
     if lengths is None:
@@ -149,7 +215,24 @@ def product_dtype(dtype: str, query_dtype: Any) -> Any:
 
 
 def bytes_per_vector(dtype: Any, head_dim: int) -> int:
-    """Bytes of one stored vector of ``head_dim`` features, its scale included."""
+    """Bytes of one stored vector, its scale included.
+
+    Args:
+      dtype: float32, bfloat16, float16, float64, or int8, float8_e4m3fn, int4, which have a
+        float32 scale.
+      head_dim: its features.
+
+    Returns:
+      Bytes. An int4 takes half a byte.
+
+    Raises:
+      TypeError: another ``dtype``.
+
+    Example:
+      >>> from axattn import quantization
+      >>> [quantization.bytes_per_vector(d, 128) for d in ("bfloat16", "int8", "int4")]
+      [256, 132, 68]
+    """
     name = dtype_name(dtype)
     vector = jax.ShapeDtypeStruct((head_dim,), storage(name))
     return nbytes(vector) + (4 if is_quantized(name) else 0)
