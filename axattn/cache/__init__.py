@@ -1,10 +1,12 @@
 """Key/value caches as values: dense, ring and paged, in any precision.
 
+::
+
     cache = DenseCache.create(batch, length, num_kv_heads, head_dim, dtype=jnp.int8)
     out, cache = cache.extend(query, key, value)      # append, then attend: prefill and decode
 
 A cache is a pytree that is passed in and returned; donate it to ``jax.jit`` and it is updated in
-place. The layers of ``axattn.linen`` and ``axattn.nnx`` take any: ``layer(x, cache=cache)``.
+place. The layers of `axattn.linen` and `axattn.nnx` take any: ``layer(x, cache=cache)``.
 """
 
 from axattn.cache.base import Cache

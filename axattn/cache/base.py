@@ -29,13 +29,16 @@ STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
 class Cache(abc.ABC):
     """Keys and values of the tokens seen so far, as a value: passed in, returned, donated.
 
-    A pytree. Every method returns a new cache; with the old one donated to ``jax.jit`` the arrays
+    The kinds are `DenseCache`, `RingCache` and `PagedCache`, each with a ``create`` of its own. A
+    pytree. Every method returns a new cache; with the old one donated to ``jax.jit`` the arrays
     are updated in place (not so as ``xs`` of ``lax.scan``, which stacks copies: keep one cache per
     layer, in a tuple). Tokens are ``[B, T, K, H]`` outside and head-major inside. Queries have a
     gradient with ``implementation="xla"``; keys and values, too, where they are stored as they are.
 
     Attributes:
-      arrays: what is stored, see :class:`axattn.stored.KeyValueArrays`.
+      arrays: what is stored, head-major: keys ``[rows, K, slots, H]``, values
+        ``[rows, K, slots, h]`` and, where quantized, float32 scales ``[rows, K, slots]`` of both. A
+        row is one of the batch, or a page.
       lengths: int32 ``[B]``, tokens per row so far: the position of the next one.
       overflowed: bool ``[B]``: under ``jit`` tokens for this row were refused, since they did not
         fit. What was stored before is untouched, and the row takes no more until `reset`: a later
@@ -43,6 +46,26 @@ class Cache(abc.ABC):
       key_center: float32 ``[K, H]`` or None: subtracted from keys before they are stored.
       dtype: name of the dtype of keys and values.
       head_dim, value_head_dim: H and h.
+
+    Raises:
+      ValueError: by its methods, for shapes that do not fit, and for tokens that do not fit where
+        this can be known. Nothing is changed.
+      TypeError: by its methods, for other dtypes and for arguments that the cache knows itself.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(1, 16, num_kv_heads=1, head_dim=8, dtype="float32")
+      >>> @jax.jit
+      ... def step(cache, query, key, value):
+      ...     return cache.extend(query, key, value)
+      >>> prompt = jnp.ones((1, 5, 4, 8)), jnp.ones((1, 5, 1, 8)), jnp.ones((1, 5, 1, 8))
+      >>> out, cache = step(cache, *prompt)
+      >>> cache.lengths, cache.next_positions(2)
+      (Array([5], dtype=int32), Array([[5, 6]], dtype=int32))
+      >>> cache = cache.truncate(3)  # two tokens were rejected
+      >>> out.shape, int(cache.lengths[0])
+      ((1, 5, 4, 8), 3)
     """
 
     arrays: KeyValueArrays
@@ -62,10 +85,12 @@ class Cache(abc.ABC):
 
     @property
     def batch(self) -> int:
+        """Rows, B."""
         return self.lengths.shape[0]
 
     @property
     def num_kv_heads(self) -> int:
+        """Key/value heads, K."""
         return self.arrays.keys.shape[1]
 
     @property
@@ -95,11 +120,21 @@ class Cache(abc.ABC):
         )
 
     def next_positions(self, length: int) -> Integer[Array, "B T"]:
-        """Positions of the next ``length`` tokens of each row, int32 ``[B, length]``: for RoPE."""
+        """Positions of the next tokens of each row: for RoPE.
+
+        Args:
+          length: how many tokens, T.
+
+        Returns:
+          int32 ``[B, T]``.
+        """
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
 
     def stored(self) -> Stored:
-        """What attention reads."""
+        """What attention reads: ``key`` of `axattn.dot_product_attention`, without a ``value``.
+
+        `attend` passes it, together with the masks that the cache needs.
+        """
         return Stored(
             self.arrays,
             key_center=self.key_center,
@@ -127,10 +162,21 @@ class Cache(abc.ABC):
           lengths: int ``[B]`` or int: how many of the T tokens are real in each row, 0 to T; those
             behind are padding, of any content. All T by default.
 
+        Returns:
+          The cache with them; this one is as it was.
+
         Raises:
           ValueError: shapes that do not fit; tokens that do not fit, where this can be known. Under
             ``jit`` the row is left as it was and ``overflowed`` set.
           TypeError: another dtype.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn.cache import DenseCache
+          >>> cache = DenseCache.create(2, 16, num_kv_heads=1, head_dim=8, dtype="int8")
+          >>> key = value = jnp.ones((2, 4, 1, 8))
+          >>> cache.append(key, value, lengths=jnp.array([4, 2])).lengths.tolist()
+          [4, 2]
         """
         key, value, counts = self._checked_tokens(key, value, lengths)
         return self._append(key, value, counts)
@@ -153,12 +199,18 @@ class Cache(abc.ABC):
             `append`); rows behind give zeros.
           q_positions: int ``[T]`` or ``[B, T]``, where they are others.
           is_causal: False where every query sees all that is stored (cross-attention).
-          **options: as `axattn.dot_product_attention`. An array for ``mask`` or ``bias`` speaks of
-            the slots: S is ``capacity``.
+          **options: as in `axattn.dot_product_attention`. An array for ``mask`` or ``bias`` speaks
+            of the slots: S is ``capacity``.
 
         Returns:
-          ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE. A row
-          without tokens gives zeros.
+          ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE, float32
+          ``[B, T, N]``. A row without tokens gives zeros.
+
+        Raises:
+          ValueError: shapes that do not fit.
+          TypeError: an argument that the cache knows itself: ``key``, ``value``, ``kv_positions``,
+            ``key_value_seq_lengths`` or ``q_offset``; another dtype.
+          NotImplementedError: the named implementation cannot take the call.
         """
         return dot_product_attention(
             **self._arguments(
@@ -181,8 +233,20 @@ class Cache(abc.ABC):
     ) -> tuple[Float[Array, "B T N h"], Self]:
         """`append`, then `attend` from the same tokens: one step of a layer.
 
-        Takes what the two take, as many queries as keys; returns ``(output, cache)``. In a row that
-        overflowed the output is zeros.
+        Args:
+          query: ``[B, T, N, H]``, floating point; N a multiple of K.
+          key: ``[B, T, K, H]``, as in `append`.
+          value: ``[B, T, K, h]``; None where values are in the keys.
+          lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
+          **options: as in `attend`.
+
+        Returns:
+          ``(output, cache)``; output ``[B, T, N, h]``. In a row that overflowed it is zeros.
+
+        Raises:
+          ValueError, TypeError: as `append` and `attend`; queries and keys are not as many; a
+            ``query_seq_lengths``, which is ``lengths`` here.
+          NotImplementedError: the named implementation cannot take the call.
         """
         if "query_seq_lengths" in options:
             raise TypeError("extend takes no argument query_seq_lengths: lengths says it")
@@ -198,15 +262,29 @@ class Cache(abc.ABC):
     # ---- other changes ------------------------------------------------------------------------
 
     def truncate(self, lengths: ArrayLike) -> Self:
-        """The cache without the tokens at and after ``lengths`` (int or int ``[B]``).
+        """The cache without the tokens at and after ``lengths``.
 
         For speculative tokens that were rejected. A row that is shorter already stays as it is.
+
+        Args:
+          lengths: int or int ``[B]``: tokens that each row keeps.
+
+        Raises:
+          ValueError: negative lengths, or another shape.
+          TypeError: lengths that are no integers.
         """
         lengths = counts_of("lengths", lengths, self.batch)
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, lengths))
 
     def reset(self, rows: ArrayLike | None = None) -> Self:
-        """The cache with rows emptied and their ``overflowed`` cleared: all, or bool ``[B]``."""
+        """The cache with rows emptied and their ``overflowed`` cleared.
+
+        Args:
+          rows: bool ``[B]``, True where a row is emptied; all by default.
+
+        Raises:
+          ValueError: ``rows`` of another dtype or shape.
+        """
         if rows is None:
             rows = jnp.ones((self.batch,), bool)
         rows = jnp.asarray(rows)
@@ -221,9 +299,23 @@ class Cache(abc.ABC):
         )
 
     def fork(self, rows: ArrayLike) -> Self:
-        """A cache whose row i is row ``rows[i]`` of this one (int ``[B']``): beams and samples.
+        """A cache whose row i is row ``rows[i]`` of this one: beams and samples.
 
         The rows are copied. Indices must be in range: under ``jit`` they are clipped.
+
+        Args:
+          rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
+
+        Raises:
+          ValueError: another dtype or shape, or rows that this cache does not have.
+          TypeError: ``rows`` is no array.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn.cache import DenseCache
+          >>> cache = DenseCache.create(2, 8, num_kv_heads=1, head_dim=4)
+          >>> cache.fork(jnp.array([0, 0, 1])).batch  # two continuations of row 0, one of row 1
+          3
         """
         rows = self._rows(rows)
         changes = {name: take_rows(getattr(self, name), rows) for name in self._per_row()}

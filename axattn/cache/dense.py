@@ -17,7 +17,24 @@ from axattn.cache.write import Places
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseCache(Cache):
-    """Token p of a row is in slot p; arrays ``[B, K, length, size]``."""
+    """A cache with room for a fixed number of tokens in each row.
+
+    Token p of a row is in slot p; arrays are ``[B, K, length, size]``. Made by `create`; methods
+    and attributes are those of `Cache`.
+
+    Raises:
+      ValueError: by `create` and the methods, for sizes and tokens that do not fit.
+      TypeError: by both, for dtypes that cannot be.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(2, 32, num_kv_heads=1, head_dim=8, dtype="float32")
+      >>> query, key, value = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 3, 1, 8)), jnp.ones((2, 3, 1, 8))
+      >>> out, cache = cache.extend(query, key, value, lengths=jnp.array([3, 1]))
+      >>> out.shape, cache.lengths.tolist(), cache.capacity
+      ((2, 3, 4, 8), [3, 1], 32)
+    """
 
     @staticmethod
     def create(
@@ -37,14 +54,21 @@ class DenseCache(Cache):
           batch, length, num_kv_heads, head_dim: B, S, K and H.
           value_head_dim: h; H by default.
           values_in_keys: store one array only: values are the first h features of the keys (latent
-            attention, arXiv:2405.04434).
+            attention, https://arxiv.org/abs/2405.04434).
           dtype: ``float32``, ``bfloat16``, ``float16``; or ``int8``, ``float8_e4m3fn``, ``int4``
             with one float32 scale per token and head.
           key_center: float ``[K, H]``, subtracted from keys before they are stored and allowed for
             in the scores: see `axattn.quantization.key_center`.
 
         Raises:
-          ValueError, TypeError: an argument that cannot be.
+          ValueError: sizes that are no positive integers, or do not fit together.
+          TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
+
+        Example:
+          >>> from axattn.cache import DenseCache
+          >>> cache = DenseCache.create(8, 4096, num_kv_heads=8, head_dim=128, dtype="int8")
+          >>> cache.bytes_per_token, cache.nbytes  # of one layer
+          (2112, 69206016)
         """
         positive("length", length)
         return DenseCache(

@@ -122,8 +122,22 @@ def bytes_per_token(
 ) -> int:
     """Bytes that a cache stores per token and layer, scales included.
 
-    >>> bytes_per_token(1, 128), bytes_per_token(1, 128, dtype="int8")
-    (512, 264)
+    Args:
+      num_kv_heads: K.
+      head_dim: H.
+      value_head_dim: h; H by default.
+      dtype: of keys and values, as in `DenseCache.create`.
+      values_in_keys: values are the first h features of the keys, and take nothing.
+
+    Raises:
+      TypeError: another ``dtype``.
+
+    Example:
+      >>> from axattn.cache import bytes_per_token
+      >>> bytes_per_token(1, 128), bytes_per_token(1, 128, dtype="int8")
+      (512, 264)
+      >>> 32 * 4096 * bytes_per_token(8, 128) / 2**20  # 32 layers, 4096 tokens, in MiB
+      512.0
     """
     total = quantization.bytes_per_vector(dtype, head_dim)
     if not values_in_keys:

@@ -20,15 +20,37 @@ from axattn.cache.write import Places, runs_of
 @lambda cls: register(cls, data=("block_table",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedCache(Cache):
-    """Token p of row b is in slot p % page_size of page ``block_table[b, p // page_size]``.
+    """A cache in pages: rows share one pool, and a page can be in several rows.
 
-    Arrays are ``[num_pages, K, page_size, size]``. The table is made on the host, by
-    :class:`axattn.cache.PagePool` or by anything else, and handed over with `with_table` whenever
-    it changes; all shapes are static. PagedAttention: arXiv:2309.06180.
+    PagedAttention, https://arxiv.org/abs/2309.06180. Token p of row b is in slot p % page_size of
+    page ``block_table[b, p // page_size]``; arrays are ``[num_pages, K, page_size, size]``. The
+    table is made on the host, by `PagePool` or by anything else, and handed over with `with_table`
+    whenever it changes; all shapes are static. Made by `create`; methods and the other attributes
+    are those of `Cache`.
 
     Attributes:
       block_table: int32 ``[B, pages_per_row]``. Entries for tokens that are not there may be
         anything; -1 means none.
+
+    Raises:
+      ValueError: by `create` and the methods, for sizes and tokens that do not fit: also tokens
+        that have no page.
+      TypeError: by both, for dtypes that cannot be.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.cache import PagedCache, PagePool
+      >>> cache = PagedCache.create(
+      ...     2, num_pages=6, page_size=4, pages_per_row=3, num_kv_heads=1, head_dim=8
+      ... )
+      >>> pool = PagePool(num_pages=6, page_size=4)
+      >>> rows = [pool.allocate(range(6)), pool.allocate(range(9))]
+      >>> cache = cache.with_table(pool.block_table(rows, pages_per_row=3))
+      >>> cache.block_table.tolist()
+      [[0, 1, -1], [2, 3, 4]]
+      >>> key = value = jnp.ones((2, 9, 1, 8), jnp.bfloat16)
+      >>> cache.append(key, value, lengths=pool.lengths(rows)).lengths.tolist()
+      [6, 9]
     """
 
     block_table: Integer[Array, "B pages"]
@@ -53,7 +75,12 @@ class PagedCache(Cache):
           batch, num_kv_heads, head_dim: B, K and H.
           num_pages, page_size: pages in the pool and tokens per page.
           pages_per_row: most pages that a row can have.
-          value_head_dim, values_in_keys, dtype, key_center: as in `DenseCache.create`.
+          value_head_dim, values_in_keys, dtype: as in `DenseCache.create`.
+          key_center: float ``[K, H]``, as there.
+
+        Raises:
+          ValueError: sizes that are no positive integers, or do not fit together.
+          TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
         """
         for name, count in (
             ("num_pages", num_pages),
@@ -76,10 +103,12 @@ class PagedCache(Cache):
 
     @property
     def num_pages(self) -> int:
+        """Pages in the pool."""
         return self.arrays.keys.shape[0]
 
     @property
     def page_size(self) -> int:
+        """Tokens per page."""
         return self.arrays.keys.shape[2]
 
     @property
@@ -88,13 +117,22 @@ class PagedCache(Cache):
         return self.block_table.shape[1] * self.page_size
 
     def stored(self):
+        """As `Cache.stored`, with the table."""
         return dataclasses.replace(super().stored(), block_table=self.block_table)
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> PagedCache:
-        """The cache with another table ``[B, pages_per_row]`` and, where given, other lengths.
+        """The cache with another table and, where given, other lengths.
 
-        Lengths are those of the tokens that are stored already: after a prefix was found in the
-        pool, or where a row now is another sequence. ``overflowed`` stays: `reset` clears it.
+        ``overflowed`` stays: `reset` clears it.
+
+        Args:
+          block_table: int ``[B, pages_per_row]``; -1 means none.
+          lengths: int ``[B]`` or int, of the tokens that are stored already: after a prefix was
+            found in the pool, or where a row now is another sequence.
+
+        Raises:
+          ValueError: another shape; lengths beyond ``capacity``.
+          TypeError: anything but integers.
         """
         block_table = jnp.array(as_array("block_table", block_table), copy=True)
         if not jnp.issubdtype(block_table.dtype, jnp.integer):
@@ -113,8 +151,16 @@ class PagedCache(Cache):
     def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> PagedCache:
         """The cache with page ``targets[i]`` a copy of page ``sources[i]``, in this order.
 
-        What copy-on-write asks for. int ``[n]`` both; a pair with -1 is left out. Call it inside
-        the donated step: by itself it copies the pool.
+        What copy-on-write asks for, see `PagePool.take_copies`. Call it inside the donated step: by
+        itself it copies the pool.
+
+        Args:
+          sources: int ``[n]``, pages that are copied; a pair with -1 is left out.
+          targets: int ``[n]``, pages that become the copies.
+
+        Raises:
+          ValueError: shapes that differ, or pages that the pool does not have.
+          TypeError: anything but integers.
         """
         sources, targets = as_array("sources", sources), as_array("targets", targets)
         for name, x in (("sources", sources), ("targets", targets)):
@@ -145,6 +191,13 @@ class PagedCache(Cache):
 
         Rows that share a page that is not full must not both append to it: give each its own copy
         first (`PagePool.fork` says which).
+
+        Args:
+          rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
+
+        Raises:
+          ValueError: another dtype or shape, or rows that this cache does not have.
+          TypeError: ``rows`` is no array.
         """
         return super().fork(rows)
 

@@ -48,7 +48,8 @@ class PagePool:
     Appending reserves room; the device fills it. Publishing says that the device was given all
     tokens of a sequence. Tables are made anew in every step, since appending and publishing can
     move a sequence to other pages. Sequences that are never published have ``pool.lengths`` from
-    before the append in place of `cached`.
+    before the append in place of `cached`. Pages are those of PagedAttention,
+    https://arxiv.org/abs/2309.06180.
 
     Same calls, same pages. A pool is not safe to use from several threads at once.
 
@@ -58,6 +59,24 @@ class PagePool:
 
     Raises:
       TypeError, ValueError: anything but positive integers.
+
+    Example:
+      >>> from axattn.cache import PagePool
+      >>> pool = PagePool(num_pages=8, page_size=4)
+      >>> prompt = list(range(100, 110))
+      >>> first = pool.allocate(prompt)
+      >>> pool.publish(first)  # its keys and values were computed
+      >>> second = pool.allocate(prompt + [7, 8])  # shares the prefix
+      >>> pool.cached(second), pool.lengths([first, second]).tolist()
+      (10, [10, 12])
+      >>> sources, targets = pool.take_copies()  # the shared page that is not full
+      >>> sources.tolist(), targets.tolist()
+      ([2], [3])
+      >>> pool.block_table([first, second], pages_per_row=4).tolist()
+      [[0, 1, 2, -1], [0, 1, 3, -1]]
+      >>> pool.free(first)
+      >>> pool
+      PagePool(num_pages=8, page_size=4): 1 sequences, 4 pages free, 1 cached
     """
 
     # What holds between calls:
@@ -199,6 +218,9 @@ class PagePool:
         Takes no page. Whichever of the two first appends to a last page that is filled in part
         gets a copy of that page.
 
+        Args:
+          sequence: the id.
+
         Returns:
           The id of the new sequence.
 
@@ -216,9 +238,14 @@ class PagePool:
     def truncate(self, sequence: int, length: int) -> None:
         """Keeps the first ``length`` tokens of ``sequence``. What was published stays published.
 
+        Args:
+          sequence: the id.
+          length: 0 to its length.
+
         Raises:
           UnknownSequenceError: ``sequence`` is not alive.
           ValueError: ``length`` is negative or more than the sequence has.
+          TypeError: ``length`` is no integer.
         """
         this = self._get(sequence)
         length = operator.index(length)
@@ -236,6 +263,9 @@ class PagePool:
     def free(self, sequence: int) -> None:
         """Ends ``sequence``. Published pages can be found until they are evicted.
 
+        Args:
+          sequence: the id.
+
         Raises:
           UnknownSequenceError: ``sequence`` is not alive; it may have been freed before.
         """
@@ -248,6 +278,9 @@ class PagePool:
 
         After `allocate`, the tokens found by prefix: at most all but the last one. After
         `publish`, all. A fork starts with those of its parent.
+
+        Args:
+          sequence: the id.
 
         Raises:
           UnknownSequenceError: ``sequence`` is not alive.
@@ -262,7 +295,7 @@ class PagePool:
         are taken, no source is given to anyone else, and there is no `block_table`.
 
         Returns:
-          (sources, targets), int32 ``[n]`` each, n >= 0.
+          ``(sources, targets)``, numpy int32 ``[n]`` each, n >= 0.
         """
         return self._pages.take_copies()
 
@@ -274,10 +307,11 @@ class PagePool:
           pages_per_row: columns of the table.
 
         Returns:
-          int32 ``[B, pages_per_row]``, -1 where a row has no page.
+          numpy int32 ``[B, pages_per_row]``, -1 where a row has no page.
 
         Raises:
           UnknownSequenceError: one of them is not alive.
+          TypeError, ValueError: ``pages_per_row`` is no positive integer.
           ValueError: a sequence has more pages than a row, or is named twice: both rows would
             write to the same pages (`fork` it).
           RuntimeError: page copies are pending.
@@ -306,10 +340,13 @@ class PagePool:
         return table
 
     def lengths(self, sequences: Iterable[int | None]) -> np.ndarray:
-        """Tokens per sequence, those included whose room is reserved: int32 ``[B]``.
+        """Tokens per sequence, those included whose room is reserved.
 
         Args:
           sequences: ids; None for a row without a sequence, whose length is 0.
+
+        Returns:
+          numpy int32 ``[B]``.
 
         Raises:
           UnknownSequenceError: one of them is not alive.

@@ -15,6 +15,18 @@ class PoolExhaustedError(RuntimeError):
       free: pages that hold nothing.
       evictable: pages that hold published tokens which no live sequence, nor this one, uses.
       in_use: all other pages.
+
+    Raises:
+      PoolExhaustedError: by `PagePool.allocate` and `PagePool.append`.
+
+    Example:
+      >>> from axattn.cache import PagePool, PoolExhaustedError
+      >>> pool = PagePool(num_pages=2, page_size=4)
+      >>> try:
+      ...     pool.allocate(9)
+      ... except PoolExhaustedError as error:  # time to let another sequence go
+      ...     print(error)
+      allocating 9 tokens needs 3 pages and the pool has 2: 2 free, 0 evictable; 0 are in use
     """
 
     def __init__(self, request: str, needed: int, free: int, evictable: int, in_use: int):
@@ -38,6 +50,19 @@ class UnknownSequenceError(KeyError):
 
     Attributes:
       sequence: the id.
+
+    Raises:
+      UnknownSequenceError: by the methods of `PagePool` that take a sequence.
+
+    Example:
+      >>> from axattn.cache import PagePool, UnknownSequenceError
+      >>> pool = PagePool(num_pages=2, page_size=4)
+      >>> pool.free(pool.allocate(3))
+      >>> try:
+      ...     pool.append(0, [17])
+      ... except UnknownSequenceError as error:
+      ...     print(error)
+      sequence 0 is unknown: freed before, or never allocated
     """
 
     def __init__(self, sequence: Any):
@@ -60,6 +85,14 @@ class PoolStatistics:
       pages_in_use: pages of live sequences, each counted once, and sources of pending copies.
       tokens_stored: tokens in pages of live sequences; those in a shared page count once.
       tokens_logical: the lengths of all live sequences added up.
+
+    Example:
+      >>> from axattn.cache import PagePool
+      >>> pool = PagePool(num_pages=8, page_size=16)
+      >>> sequence = pool.allocate(24)
+      >>> statistics = pool.statistics()
+      >>> statistics.pages_in_use, statistics.tokens_stored, round(statistics.overhead, 2)
+      (2, 24, 1.33)
     """
 
     num_pages: int

@@ -48,6 +48,19 @@ def prefill(
     Raises:
       ValueError: arguments of other shapes; tokens that do not fit into a cache, where that can
         be known. Under ``jit`` ``overflowed`` is set, and the row stays at the last chunk that fit.
+      TypeError: ``lengths`` that are no integers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn.cache import DenseCache, prefill
+      >>> def step(cache, x, lengths):  # a model of one layer, x [B, C, 1, 4]
+      ...     return cache.extend(x, x, x, lengths=lengths)
+      >>> run = jax.jit(lambda cache, x, n: prefill(step, cache, x, n, chunk_size=4))
+      >>> cache = DenseCache.create(2, 16, num_kv_heads=1, head_dim=4, dtype="float32")
+      >>> prompts = jnp.ones((2, 10, 1, 4))
+      >>> last, cache = run(cache, prompts, jnp.array([10, 7]))
+      >>> last.shape, cache.lengths.tolist()
+      ((2, 1, 4), [10, 7])
     """
     positive("chunk_size", chunk_size)
     tokens = jnp.asarray(tokens)

@@ -24,11 +24,32 @@ _OF_SLOTS = ("mask", "bias", "query_segment_ids", "key_value_segment_ids")
 @lambda cls: register(cls, data=("positions",), static=("window",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class RingCache(Cache):
-    """Token p of a row is in slot p % slots; arrays ``[B, K, slots, size]``.
+    """A cache for sliding-window attention: its memory is bounded by the window.
+
+    Token p of a row is in slot p % slots; arrays are ``[B, K, slots, size]``. Made by `create`;
+    methods and the other attributes are those of `Cache`. What speaks of slots (``mask``, ``bias``,
+    segment ids) is refused, since a slot holds other tokens every time around.
 
     Attributes:
       positions: int32 ``[B, slots]``, of the token in each slot; 2**30 where there is none.
       window: tokens to the left that a query sees besides itself.
+
+    Raises:
+      ValueError: by `create` and the methods, for sizes and tokens that do not fit, and for what a
+        ring cannot do.
+      TypeError: by both, for dtypes that cannot be.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn.cache import RingCache
+      >>> cache = RingCache.create(1, window=6, num_kv_heads=1, head_dim=4, max_append=2)
+      >>> cache.capacity, cache.max_append
+      (8, 2)
+      >>> key = value = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+      >>> for _ in range(5):
+      ...     cache = cache.append(key, value)
+      >>> cache.lengths.tolist(), cache.positions[0].tolist()  # ten tokens, the last eight of them
+      ([10], [8, 9, 2, 3, 4, 5, 6, 7])
     """
 
     positions: Integer[Array, "B S"]
@@ -56,7 +77,13 @@ class RingCache(Cache):
           max_append: most tokens that one `append` takes: the first of them still needs a window of
             tokens before it. `extend` takes any number and goes in steps of this many. It is also
             how many of the newest tokens `truncate` can take back. Rounding may add some.
-          value_head_dim, values_in_keys, dtype, key_center: as in `DenseCache.create`.
+          value_head_dim, values_in_keys, dtype: as in `DenseCache.create`.
+          key_center: float ``[K, H]``, as there.
+
+        Raises:
+          ValueError: sizes that are no positive integers (``window`` may be 0), or do not fit
+            together.
+          TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
         """
         positive("max_append", max_append)
         if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
@@ -84,9 +111,27 @@ class RingCache(Cache):
 
     @property
     def max_append(self) -> int:
+        """Most tokens that one `append` takes."""
         return self.capacity - self.window
 
     def extend(self, query, key, value=None, *, lengths=None, **options):
+        """As `Cache.extend`, of any number of tokens: in steps of at most ``max_append``.
+
+        Args:
+          query: ``[B, T, N, H]``, floating point; N a multiple of K.
+          key: ``[B, T, K, H]``.
+          value: ``[B, T, K, h]``; None where values are in the keys.
+          lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
+          **options: as in `Cache.attend`; of more than ``max_append`` tokens without
+            ``return_residual`` and ``q_positions``.
+
+        Returns:
+          ``(output, cache)``; output ``[B, T, N, h]``.
+
+        Raises:
+          ValueError: as `Cache.extend`; and what cannot be said of so many tokens.
+          TypeError: as `Cache.extend`.
+        """
         step, length = self.max_append, (*jnp.shape(key), 0, 0)[1]
         if length <= step or jnp.shape(query)[1] != length:
             return Cache.extend(self, query, key, value, lengths=lengths, **options)
@@ -114,12 +159,16 @@ class RingCache(Cache):
         return out.reshape(out.shape[0], chunks * step, *out.shape[3:])[:, :length], cache
 
     def truncate(self, lengths: ArrayLike) -> RingCache:
-        """The cache without the tokens at and after ``lengths`` (int or int ``[B]``).
+        """The cache without the tokens at and after ``lengths``.
+
+        Args:
+          lengths: int or int ``[B]``: tokens that each row keeps.
 
         Raises:
           ValueError: tokens within the window before the new end were overwritten: at most
             ``max_append`` can be taken back. Under ``jit`` the row is left as it was and
-            ``overflowed`` set.
+            ``overflowed`` set. Negative lengths, or another shape.
+          TypeError: lengths that are no integers.
         """
         lengths = counts_of("lengths", lengths, self.batch)
         mine, positions, new = host(self.lengths, self.positions, lengths)
