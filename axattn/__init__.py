@@ -1,8 +1,10 @@
 """axattn: efficient multi-query attention for JAX.
 
 One function computes attention (MHA, GQA, MQA) and never copies a key/value head per query head:
-:func:`dot_product_attention`. Flax layers are in ``axattn.linen`` and ``axattn.nnx``, compilation
-for devices that are not here in ``axattn.aot``; ``import axattn`` itself needs jax and numpy only.
+`dot_product_attention`. What queries attend to is an array or a `Mask`, which is data. Flax layers
+are in `axattn.linen` and `axattn.nnx`, caches in `axattn.cache`, several devices in
+`axattn.parallel`, compilation for devices that are not here in `axattn.aot`; ``import axattn``
+itself needs jax and numpy only. ``__version__`` is the version of the library.
 """
 
 from axattn.attention import dot_product_attention, explain_implementations

@@ -1,4 +1,4 @@
-"""The one door, :func:`dot_product_attention`, and what it would do with a call."""
+"""The one door, `dot_product_attention`, and what it would do with a call."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
 
-    Computes, per query head n with its key/value head n // G,
+    Computes, per query head n with its key/value head n // G::
 
         softmax(soft_cap(scale * q k^T) + bias + alibi, masked) v
 
@@ -65,34 +65,36 @@ def dot_product_attention(
       query: ``[..., T, N, H]``, floating point.
       key: ``[..., S, K, H]``, the same dtype; N must be a multiple of K (K = N is MHA
         https://arxiv.org/abs/1706.03762, K = 1 is MQA https://arxiv.org/abs/1911.02150, between
-        them GQA https://arxiv.org/abs/2305.13245). Or what a cache of ``axattn.cache`` stores, its
-        ``stored()``, with None for ``value``: `Cache.attend` calls this.
+        them GQA https://arxiv.org/abs/2305.13245). Or what a cache of `axattn.cache` stores, its
+        ``stored()``, with None for ``value``: `axattn.cache.Cache.attend` calls this.
       value: ``[..., S, K, h]``; h may differ from H.
       bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
       mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an
         :class:`axattn.Mask`, whose structure lets implementations skip blocks.
       scale: factor on the dot products; 1 / sqrt(H) by default. A scalar array has a gradient.
       is_causal: key position <= query position; top-left aligned (see ``q_offset``).
-      query_seq_lengths, key_value_seq_lengths: int, one per batch row: the leading slots that are
-        real. Query rows behind the length give zeros; key/value slots behind it may hold NaN.
+      query_seq_lengths, key_value_seq_lengths: int ``[...]``, one per batch row: the leading slots
+        that are real. Query rows behind the length give zeros; key/value slots behind it may hold
+        NaN.
       local_window_size: (left, right), inclusive, or one int for both; None on a side is no bound.
         The token itself is always inside; (L, 0) never sees the future.
       implementation: None picks by platform and shape; a name is strict; a sequence of names is an
-        order of preference. See :func:`explain_implementations`.
+        order of preference. See `explain_implementations`.
       return_residual: also return the log-sum-exp of the scores.
       logits_soft_cap: cap * tanh(scores / cap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
       sinks: ``[N]`` floating point, one extra logit per head in the softmax's denominator
         (https://arxiv.org/abs/2309.17453; learned, as in gpt-oss). It counts in the LSE.
       query_segment_ids, key_value_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend
         within their own segment (packing). The keys' default to the queries' when T == S.
-      dropout_rate, dropout_rng: drop that share of the softmax weights, in [0, 1), with this JAX
-        key. The pattern depends on the key and the indices alone, not on the implementation; in
+      dropout_rate: drop that share of the softmax weights, in [0, 1).
+      dropout_rng: a JAX key, ``[]`` or the older uint32 ``[2]``; needed where something is dropped.
+        The pattern depends on the key and the indices alone, not on the implementation; in
         ``shard_map`` or ``vmap`` fold the index of the shard into the key.
       broadcast_dropout: one ``[T, S]`` pattern for all batch rows and heads (Flax's default).
       alibi_slopes: ``[N]``: adds -slope * abs(query position - key position)
         (https://arxiv.org/abs/2108.12409). Taken as constants: no gradient.
-      q_offset: int, or int with the batch dimensions: position of the first query. It moves causal
-        masks, windows, prefixes and ALiBi.
+      q_offset: int, or int ``[...]``, one per batch row: position of the first query. It moves
+        causal masks, windows, prefixes and ALiBi.
       q_positions, kv_positions: int ``[T]`` or ``[..., T]`` (``[S]``, ``[..., S]``): positions of
         all tokens, instead of ``q_offset`` and of 0, 1, 2...
       precision: ``jax.lax.Precision`` or its names, for the matrix products.
@@ -110,6 +112,20 @@ def dot_product_attention(
       ValueError, TypeError: an argument that cannot be, with its name, what it got and what it
         takes.
       NotImplementedError: the named implementation cannot take the call; the message says why.
+
+    Example:
+      >>> import axattn
+      >>> import jax.numpy as jnp
+      >>> query = jnp.ones((2, 8, 4, 16))  # [B, T, N, H]
+      >>> key = value = jnp.ones((2, 8, 1, 16))  # one key/value head: multi-query attention
+      >>> out = axattn.dot_product_attention(query, key, value, is_causal=True)
+      >>> out.shape, out.dtype
+      ((2, 8, 4, 16), dtype('float32'))
+      >>> _, lse = axattn.dot_product_attention(
+      ...     query, key, value, scale=0.0, is_causal=True, return_residual=True
+      ... )
+      >>> jnp.exp(lse)[0, :, 0].round().astype(int).tolist()  # keys that a query sees
+      [1, 2, 3, 4, 5, 6, 7, 8]
     """
     arguments = dict(locals())
     implementation = arguments.pop("implementation")
@@ -133,14 +149,17 @@ def _attend(call: AttentionCall, plan: registry.Plan) -> tuple[Array, Array | No
 class Explanation(dict):
     """Name of every implementation -> None where it takes the call, else the reason why not.
 
-    ``by_platform`` maps each platform to the implementation that the call would take there;
-    ``chosen`` is the one for this process's default backend.
+    Printed, it is a table.
+
+    Attributes:
+      by_platform: platform -> the implementation that the call would take there.
     """
 
     by_platform: dict[str, str]
 
     @property
     def chosen(self) -> str:
+        """The implementation that the call would take on this process's default backend."""
         return self.by_platform[_default_platform()]
 
     def __str__(self) -> str:
@@ -157,17 +176,30 @@ class Explanation(dict):
 def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
     """Which implementations take a call, why the others do not, and which one ``None`` would take.
 
-    Takes the arguments of :func:`dot_product_attention`, arrays or ``jax.ShapeDtypeStruct`` in
-    their place; nothing is computed. Raises what the call itself would raise for bad arguments.
+    Nothing is computed.
 
-    >>> import axattn, jax, jax.numpy as jnp
-    >>> q = jax.ShapeDtypeStruct((1, 8, 4, 64), jnp.float32)
-    >>> kv = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float32)
-    >>> why = axattn.explain_implementations(q, kv, kv, is_causal=True)
-    >>> why["xla"] is None, why["cudnn"]
-    (True, 'needs float16 or bfloat16, got float32')
-    >>> why.chosen
-    'xla'
+    Args:
+      *args: the arguments of `dot_product_attention`: arrays, or ``jax.ShapeDtypeStruct`` in their
+        place.
+      **kwargs: likewise, by name.
+
+    Returns:
+      A dict: name of every implementation -> None where it takes the call, else the reason why not.
+      Its ``chosen`` is the one that ``implementation=None`` takes here, ``by_platform`` says it of
+      every platform, and printed it is a table.
+
+    Raises:
+      ValueError, TypeError: what the call itself would raise for these arguments.
+
+    Example:
+      >>> import axattn, jax
+      >>> q = jax.ShapeDtypeStruct((1, 1024, 4, 64), "float32")
+      >>> kv = jax.ShapeDtypeStruct((1, 1024, 2, 64), "float32")
+      >>> why = axattn.explain_implementations(q, kv, kv, is_causal=True)
+      >>> why["xla"] is None, why["cudnn"]
+      (True, 'needs float16 or bfloat16, got float32')
+      >>> why.by_platform["cpu"]
+      'xla_chunked'
     """
     bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
     bound.apply_defaults()
