@@ -1,18 +1,20 @@
 """Multi-head latent attention: one latent vector per token in place of its keys and values.
 
-DeepSeek-V2 (arXiv:2405.04434, section 2.1). A token is its latent ``c``, R numbers that all heads
-share, and P rotated features of a key, which all heads share too. The key of head n is
-``[c @ key_up[:, n], key_rope]``, its value ``c @ value_up[:, n]``. Two forms give one result:
+DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1). A token is its latent ``c``, R numbers
+that all heads share, and P rotated features of a key, which all heads share too. The key of head n
+is ``[c @ key_up[:, n], key_rope]``, its value ``c @ value_up[:, n]``. Two forms give one result:
 
-    naive      keys and values of all N heads are written out: attention with N key/value heads of
-               size D + P and h. Fewer FLOPs where queries are many: training, prompts.
-    absorbed   since ``(c @ key_up) . q = c . (key_up @ q)``, queries take key_up in: multi-query
-               attention, N heads of size R + P over the one head ``[c, key_rope]`` whose first R
-               features are the values. Nothing is written out: a cache has R + P numbers per token.
+naive
+    Keys and values of all N heads are written out: attention with N key/value heads of size D + P
+    and h. Fewer FLOPs where queries are many: training, prompts.
+absorbed
+    Since ``(c @ key_up) . q = c . (key_up @ q)``, queries take key_up in: multi-query attention, N
+    heads of size R + P over the one head ``[c, key_rope]`` whose first R features are the values.
+    Nothing is written out: a cache has R + P numbers per token.
 
 Letters besides those of `axattn.dot_product_attention`, with their names in configurations:
 R ``kv_lora_rank``, D ``qk_nope_head_dim``, P ``qk_rope_head_dim``, h ``v_head_dim``. In DeepSeek-V3
-N = 128, R = 512, D = 128, P = 64, h = 128.
+N = 128, R = 512, D = 128, P = 64, h = 128. Over a cache::
 
     cache = DenseCache.create(batch, capacity, **latent.cache_sizes(512, 64), dtype="bfloat16")
     out, cache = latent.extend(cache, query, c, key_rope, key_up, value_up)
@@ -55,6 +57,23 @@ def preferred_form(
     ``T S (D + P + h)``; to bring the projections to queries and outputs ``T R (D + h)``, to attend
     to latents ``T S (2 R + P)``. With T = S the first is the lesser one where D + h < 2 R;
     DeepSeek-V3's sizes have them meet at T of about 170 where S is long.
+
+    Args:
+      q_len: T.
+      kv_len: S.
+      rank: R.
+      nope_dim: D.
+      rope_dim: P.
+      value_dim: h.
+
+    Returns:
+      ``"naive"`` or ``"absorbed"``.
+
+    Example:
+      >>> from axattn import latent
+      >>> v3 = dict(rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+      >>> latent.preferred_form(4096, 4096, **v3), latent.preferred_form(1, 4096, **v3)
+      ('naive', 'absorbed')
     """
     projections = rank * (nope_dim + value_dim)
     naive = kv_len * projections + q_len * kv_len * (nope_dim + rope_dim + value_dim)
@@ -78,25 +97,40 @@ def latent_attention(
     """Latent attention over the tokens' latents.
 
     Args:
-      query: [..., T, N, D + P]; the last P features are rotated.
-      latent: [..., S, R], after its norm.
-      key_rope: [..., S, P], rotated as the queries are.
-      key_up, value_up: [R, N, D] and [R, N, h].
+      query: ``[..., T, N, D + P]``, floating point; the last P features are rotated.
+      latent: ``[..., S, R]``, the same dtype, after its norm.
+      key_rope: ``[..., S, P]``, rotated as the queries are.
+      key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
       form: "naive" or "absorbed"; None: the one with fewer FLOPs, see `preferred_form`.
       scale: of the logits; 1 / sqrt(D + P) by default. YaRN changes it:
         `axattn.rotary.yarn_softmax_scale`.
       precision: of the projections and of attention.
       attend: what takes the arguments of `axattn.dot_product_attention`: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
-      **options: as `axattn.dot_product_attention`.
+      **options: as in `axattn.dot_product_attention`.
 
     Returns:
-      [..., T, N, h] in the query's dtype; with ``return_residual`` also the LSE.
+      ``[..., T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE, float32
+      ``[..., T, N]``.
 
     Raises:
       ValueError: shapes that do not fit together, another form; and as
-        `axattn.dot_product_attention`. ``NotImplementedError`` says which implementation takes no
-        keys of size R + P.
+        `axattn.dot_product_attention`.
+      TypeError: ``latent`` of another dtype than ``query``; and as there.
+      NotImplementedError: the named implementation takes no keys of size R + P.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> query = jnp.ones((1, 6, 4, 24))  # four heads, D = 16 and P = 8
+      >>> c, key_rope = jnp.ones((1, 6, 32)), jnp.ones((1, 6, 8))  # R = 32
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> forms = [
+      ...     latent.latent_attention(query, c, key_rope, key_up, value_up, form=form)
+      ...     for form in ("naive", "absorbed")
+      ... ]
+      >>> forms[0].shape, bool(jnp.allclose(*forms))
+      ((1, 6, 4, 16), True)
     """
     sizes = _sizes(query, latent, key_rope, key_up, value_up)
     if form is None:
@@ -121,7 +155,30 @@ def write_out(
     *,
     precision: Any = None,
 ) -> tuple[Float[Array, "*batch S N D+P"], Float[Array, "*batch S N h"]]:
-    """Keys and values of all heads, as the naive form has them."""
+    """Keys and values of all heads, as the naive form has them.
+
+    Args:
+      latent: ``[..., S, R]``, after its norm.
+      key_rope: ``[..., S, P]``, rotated.
+      key_up: ``[R, N, D]``.
+      value_up: ``[R, N, h]``.
+      precision: of the projections.
+
+    Returns:
+      Keys ``[..., S, N, D + P]`` and values ``[..., S, N, h]``.
+
+    Raises:
+      ValueError: by JAX, for shapes that do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
+      >>> c, key_rope = jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))
+      >>> key, value = latent.write_out(c, key_rope, key_up, value_up)
+      >>> key.shape, value.shape
+      ((1, 5, 4, 24), (1, 5, 4, 12))
+    """
     key = jnp.einsum("...sr,rnd->...snd", latent, key_up, precision=precision)
     value = jnp.einsum("...sr,rnh->...snh", latent, value_up, precision=precision)
     shared = key_rope[..., None, :].astype(key.dtype)
@@ -132,7 +189,25 @@ def write_out(
 def absorb(
     query: Float[Array, "*batch T N D+P"], key_up: Float[Array, "R N D"], *, precision: Any = None
 ) -> Float[Array, "*batch T N R+P"]:
-    """Queries over latents: their first D features are brought through ``key_up``."""
+    """Queries over latents: their first D features are brought through ``key_up``.
+
+    Args:
+      query: ``[..., T, N, D + P]``, the last P features rotated.
+      key_up: ``[R, N, D]``.
+      precision: of the projection.
+
+    Returns:
+      ``[..., T, N, R + P]`` in the query's dtype.
+
+    Raises:
+      ValueError: by JAX, for shapes that do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> latent.absorb(jnp.ones((1, 5, 4, 24)), jnp.ones((32, 4, 16))).shape
+      (1, 5, 4, 40)
+    """
     size = key_up.shape[-1]
     absorbed = jnp.einsum("...tnd,rnd->...tnr", query[..., :size], key_up, precision=precision)
     return jnp.concatenate([absorbed.astype(query.dtype), query[..., size:]], -1)
@@ -150,8 +225,19 @@ _OF_CACHES = ("mask", "bias", "q_positions", "query_segment_ids", "key_value_seg
 def cache_sizes(kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, Any]:
     """What ``create`` of any cache takes so that it stores R + P numbers per token, once.
 
-    >>> cache_sizes(512, 64)["head_dim"]
-    576
+    Args:
+      kv_lora_rank: R.
+      qk_rope_head_dim: P.
+
+    Returns:
+      Keyword arguments: ``num_kv_heads``, ``head_dim``, ``value_head_dim`` and ``values_in_keys``.
+
+    Example:
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(1, 64, **latent.cache_sizes(512, 64), dtype="bfloat16")
+      >>> cache.head_dim, cache.value_head_dim, cache.bytes_per_token
+      (576, 512, 1152)
     """
     return dict(
         num_kv_heads=1,
@@ -173,7 +259,32 @@ def attend(
 ) -> Float[Array, "B T N h"]:
     """Absorbed attention of the newest tokens over all that ``cache`` holds.
 
-    Takes what `axattn.cache.Cache.attend` takes, and returns what that returns.
+    Args:
+      cache: one made with `cache_sizes`.
+      query: ``[B, T, N, D + P]``, of the T tokens appended last; the last P features are rotated.
+      key_up: ``[R, N, D]``.
+      value_up: ``[R, N, h]``.
+      scale: of the logits; 1 / sqrt(D + P) by default.
+      precision: of the projections and of attention.
+      **options: as in `axattn.cache.Cache.attend`.
+
+    Returns:
+      ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE.
+
+    Raises:
+      ValueError: shapes that do not fit together, a cache of other sizes; and as
+        `axattn.cache.Cache.attend`.
+      TypeError: ``cache`` is none; and as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(1, 16, **latent.cache_sizes(32, 8), dtype="float32")
+      >>> cache = cache.append(jnp.ones((1, 5, 1, 40)))  # latents and rotated features of 5 tokens
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
+      >>> latent.attend(cache, jnp.ones((1, 1, 4, 24)), key_up, value_up).shape
+      (1, 1, 4, 12)
     """
     rank, rope = _check_cache(cache)
     _check_ups(query, rank, rope, key_up, value_up)
@@ -202,22 +313,37 @@ def extend(
 
     Args:
       cache: one made with `cache_sizes`.
-      query, latent, key_rope, key_up, value_up, scale, precision: of the new tokens, as in
-        `latent_attention`. What is stored is cast to the dtype of a floating-point cache.
-      lengths: int [B] or int: how many of the T tokens are real in each row.
+      query: ``[B, T, N, D + P]`` of the new tokens, as in `latent_attention`.
+      latent, key_rope: ``[B, T, R]`` and ``[B, T, P]`` of the same tokens. What is stored is cast
+        to the dtype of a floating-point cache.
+      key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
+      scale, precision: as in `latent_attention`.
+      lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
       form: None: where tokens are many (in DeepSeek-V3 more than 170) and come into an empty cache
         they attend to one another in the naive form, so that a prompt costs what it costs in
         training. Whether the cache is empty is asked when the program runs, which then has both
         forms. "absorbed": never. Rings, and steps with ``mask``, ``bias``, segment ids or
         ``q_positions``, are always absorbed.
       attend: as in `latent_attention`, of prompts in the naive form.
-      **options: as `axattn.cache.Cache.extend`.
+      **options: as in `axattn.cache.Cache.extend`.
 
     Returns:
-      ``(output [B, T, N, h], cache)``.
+      ``(output, cache)``; output ``[B, T, N, h]``.
 
     Raises:
-      ValueError: as `latent_attention`, and as ``cache.extend``.
+      ValueError: as `latent_attention`, and as `axattn.cache.Cache.extend`; a cache of other sizes.
+      TypeError: as these; ``cache`` is none, or lengths of another name than ``lengths``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
+      >>> cache = DenseCache.create(2, 16, **latent.cache_sizes(32, 8), dtype="int8")
+      >>> prompt = jnp.ones((2, 3, 4, 24)), jnp.ones((2, 3, 32)), jnp.ones((2, 3, 8))
+      >>> out, cache = latent.extend(cache, *prompt, key_up, value_up)
+      >>> out.shape, cache.lengths.tolist()
+      ((2, 3, 4, 12), [3, 3])
     """
     sizes = _sizes(query, latent, key_rope, key_up, value_up)
     _check_cache(cache, sizes["rank"], sizes["rope_dim"])
