@@ -1,7 +1,7 @@
 """What a compiled program sends from device to device.
 
 Bytes are those of the values (a layout's padding is left out) that one device sends in one run, by
-the arithmetic of rings. Of n devices, each with an operand of b bytes, a device sends
+the arithmetic of rings. Of n devices, each with an operand of b bytes, a device sends::
 
     all-gather           (n - 1) b             reduce-scatter     (n - 1) / n b
     all-reduce           2 (n - 1) / n b       all-to-all         (n - 1) / n b
@@ -35,9 +35,18 @@ class Collective:
     """All operations of one kind in a program.
 
     Attributes:
-      kind: as in HLO, e.g. `"all-gather"`.
+      kind: as in HLO, e.g. ``"all-gather"``.
       count: how often one device takes part in one run; loops count as often as they run.
       sent_bytes: bytes that one device sends in all of these.
+
+    Example:
+      >>> import jax
+      >>> from axattn import aot
+      >>> x = jax.ShapeDtypeStruct((8, 8), "float32")
+      >>> aot.analyze(lambda x: x + 1, x, target="cpu").collectives  # one device sends nothing
+      ()
+      >>> aot.Collective("all-gather", count=2, sent_bytes=4096.0).kind
+      'all-gather'
     """
 
     kind: str
@@ -54,7 +63,7 @@ def program_collectives(
     """The collectives of a compiled program, the largest first, and what is not counted.
 
     Args:
-      compiled: a `jax.stages.Compiled`.
+      compiled: a ``jax.stages.Compiled``.
       num_devices: that the program is for.
     """
     if num_devices == 1:

@@ -29,33 +29,40 @@ def analyze(
     static_argnums: int | Sequence[int] = (),
     **kwargs: Any,
 ) -> Report:
-    """Compiles `fn` for `target` and returns what it costs there. Nothing is run.
-
-        q, kv = (jax.ShapeDtypeStruct((1, 8192, n, 128), "bfloat16") for n in (16, 2))
-        print(axattn.aot.analyze(axattn.dot_product_attention, q, kv, kv, is_causal=True))
+    """Compiles a function for a target and returns what it costs there. Nothing is run.
 
     Args:
-      fn: a function of arrays, plain or already `jax.jit`ted. Arrays that it closes over are
-        constants of the program.
-      *args: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s (PRNG keys too), whose
+      fn: a function of arrays, plain or jitted already. Arrays that it closes over are constants of
+        the program.
+      *args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct`` (PRNG keys too), whose
         values and placement do not matter. A ShapeDtypeStruct with a sharding over devices of the
         target's kind, e.g. over an `axattn.aot.mesh`, keeps it; all that have one share its
         devices, and the others are then replicated over these.
-      target: a name in `axattn.aot.TARGETS`.
-      donate_argnums: as in `jax.jit`.
-      static_argnums: as in `jax.jit`.
+      target: a name in ``axattn.aot.TARGETS``, or a `Target`.
+      donate_argnums: as in ``jax.jit``.
+      static_argnums: as in ``jax.jit``.
       **kwargs: keyword arguments. One that holds no array (a bool, a number, a string, None, a
-        function) is bound as a constant of a plain function, as `functools.partial` would.
+        function) is bound as a constant of a plain function, as ``functools.partial`` would.
 
     Returns:
       A `Report`, whose figures are per device. The compiler's refusal, above all for want of
-      memory, is in `Report.refusal`.
+      memory, is in its ``refusal``.
 
     Raises:
       ValueError: an unknown target.
       MissingCompilerError: the compiler for the target is not installed.
-      TypeError: and whatever else `fn` raises when traced, NotImplementedError apart, which is a
-        refusal of kind `"unsupported"`.
+      TypeError: and whatever else ``fn`` raises when traced, NotImplementedError apart, which is a
+        refusal of kind ``"unsupported"``.
+
+    Example:
+      >>> import axattn, jax
+      >>> from axattn import aot
+      >>> q, kv = (jax.ShapeDtypeStruct((1, 128, n, 64), "bfloat16") for n in (8, 2))
+      >>> report = aot.analyze(
+      ...     axattn.dot_product_attention, q, kv, kv, is_causal=True, target="cpu"
+      ... )
+      >>> report.ok, report.argument_bytes, report.output_bytes
+      (True, 196608, 131072)
     """
     chip = find_target(target)
     device = toolchain.device(chip)
@@ -113,10 +120,25 @@ def analyze(
 
 @contextlib.contextmanager
 def tracing_for(target: str | Target) -> Iterator[None]:
-    """Tells code that asks for the device while it is traced that it is `target`.
+    """Tells code that asks for the device while it is traced that it is ``target``.
 
-    Pallas kernels ask: their lowering depends on the number of cores and on the architecture.
-    `analyze` traces under it; use it to trace or lower a kernel by other means.
+    A context manager. Pallas kernels ask: their lowering depends on the number of cores and on the
+    architecture. `analyze` traces under it; use it to trace or lower a kernel by other means.
+
+    Args:
+      target: a name in ``axattn.aot.TARGETS``, or a `Target`.
+
+    Raises:
+      ValueError: an unknown target.
+      MissingCompilerError: its compiler is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import aot
+      >>> with aot.tracing_for("cpu"):
+      ...     traced = jax.jit(jnp.sin).trace(jnp.ones(3))
+      >>> traced.out_info.shape
+      (3,)
     """
     chip = find_target(target)
     if chip.platform == "cpu":
@@ -141,7 +163,7 @@ def _over_capacity(chip: Target, total: int) -> Refusal | None:
 
 
 def _sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
-    """Where arguments are that do not say: on `device`, or on all devices of those that do."""
+    """Where arguments are that do not say: on ``device``, or on all devices of those that do."""
     kept = [s for leaf in jax.tree.leaves(args) if (s := _kept(leaf, device)) is not None]
     for sharding in kept:
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -150,7 +172,7 @@ def _sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
 
 
 def _kept(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
-    """The sharding that a ShapeDtypeStruct has over devices like `device`, if it has one."""
+    """The sharding that a ShapeDtypeStruct has over devices like ``device``, if it has one."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return None
@@ -163,7 +185,7 @@ def _kept(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
 
 
 def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
-    """`fn` as something with `.trace`, and its arguments as values that `sharding` places."""
+    """``fn`` as something with ``.trace``, and its arguments as values that ``sharding`` places."""
     jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     static = {i % len(args) for i in static} if args else static
@@ -184,7 +206,7 @@ def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
 
 
 def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
-    """An array's shape and dtype, where `sharding` or its own says; other leaves as they are."""
+    """An array's shape and dtype, where ``sharding`` or its own says; other leaves as they are."""
     if not _is_array(leaf):
         return leaf
     own = _kept(leaf, next(iter(sharding.device_set)))

@@ -16,22 +16,31 @@ from axattn.aot.targets import target as find_target
 def mesh(target: str | Target, axes: Mapping[str, int]) -> jax.sharding.Mesh:
     """A mesh of absent chips, for shardings of what `axattn.aot.analyze` is given.
 
-        mesh = aot.mesh("v5p", {"data": 4, "context": 16})
-        tokens = NamedSharding(mesh, PartitionSpec("data", "context"))
-        x = jax.ShapeDtypeStruct((8, 2**20, 4096), "bfloat16", sharding=tokens)
-
     Along each axis chips are in the order of a ring, neighbours linked to each other, as far as the
     topology has one.
 
     Args:
-      target: a TPU of `axattn.aot.TARGETS`, or `"cpu"` for the CPU devices of this process
+      target: a TPU of ``axattn.aot.TARGETS``, or ``"cpu"`` for the CPU devices of this process
         (``jax_num_cpu_devices``).
       axes: names and sizes. Their product is the size of a slice that there is: 4, 8, 16, ... 512
         chips of v4 and v5p, up to 256 of v5e and v6e, or 1.
 
+    Returns:
+      A ``jax.sharding.Mesh``, whose devices one can compile for, not run on.
+
     Raises:
       ValueError: a target or a number of chips that there is not.
       MissingCompilerError: the compiler for the target is not installed.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from axattn import aot
+      >>> mesh = aot.mesh("cpu", {"data": 1})  # ("v5p", {"data": 4, "context": 16}) with the extra
+      >>> rows = NamedSharding(mesh, PartitionSpec("data"))
+      >>> x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=rows)
+      >>> aot.analyze(lambda x: x.sum(), x, target="cpu").num_devices
+      1
     """
     chip = find_target(target)
     shape, names = tuple(axes.values()), tuple(axes)

@@ -16,12 +16,18 @@ class Refusal:
     """Why a program cannot run on a target.
 
     Attributes:
-      kind: `"out_of_memory"`, `"unsupported"` (the platform or an implementation has no such
-        operation) or `"compiler_error"` (anything else the compiler refuses).
+      kind: ``"out_of_memory"``, ``"unsupported"`` (the platform or an implementation has no such
+        operation) or ``"compiler_error"`` (anything else the compiler refuses).
       message: the compiler's own words, or ours where the compiler does not check.
-      memory: which memory ran out: `"hbm"`, `"vmem"`, `"smem"`; None for the other kinds.
+      memory: which memory ran out: ``"hbm"``, ``"vmem"``, ``"smem"``; None for the other kinds.
       requested_bytes: what the program needs of it, where the message says.
       available_bytes: what there is of it, where the message says.
+
+    Example:
+      >>> from axattn import aot
+      >>> refusal = aot.Refusal("out_of_memory", "...", "hbm", 120 * 2**30, 95 * 2**30)
+      >>> print(refusal)
+      out of memory (hbm): 120.00 GiB requested, 95.00 GiB available
     """
 
     kind: str
@@ -61,6 +67,16 @@ def parse_refusal(message: str) -> Refusal:
 
     Args:
       message: the text of the error, as XLA, libtpu, Mosaic or ptxas wrote it.
+
+    Returns:
+      A `Refusal`; its kind is ``"compiler_error"`` where nothing else is recognized.
+
+    Example:
+      >>> from axattn import aot
+      >>> message = "RESOURCE_EXHAUSTED: Used 97.44G of 95.73G hbm. Exceeded hbm capacity"
+      >>> refusal = aot.parse_refusal(message)
+      >>> refusal.kind, refusal.memory
+      ('out_of_memory', 'hbm')
     """
     for pattern in _OUT_OF_MEMORY:
         match = pattern.search(message)
@@ -101,7 +117,7 @@ class Report:
     Sizes are bytes and None when the compiler refused the program.
 
     Attributes:
-      target: name of the target, as in `axattn.aot.TARGETS`.
+      target: name of the target, as in ``axattn.aot.TARGETS``.
       device_kind: what JAX calls the device.
       function: name of the function.
       num_devices: devices that the program is shared out over.
@@ -110,15 +126,25 @@ class Report:
       temp_bytes: memory of the intermediate results alive at the same time.
       alias_bytes: part of the outputs that reuses inputs (donation).
       generated_code_bytes: size of the program; 0 where the compiler does not say (GPU).
-      flops: floating-point operations of one run; see `axattn.aot.cost`.
+      flops: floating-point operations of one run; see ``axattn.aot.cost``.
       bytes_accessed: bytes that operations read and write in one run.
-      collectives: what one device sends to others in one run, by kind.
-      cost_is_lower_bound: True when `notes` name something that those two leave out.
-      compile_seconds: wall time of the compiler, without tracing and lowering.
+      collectives: what one device sends to others in one run, by kind, each a `Collective`.
+      cost_is_lower_bound: True when ``notes`` name something that those two leave out.
+      compile_seconds: wall time of the compiler in seconds, without tracing and lowering.
       versions: of jax, jaxlib and the wheels of the compiler.
       notes: caveats, one sentence each.
       refusal: why the program cannot run there; None if it can.
-      compiled: the `jax.stages.Compiled`; None when the compiler refused.
+      compiled: the ``jax.stages.Compiled``; None when the compiler refused.
+
+    Example:
+      >>> import jax
+      >>> from axattn import aot
+      >>> x = jax.ShapeDtypeStruct((256, 256), "float32")
+      >>> report = aot.analyze(lambda x: x @ x, x, target="cpu")
+      >>> report.argument_bytes, report.output_bytes, report.memory
+      (262144, 262144, 'host memory')
+      >>> report.hbm_bytes is None  # a CPU has none; with target="v5p" it is an int
+      True
     """
 
     target: str
@@ -154,17 +180,17 @@ class Report:
 
     @property
     def hbm_bytes(self) -> int | None:
-        """`total_bytes` if the target has HBM, else None: host memory is not HBM."""
+        """`total_bytes` where the target has HBM, else None: host memory is not HBM."""
         return self.total_bytes if self.target != "cpu" else None
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends to others in one run, by `collectives`."""
+        """Bytes that one device sends to others in one run, by ``collectives``."""
         return sum(found.sent_bytes for found in self.collectives)
 
     @property
     def memory(self) -> str:
-        """What the byte counts are of: `"HBM"` or `"host memory"`."""
+        """What the byte counts are of: ``"HBM"`` or ``"host memory"``."""
         return "host memory" if self.target == "cpu" else "HBM"
 
     def hlo_text(self) -> str:
@@ -178,7 +204,7 @@ class Report:
         return self.compiled.as_text()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the compiled program, in types that `json` writes."""
+        """Everything but the compiled program, in types that ``json`` writes."""
         out = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "compiled"
         }

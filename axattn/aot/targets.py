@@ -2,7 +2,7 @@
 
 Figures are per JAX device and come from the vendors' data sheets (links below); they are peaks,
 for roofline arithmetic, and were not measured here. What a program may really allocate is a
-little less than `hbm_bytes`: the compilers and the drivers keep some for themselves.
+little less than ``hbm_bytes``: the compilers and the drivers keep some for themselves.
 
 TPU: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version.
 There the bandwidth between chips is given per chip, of all links and both directions
@@ -39,11 +39,11 @@ class GpuLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A chip to compile for.
+    """A chip to compile for, with its peaks from the vendor's data sheet.
 
     Attributes:
-      name: what `axattn.aot.analyze(target=...)` takes.
-      platform: `"tpu"`, `"cuda"` or `"cpu"`: the platform that programs are lowered for.
+      name: what ``target=`` of `axattn.aot.analyze` takes.
+      platform: ``"tpu"``, ``"cuda"`` or ``"cpu"``: the platform that programs are lowered for.
       topology: the smallest topology that every version of the compiler knows; programs are
         compiled for its first device. Empty for the CPU.
       topology_options: further options of the topology.
@@ -56,7 +56,15 @@ class Target:
         and a neighbour may have it all.
       slices: topologies of several devices, by how many.
       description: the name the device reports for itself, where we have to say it (GPU).
-      gpu: limits of the chip; None unless the platform is `"cuda"`.
+      gpu: limits of the chip; None unless the platform is ``"cuda"``.
+
+    Example:
+      >>> from axattn import aot
+      >>> chip = aot.TARGETS["v5p"]
+      >>> chip.hbm_bytes // 2**30, chip.peak_bf16_flops, chip.hbm_bandwidth
+      (96, 459000000000000.0, 2765000000000.0)
+      >>> round(chip.peak_bf16_flops / chip.hbm_bandwidth)  # FLOPs per byte at which it is balanced
+      166
     """
 
     name: str
@@ -73,7 +81,11 @@ class Target:
     gpu: GpuLimits | None = None
 
     def config(self) -> str:
-        """XLA's description of the GPU (a `GpuTargetConfigProto` in text form)."""
+        """XLA's description of the GPU: a ``GpuTargetConfigProto`` in text form.
+
+        Raises:
+          ValueError: the target is no GPU.
+        """
         if self.gpu is None:
             raise ValueError(f"target {self.name!r} is not a GPU and has no GPU target config")
         major, minor = self.gpu.compute_capability
@@ -151,6 +163,7 @@ def _gpu(
     )  # fmt: skip
 
 
+#: The chips that axattn can compile for, by name.
 TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
@@ -174,10 +187,18 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target(name: str | Target) -> Target:
-    """Returns the `Target` of that name (a `Target` is returned as it is).
+    """The target of that name.
+
+    Args:
+      name: one of ``axattn.aot.TARGETS``, in any case; a `Target` is returned as it is.
 
     Raises:
-      ValueError: the name is not in `TARGETS`; the message lists those that are.
+      ValueError: there is no such name; the message lists those that there are.
+
+    Example:
+      >>> from axattn import aot
+      >>> aot.target("H100").platform
+      'cuda'
     """
     if isinstance(name, Target):
         return name

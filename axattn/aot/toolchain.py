@@ -45,11 +45,35 @@ _CUDA_TOOLKIT_WHEELS = (
 
 
 class MissingCompilerError(ImportError):
-    """The wheels that compile for a target are not installed, or do not fit together."""
+    """The wheels that compile for a target are not installed, or do not fit together.
+
+    The message names them, and the command that installs them.
+
+    Raises:
+      MissingCompilerError: by `check_installed`, `device`, `mesh`, `analyze` and `tracing_for`.
+
+    Example:
+      >>> from axattn import aot
+      >>> try:
+      ...     aot.check_installed(aot.target("cpu"))  # any other target needs the extra
+      ... except aot.MissingCompilerError as error:
+      ...     print(error)
+    """
 
 
 def check_installed(target: Target) -> None:
-    """Raises `MissingCompilerError` unless the compiler of `target` is installed."""
+    """Checks that the compiler of a target is installed.
+
+    Args:
+      target: the chip, a `Target`.
+
+    Raises:
+      MissingCompilerError: it is not, or its wheels do not fit together.
+
+    Example:
+      >>> from axattn import aot
+      >>> aot.check_installed(aot.target("cpu"))  # comes with jax
+    """
     missing = [" or ".join(group) for group in _wheels(target) if not _versions(group)]
     if missing:
         raise MissingCompilerError(
@@ -68,7 +92,7 @@ def check_installed(target: Target) -> None:
 
 
 def compiler_versions(target: Target) -> dict[str, str]:
-    """Versions of jax, jaxlib and of the wheels that compile for `target`."""
+    """Versions of jax, jaxlib and of the wheels that compile for ``target``."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
     wheels = {"tpu": _TPU_WHEELS, "cuda": _CUDA_WHEELS + _CUDA_TOOLKIT_WHEELS}
     for group in wheels.get(target.platform, ()):
@@ -78,12 +102,20 @@ def compiler_versions(target: Target) -> dict[str, str]:
 
 @functools.cache
 def device(target: Target) -> jax.Device:
-    """The JAX device of `target`: a description that one can compile for, not run on.
+    """The JAX device of a target: a description that one can compile for, not run on.
 
     For the CPU target it is the CPU of this machine.
 
+    Args:
+      target: the chip, a `Target`.
+
     Raises:
       MissingCompilerError: its compiler is not installed.
+
+    Example:
+      >>> from axattn import aot
+      >>> aot.device(aot.target("cpu")).platform
+      'cpu'
     """
     if target.platform == "cpu":
         return _jax_compat.cpu_device()
@@ -134,6 +166,6 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """The numbers of a version, as jaxlib compares them (no `.dev`, `rc` or local part)."""
+    """The numbers of a version, as jaxlib compares them (no ``.dev``, ``rc`` or local part)."""
     release = version.split("+")[0].split("rc")[0].split(".dev")[0]
     return tuple(release.split("."))
