@@ -1,39 +1,10 @@
-"""Numbers for people, the same in all tables."""
+"""Numbers for people, the same in all tables: those of `axattn.plotting`, and ratios."""
 
 from __future__ import annotations
 
-NOTHING = "-"
+from axattn.plotting.units import NOTHING, amount, seconds, size, three
 
-
-def seconds(value: float | None) -> str:
-    """Three digits, in s, ms or us."""
-    if value is None:
-        return NOTHING
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        # 999.6 ms would print as 1.00e+03 ms.
-        if value >= 0.9995 * size or unit == "us":
-            return f"{_three(value / size)} {unit}"
-    raise AssertionError
-
-
-def size(value: float | None) -> str:
-    """Bytes in binary units, as memory is sold."""
-    if value is None:
-        return NOTHING
-    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if value >= one:
-            return f"{value / one:.2f} {unit}" if value < 100 * one else f"{value / one:.0f} {unit}"
-    return f"{value:.0f} B"
-
-
-def amount(value: float | None, unit: str = "") -> str:
-    """Decimal units, as rates are quoted."""
-    if value is None:
-        return NOTHING
-    for prefix, one in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= one:
-            return f"{_three(value / one)} {prefix}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
+__all__ = ["NOTHING", "amount", "percent", "quotient", "ratio", "seconds", "size"]
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
@@ -43,15 +14,9 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 def ratio(value: float | None) -> str:
     """``3.42x``."""
-    return NOTHING if value is None else f"{_three(value)}x"
+    return NOTHING if value is None else f"{three(value)}x"
 
 
 def percent(part: float | None, whole: float | None) -> str:
     """``4%``."""
     return NOTHING if part is None or not whole else f"{100 * part / whole:.0f}%"
-
-
-def _three(value: float) -> str:
-    """Three significant digits, never in exponents."""
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f}"

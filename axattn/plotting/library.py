@@ -1,0 +1,20 @@
+"""Matplotlib, imported when a picture is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pyplot() -> Any:
+    """``matplotlib.pyplot``.
+
+    Raises:
+      ImportError: matplotlib is not installed; the message says what to install.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"pictures need matplotlib ({error}): pip install 'axattn[plot]'"
+        ) from error
+    return plt
