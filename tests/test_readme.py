@@ -18,7 +18,7 @@ run = functools.partial(markdown.run, README)
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 def test_layers_and_function(capsys):
@@ -61,3 +61,10 @@ def test_report(capsys):
     run([BLOCKS[0], BLOCKS[6]])
     printed = capsys.readouterr().out
     assert "v5p" in printed and "MiB" in printed
+
+
+def test_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    run([dataclasses.replace(BLOCKS[7], text="import axattn\n" + BLOCKS[7].text)])
+    assert (tmp_path / "window.png").stat().st_size > 5_000
