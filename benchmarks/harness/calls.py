@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from axattn import dot_product_attention
 from axattn.arguments import normalize
@@ -17,3 +20,15 @@ def make_call(*args: Any, **kwargs: Any) -> AttentionCall:
     arguments = dict(bound.arguments)
     del arguments["implementation"]
     return normalize(**arguments)[0]
+
+
+def asked(question: Callable[[AttentionCall], Any], *shapes: Any, **options: Any) -> Any:
+    """What ``question`` says of the call of arrays of these shapes; nothing is computed."""
+    answers = []
+
+    def ask(*arrays):
+        answers.append(question(make_call(*arrays, **options)))
+        return ()
+
+    jax.eval_shape(ask, *shapes)
+    return answers[0]

@@ -139,6 +139,17 @@ def check_target(name: str) -> None:
     aot.check_installed(aot.target(name))
 
 
+def missing_compilers(names: Sequence[str]) -> dict[str, str]:
+    """Of these targets those whose compilers are not installed, and what to install."""
+    missing = {}
+    for name in names:
+        try:
+            check_target(name)
+        except ImportError as error:
+            missing[name] = str(error)
+    return missing
+
+
 def implementations() -> tuple[str, ...]:
     """All names that a case may give as its implementation."""
     from axattn.implementations import registry

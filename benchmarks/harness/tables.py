@@ -135,3 +135,9 @@ def markdown_lines(lines: Sequence[Sequence[str]]) -> str:
     """Cells, those of the rule under the header included, as a markdown table."""
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
+def plain(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells that are text already as a markdown table, the first column to the left."""
+    rule = [":--", *["--:"] * (len(headers) - 1)]
+    return markdown_lines([headers, rule, *lines])

@@ -6,10 +6,11 @@ A compiler says what does not fit and what spills, nothing of speed: see
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from axattn import aot
@@ -70,6 +71,18 @@ def prepare(target: str) -> None:
     aot.check_installed(aot.target(target))
     os.environ[ptxas.VARIABLE] = "1"
     aot.device(aot.target(target))
+
+
+@contextlib.contextmanager
+def reporting(target: str) -> Iterator[None]:
+    """`prepare`, for a while: Mosaic's reports go to stdout where nobody catches them."""
+    before = os.environ.get(ptxas.VARIABLE)
+    prepare(target)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ptxas.VARIABLE]
 
 
 def compile_tiles(place: Place, tiles: Any, target: str) -> Compiled:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import axattn
+from axattn.kernels.hopper.tiles import TILES, table
 from benchmarks.harness.tile_candidates import HEAD_SIZES, KERNELS, KINDS, Place
 
 PATH = pathlib.Path(axattn.__file__).parent / "kernels" / "hopper" / "tiles.json"
@@ -56,6 +57,18 @@ def _order(one: Mapping[str, Any]) -> tuple:
     sizes = place.head_dim, place.value_head_dim
     known = HEAD_SIZES.index(sizes) if sizes in HEAD_SIZES else len(HEAD_SIZES)
     return KERNELS.index(place.kernel), KINDS.index(place.kind), known, sizes
+
+
+def tiles_of(place: Place) -> Any:
+    """The tiles that the library's own table has for a place.
+
+    Raises:
+      ValueError: it has no row for it.
+    """
+    for one in table()["rows"]:
+        if _place(one) == place:
+            return TILES[place.kernel](**one["tiles"])
+    raise ValueError(f"place takes one that {PATH.name} has a row for, got {place}")
 
 
 def read(path: pathlib.Path = PATH) -> dict[str, Any]:

@@ -30,18 +30,11 @@ def target(request):
 
 def compiled_row(kernel, kind, sizes, target, dtype="bfloat16"):
     """ptxas on the kernel with the tiles that the table has for such a call."""
-    from axattn.kernels.hopper import tiles
-    from benchmarks.harness import tile_calls, tile_candidates, tile_compile
+    from benchmarks.harness import tile_calls, tile_candidates, tile_compile, tile_table
 
     tile_compile.prepare(target)
     place = tile_candidates.Place(kernel, kind, *sizes)
-    (row,) = [
-        row
-        for row in tiles.table()["rows"]
-        if (row["kernel"], row["kind"]) == (kernel, kind)
-        and (row["head_dim"], row["value_head_dim"]) == sizes
-    ]
-    own = tiles.TILES[kernel](**row["tiles"])
+    own = tile_table.tiles_of(place)
     assert tile_candidates.shared_bytes(place, own) <= tile_candidates.SHARED_BYTES
     found, refusal = tile_compile.compile_call(place, own, tile_calls.TYPICAL[kind], target)
     assert refusal is None, (own, refusal)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from axattn.kernels.hopper.tiles import ForwardTiles, KeyGradTiles
 from benchmarks.harness import tile_table
 from benchmarks.harness.tile_candidates import Place
@@ -71,3 +73,9 @@ def test_the_librarys_table_is_read():
     rows = tile_table.read()["rows"]
     assert rows and json.dumps(rows)
     assert {"kernel", "kind", "head_dim", "value_head_dim", "tiles"} <= set(rows[0])
+
+
+def test_the_tiles_of_the_library():
+    assert isinstance(tile_table.tiles_of(FORWARD), ForwardTiles)
+    with pytest.raises(ValueError, match="got forward masked 100"):
+        tile_table.tiles_of(Place("forward", "masked", 100, 100))

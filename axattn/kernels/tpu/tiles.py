@@ -92,7 +92,7 @@ def backward_tiles(call: AttentionCall, chip: TpuChip) -> BackwardTiles:
 def least_bytes(call: AttentionCall) -> int:
     """VMEM, in bytes, that the kernels of a call and of its gradients need at the least."""
     kinds = (FORWARD, QUERY_GRAD, KEY_GRAD)
-    return max(min(vmem_bytes(call, k, *blocks) for blocks in _candidates(call)) for k in kinds)
+    return max(min(vmem_bytes(call, k, *blocks) for blocks in candidates(call)) for k in kinds)
 
 
 def _best(call: AttentionCall, chip: TpuChip, kind: Kind, *, needed: bool = True):
@@ -100,18 +100,18 @@ def _best(call: AttentionCall, chip: TpuChip, kind: Kind, *, needed: bool = True
     limit = int(chip.vmem_bytes * LIMIT)
     fitting = [
         (estimate(call, chip, kind, *blocks).total, blocks)
-        for blocks in _candidates(call)
-        if vmem_bytes(call, kind, *blocks) <= limit * FILLED
-        and kind.scores * call.group * blocks[0] * blocks[1] <= MAX_SCORES
+        for blocks in candidates(call)
+        if fits(call, chip, kind, *blocks)
     ]
     if not fitting and not needed:
         return None
-    smallest = math.inf, min(_candidates(call), key=lambda b: vmem_bytes(call, kind, *b))
+    smallest = math.inf, min(candidates(call), key=lambda b: vmem_bytes(call, kind, *b))
     seconds, (block_q, block_kv) = min(fitting, default=smallest)
     return seconds, Tiles(block_q, block_kv, limit)
 
 
-def _candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
+def candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
+    """Queries and keys of a block, of all that are tried."""
     # Tiles of bias and mask are turned around and put side by side: whole lanes are easy.
     tiled = call.bias is not None or masks.has_dense_mask(call)
     first = LANES if tiled else SUBLANES
@@ -124,6 +124,13 @@ def _candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
                 yield block_q, LANES << j
         if block_q >= call.q_len:
             break
+
+
+def fits(call: AttentionCall, chip: TpuChip, kind: Kind, block_q: int, block_kv: int) -> bool:
+    """Whether VMEM holds such blocks by the estimate, and the compiler will take its time well."""
+    most = int(chip.vmem_bytes * LIMIT) * FILLED
+    scores = kind.scores * call.group * block_q * block_kv
+    return vmem_bytes(call, kind, block_q, block_kv) <= most and scores <= MAX_SCORES
 
 
 def vmem_bytes(call: AttentionCall, kind: Kind, block_q: int, block_kv: int) -> int:

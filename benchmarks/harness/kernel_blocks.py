@@ -1,0 +1,80 @@
+"""Into which blocks an implementation cuts a call on a chip that need not be here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from axattn import _jax_compat
+from axattn.aot.targets import target
+from axattn.implementations import blocks as chunks
+from axattn.kernels.hopper import tiles as hopper_tiles
+from axattn.kernels.hopper.rows import ROWS
+from axattn.kernels.tpu import tiles as tpu_tiles
+from benchmarks.harness.calls import asked
+from benchmarks.harness.tpu_roofline import DEVICES
+
+HOPPER = ("h100", "h200")
+
+
+class Blocks(NamedTuple):
+    """Slots of a block: of queries, and of keys."""
+
+    q: int
+    kv: int
+
+
+@contextlib.contextmanager
+def traced_on(where: str) -> Iterator[None]:
+    """Code that is traced finds itself on this chip; no compiler is asked.
+
+    Args:
+      where: a name in `DEVICES`, a GPU of `axattn.aot.TARGETS`, or ``"cpu"``: the device at hand.
+
+    Raises:
+      ValueError: there is no such target.
+    """
+    chip = target(where)
+    if chip.platform == "cpu":
+        yield
+        return
+    if chip.gpu is None:
+        device = (*DEVICES[where], "tpu", None)
+    else:
+        capability = "{}.{}".format(*chip.gpu.compute_capability)
+        device = (chip.description, chip.gpu.multiprocessors, "gpu", capability)
+    with _jax_compat.use_abstract_device(*device):
+        yield
+
+
+def tpu_chip(where: str) -> _jax_compat.TpuChip:
+    """What the kernels know of a TPU."""
+    with traced_on(where):
+        return _jax_compat.tpu_chip()
+
+
+def forward(where: str, *shapes: Any, **options: Any) -> Blocks:
+    """Blocks of the forward pass of a call with many queries: of the kernel for that chip, or of
+    ``"xla_chunked"`` on ``"cpu"``.
+
+    Args:
+      where: ``"cpu"``, a TPU, or one of `HOPPER`.
+      *shapes: query, key and value.
+      **options: of `axattn.dot_product_attention`.
+
+    Raises:
+      ValueError: there are no kernels for it.
+    """
+    if where == "cpu":
+        found = asked(lambda call: chunks.choose(call, "cpu"), *shapes, **options)
+        return Blocks(found.q, found.kv)
+    if where in DEVICES:
+        chip = tpu_chip(where)
+        found = asked(lambda call: tpu_tiles.forward_tiles(call, chip), *shapes, **options)
+        return Blocks(found.block_q, found.block_kv)
+    if where in HOPPER:
+        found = asked(hopper_tiles.forward_tiles, *shapes, **options)
+        return Blocks(ROWS * found.warpgroups, found.block_kv)
+    known = ", ".join(("cpu", *DEVICES, *HOPPER))
+    raise ValueError(f"where takes one of {known}, got {where!r}")

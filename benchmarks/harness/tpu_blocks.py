@@ -1,0 +1,82 @@
+"""The blocks that the TPU forward kernel may take: what they are estimated to cost, and what the
+compiler says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from axattn import aot
+from axattn.kernels.tpu import tiles
+from axattn.kernels.tpu.forward import forward
+from benchmarks.harness import units
+from benchmarks.harness.calls import asked, make_call
+from benchmarks.harness.kernel_blocks import tpu_chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Blocks that are tried.
+
+    Attributes:
+      vmem_bytes: of them, an estimate from above.
+      seconds: of the call on one chip by the model that chooses; a guess, not a measurement.
+      fits: whether they may be taken.
+      taken: whether they are the ones that are.
+    """
+
+    block_q: int
+    block_kv: int
+    vmem_bytes: int
+    seconds: float
+    fits: bool
+    taken: bool
+
+    def __str__(self) -> str:
+        text = f"{units.seconds(self.seconds)}, {units.size(self.vmem_bytes)}"
+        return f"**{text}**" if self.taken else text if self.fits else f"({text})"
+
+
+def candidates(where: str, *shapes: Any, **options: Any) -> list[Candidate]:
+    """All blocks that are tried for a call on a TPU."""
+    chip = tpu_chip(where)
+
+    def weigh(call) -> list[Candidate]:
+        best = tiles.forward_tiles(call, chip)
+        found = []
+        for blocks in tiles.candidates(call):
+            seconds = tiles.estimate(call, chip, tiles.FORWARD, *blocks).total / chip.cores
+            vmem = tiles.vmem_bytes(call, tiles.FORWARD, *blocks)
+            fits = tiles.fits(call, chip, tiles.FORWARD, *blocks)
+            taken = blocks == (best.block_q, best.block_kv)
+            found.append(Candidate(*blocks, vmem, seconds, fits, taken))
+        return found
+
+    return asked(weigh, *shapes, **options)
+
+
+def grid(found: list[Candidate], least_q: int) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines of a table: queries of a block down, keys to the right.
+
+    The one that is taken is bold, what is too large is in parentheses.
+    """
+    widths = sorted({one.block_kv for one in found})
+    heights = sorted({one.block_q for one in found if one.block_q >= least_q})
+    cells = {(one.block_q, one.block_kv): str(one) for one in found}
+    lines = [[str(q), *(cells.get((q, kv), "") for kv in widths)] for q in heights]
+    return ["queries \\ keys", *map(str, widths)], lines
+
+
+def compiled(
+    where: str, block_q: int, block_kv: int, vmem_limit: int, *shapes: Any, **options: Any
+) -> aot.Report:
+    """The forward kernel with these blocks, compiled; its VMEM is at most ``vmem_limit`` bytes.
+
+    What it needs beyond that is a refusal, with the bytes that were asked for.
+    """
+    own = tiles.Tiles(block_q, block_kv, vmem_limit)
+
+    def attend(*arrays):
+        return forward(make_call(*arrays, **options), own, interpret=False)[0]
+
+    return aot.analyze(attend, *shapes, target=where)
