@@ -2,7 +2,8 @@
 
 Each layer is a drop-in for Flax's of the same name: the same fields, parameters, initial values,
 cache and collections, with more fields after Flax's (keyword-only) and more arguments after those
-of ``__call__``. `dot_product_attention` fits ``attention_fn=`` of Flax's own classes, too.
+of the call. Letters: B, T, S, N, K, H as everywhere, E features of the inputs, D of the output.
+`dot_product_attention` fits ``attention_fn=`` of Flax's own classes, too.
 `MultiHeadLatentAttention` is DeepSeek's, which Flax has not.
 """
 

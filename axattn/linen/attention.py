@@ -34,16 +34,34 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     """Attention with shared key/value heads; a drop-in for Flax's class of this name.
 
     Flax's fields come first and mean what they mean there. Parameters are ``query``, ``key``,
-    ``value`` (kernel [E, N or K, H], bias [N or K, H]) and ``out`` (kernel [N, H, E], bias [E]), so
-    that a checkpoint of Flax's layer loads unchanged. Query head n reads key/value head
-    n // (N / K).
+    ``value`` (kernel ``[E, N or K, H]``, bias ``[N or K, H]``) and ``out`` (kernel ``[N, H, D]``,
+    bias ``[D]``), so that a checkpoint of Flax's layer loads unchanged. Query head n reads
+    key/value head n // (N / K).
 
     Attributes:
-      num_kv_heads: K; None means N, that is, multi-head attention. ``axattn.checkpoints`` turns the
+      num_heads: N.
+      qkv_features: N * H, of all query heads together; by default E of the queries' inputs.
+      out_features: D, of the output; by default E.
+      dtype, param_dtype: of the computation (by default what inputs and parameters have in common)
+        and of the parameters.
+      dropout_rate, broadcast_dropout, deterministic: share of the weights that is dropped, whether
+        all rows and heads share one pattern, and whether nothing is dropped after all.
+      precision: of the matrix products.
+      kernel_init, out_kernel_init, bias_init, out_bias_init, use_bias: of the projections.
+      attention_fn: what computes attention from the projections. Another function than axattn's is
+        given what it takes, and what it does not take is an error where it was asked for.
+      decode: Flax's own cache, one token at a time; ``cache=`` of a call does more.
+      normalize_qk: Flax's name for ``qk_norm="layer"``.
+      force_fp32_for_softmax: sow weights in float32; the softmax always is.
+      qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: Flax's hooks for
+        quantized training.
+      qk_attn_weights_einsum_cls, attn_weights_value_einsum_cls: likewise; both or neither. With
+        them all weights are written out.
+      num_kv_heads: K; None means N, that is, multi-head attention. `axattn.checkpoints` turns the
         parameters of one into those of the other.
-      rope: rotates queries and keys by their positions.
+      rope: rotates queries and keys by their positions: an `axattn.rotary.RotaryEmbedding`.
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
-        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale ``[H]``.
       qk_norm_epsilon: of both.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
@@ -51,13 +69,32 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       logits_soft_cap: logits become cap * tanh(logits / cap).
       out_use_bias: of ``out``; None: as ``use_bias``.
       sinks: learn one logit per query head that takes part in the softmax's denominator;
-        parameter ``sinks`` [N], zeros at first.
+        parameter ``sinks`` ``[N]``, zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
         over devices this can cost a reshard; ``capture_intermediates`` does not see projections.
       implementation: of `axattn.dot_product_attention`.
       logical_axes: box the parameters with names of their axes (``nn.with_logical_partitioning``),
         those of ``axattn.layers.axes``: embed, heads, kv_heads, head_dim.
+
+    Raises:
+      ValueError: by its call, for fields that do not fit together: ``num_heads`` no multiple of
+        ``num_kv_heads``, for instance.
+      TypeError: by its call, for numbers of heads that are no integers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> from axattn.rotary import RotaryEmbedding
+      >>> layer = linen.MultiHeadDotProductAttention(
+      ...     num_heads=4, num_kv_heads=2, rope=RotaryEmbedding(), window=(3, 0)
+      ... )
+      >>> x = jnp.ones((2, 8, 32))  # [B, T, E]
+      >>> params = layer.init(jax.random.key(0), x)
+      >>> params["params"]["key"]["kernel"].shape  # [E, K, H]
+      (32, 2, 8)
+      >>> layer.apply(params, x, is_causal=True).shape
+      (2, 8, 32)
     """
 
     attention_fn: Callable[..., Array] = dot_product_attention
@@ -97,29 +134,31 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
-          inputs_q, inputs_k, inputs_v: [..., T, E] and [..., S, E]; what is left out is the one
-            before it.
-          inputs_kv: Flax's former name for both of the latter.
-          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          inputs_q, inputs_k, inputs_v: ``[..., T, E]`` and twice ``[..., S, E]``; what is left out
+            is the one before it.
+          inputs_kv: ``[..., S, E]``, Flax's former name for both of the latter.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
           deterministic: no dropout; to be given here or as a field if ``dropout_rate`` > 0.
-          dropout_rng: in place of the stream ``dropout``.
-          sow_weights: sow the weights [..., N, T, S] in ``intermediates``.
+          dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
+          sow_weights: sow the weights ``[..., N, T, S]`` in ``intermediates``.
           is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
-          positions, kv_positions: for ``rope``: integers [T] or [..., T] and [S] or [..., S]. By
-            default tokens are counted from 0, or from the cache's index. The keys' are the
-            queries' where T == S. They do not move masks.
-          segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
-            are the queries' where T == S.
-          cache: one of ``axattn.cache``, to which the tokens of ``inputs_q`` are appended and which
+          positions, kv_positions: for ``rope``: integers ``[T]`` or ``[..., T]`` and ``[S]`` or
+            ``[..., S]``. By default tokens are counted from 0, or from the cache's index. The keys'
+            are the queries' where T == S. They do not move masks.
+          segment_ids, kv_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend to those of
+            the same segment only. The keys' are the queries' where T == S.
+          cache: one of `axattn.cache`, to which the tokens of ``inputs_q`` are appended and which
             they then attend over, causally: prefill, decoding and anything between. Positions for
             ``rope`` are the cache's next ones. The result is then ``(output, cache)``.
-          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, D], where D is ``out_features`` or E; with ``cache`` also the cache.
+          ``[..., T, D]``, where D is ``out_features`` or E; with ``cache`` also the cache.
 
         Raises:
           ValueError: fields or arguments that do not fit together.
+          TypeError: arguments of another type; a ``cache`` that is none.
+          NotImplementedError: the named implementation cannot take the call.
         """
         inputs_k, inputs_v = self._default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
@@ -327,11 +366,36 @@ def _made(cls):
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention, nn.MultiHeadAttention):
-    """`MultiHeadDotProductAttention` by another name, which also names its parameters' scope."""
+    """`MultiHeadDotProductAttention` by another name, which also names its parameters' scope.
+
+    Multi-head attention (https://arxiv.org/abs/1706.03762) where ``num_kv_heads`` is None.
+
+    Raises:
+      ValueError, TypeError: as `MultiHeadDotProductAttention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> layer, x = linen.MultiHeadAttention(num_heads=4), jnp.ones((1, 8, 32))
+      >>> jax.eval_shape(layer.init, jax.random.key(0), x)["params"]["key"]["kernel"].shape
+      (32, 4, 8)
+    """
 
 
 class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
-    """`MultiHeadDotProductAttention` of one input, with Flax's order of arguments."""
+    """`MultiHeadDotProductAttention` of one input, with Flax's order of arguments.
+
+    Raises:
+      ValueError, TypeError: as `MultiHeadDotProductAttention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import Mask, linen
+      >>> layer, x = linen.SelfAttention(num_heads=4), jnp.ones((1, 8, 32))
+      >>> out, _ = layer.init_with_output(jax.random.key(0), x, Mask.causal())
+      >>> out.shape
+      (1, 8, 32)
+    """
 
     @nn.compact
     def __call__(
@@ -348,7 +412,26 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         cache: Cache | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
-        """As `MultiHeadDotProductAttention`, [..., T, E] to [..., T, D]."""
+        """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
+
+        Args:
+          inputs_q: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
+          deterministic: no dropout.
+          dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
+          sow_weights: sow the weights ``[..., N, T, T]`` in ``intermediates``.
+          is_causal: no token sees a later one.
+          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
+          segment_ids: int ``[..., T]``.
+          cache: one of `axattn.cache`.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
+
+        Returns:
+          ``[..., T, D]``; with ``cache`` also the cache.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as `MultiHeadDotProductAttention`.
+        """
         return MultiHeadDotProductAttention.__call__(
             self,
             inputs_q,
@@ -365,18 +448,46 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
 
 
 class GroupedQueryAttention(MultiHeadDotProductAttention):
-    """Each key/value head serves ``num_heads / num_kv_heads`` query heads (arXiv:2305.13245).
+    """Each key/value head serves ``num_heads / num_kv_heads`` query heads.
 
-    `MultiHeadDotProductAttention` with ``num_kv_heads`` required.
+    Grouped-query attention, https://arxiv.org/abs/2305.13245: `MultiHeadDotProductAttention` with
+    ``num_kv_heads`` required.
+
+    Raises:
+      TypeError: ``num_kv_heads`` is not given; and as `MultiHeadDotProductAttention`.
+      ValueError: as `MultiHeadDotProductAttention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> from axattn.cache import DenseCache
+      >>> layer, x = linen.GroupedQueryAttention(num_heads=4, num_kv_heads=2), jnp.ones((1, 8, 32))
+      >>> params = layer.init(jax.random.key(0), x)
+      >>> cache = DenseCache.create(1, 16, num_kv_heads=2, head_dim=8, dtype="int8")
+      >>> y, cache = layer.apply(params, x, cache=cache)  # a prompt; then x[:, :1], and so on
+      >>> y.shape, cache.lengths.tolist()
+      ((1, 8, 32), [8])
     """
 
     num_kv_heads: int = dataclasses.field(kw_only=True)
 
 
 class MultiQueryAttention(MultiHeadDotProductAttention):
-    """One key/value head serves all query heads (arXiv:1911.02150).
+    """One key/value head serves all query heads.
 
-    `MultiHeadDotProductAttention` with ``num_kv_heads=1``; another number is a ValueError.
+    Multi-query attention, https://arxiv.org/abs/1911.02150: `MultiHeadDotProductAttention` with
+    ``num_kv_heads=1``.
+
+    Raises:
+      ValueError: another ``num_kv_heads``; and as `MultiHeadDotProductAttention`.
+      TypeError: as `MultiHeadDotProductAttention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> layer, x = linen.MultiQueryAttention(num_heads=4), jnp.ones((1, 8, 32))
+      >>> jax.eval_shape(layer.init, jax.random.key(0), x)["params"]["key"]["kernel"].shape
+      (32, 1, 8)
     """
 
     num_kv_heads: int = _field(1)

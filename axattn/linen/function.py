@@ -58,27 +58,54 @@ def dot_product_attention(
     bits from the same key.
 
     Args:
-      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h]; promoted to ``dtype``
-        or, without it, to one common dtype.
-      bias: added to the logits, broadcastable to [..., N, T, S].
+      query, key, value: ``[..., T, N, H]``, ``[..., S, K, H]`` and ``[..., S, K, h]``.
+      bias: added to the logits, broadcastable to ``[..., N, T, S]``.
       mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
-        [..., N, T, S].
+        ``[..., N, T, S]``.
       broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``; needed where something is dropped.
+      dropout_rate: share of the weights that is dropped, in [0, 1).
       deterministic: no dropout.
-      module: sows the weights [..., N, T, S] as ``attention_weights`` in ``intermediates``: float32
-        with ``force_fp32_for_softmax``, else in the dtype of the query. This writes them out, but
-        does not change the result.
+      dtype: to which the three are promoted; without it, to one common dtype.
+      precision: of the matrix products.
+      module: sows the weights ``[..., N, T, S]`` as ``attention_weights`` in ``intermediates``:
+        float32 with ``force_fp32_for_softmax``, else in the dtype of the query. This writes them
+        out, but does not change the result.
+      force_fp32_for_softmax: of what is sown; the softmax always is float32.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
         quantized training. With one of them all weights are written out.
+      is_causal: no query sees a later key.
+      scale: of the logits; 1 / sqrt(H) by default.
+      local_window_size: (left, right), inclusive, or one int for both.
+      logits_soft_cap: logits become cap * tanh(logits / cap).
+      sinks: ``[N]``, one extra logit per head in the softmax's denominator.
+      query_segment_ids, key_value_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend to
+        those of the same segment only.
+      q_offset: int, or int ``[...]``: position of the first query, which moves causal masks and
+        windows.
+      q_positions, kv_positions: int ``[T]`` or ``[..., T]``, and ``[S]`` or ``[..., S]``.
+      implementation: as in `axattn.dot_product_attention`.
       attend: what computes it, with the arguments of `axattn.dot_product_attention`: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:
-      [..., T, N, h].
+      ``[..., T, N, h]`` in the query's dtype.
 
     Raises:
       ValueError: one of the two einsums without the other, or with ``precision`` or
         ``einsum_dot_general``; and as `axattn.dot_product_attention`.
+      TypeError: as `axattn.dot_product_attention`.
+      NotImplementedError: what Flax's hooks and complex numbers do not go with; and as
+        `axattn.dot_product_attention`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> x = jnp.ones((1, 8, 32))
+      >>> layer = nn.MultiHeadAttention(num_heads=4, attention_fn=linen.dot_product_attention)
+      >>> out, params = layer.init_with_output(jax.random.key(0), x)  # Flax's class, axattn inside
+      >>> out.shape
+      (1, 8, 32)
     """
     if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
         raise ValueError(

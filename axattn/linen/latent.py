@@ -23,11 +23,11 @@ from axattn.rotary import RotaryEmbedding
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose keys and values come from one latent per token (DeepSeek-V2).
 
-    Section 2.1 of arXiv:2405.04434; letters as in `axattn.latent`. Parameters: ``query_down``
-    (kernel [E, q_lora_rank]), ``query_norm`` and ``query_up`` (kernel [q_lora_rank, N, D + P]), or
-    ``query`` (kernel [E, N, D + P]) where ``q_lora_rank`` is None; ``kv_down`` (kernel [E, R + P]),
-    ``kv_norm``, ``key_up`` (kernel [R, N, D]), ``value_up`` (kernel [R, N, h]) and ``out`` (kernel
-    [N, h, features]).
+    Section 2.1 of https://arxiv.org/abs/2405.04434; letters as in `axattn.latent`. Parameters:
+    ``query_down`` (kernel ``[E, q_lora_rank]``), ``query_norm`` and ``query_up`` (kernel
+    ``[q_lora_rank, N, D + P]``), or ``query`` (kernel ``[E, N, D + P]``) where ``q_lora_rank`` is
+    None; ``kv_down`` (kernel ``[E, R + P]``), ``kv_norm``, ``key_up`` (kernel ``[R, N, D]``),
+    ``value_up`` (kernel ``[R, N, h]``) and ``out`` (kernel ``[N, h, features]``).
 
     Attributes:
       num_heads: N.
@@ -44,10 +44,29 @@ class MultiHeadLatentAttention(nn.Module):
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
-      dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
-        bias_init: as in Flax's layers.
+      dropout_rate, broadcast_dropout, deterministic: as in Flax's layers.
+      dtype, param_dtype, precision, kernel_init, bias_init: likewise.
       logical_axes: as in `MultiHeadDotProductAttention`; besides, q_lora and kv_lora.
       attend: as in `axattn.latent.latent_attention`.
+
+    Raises:
+      ValueError: by its call, for sizes that are not positive, an odd ``qk_rope_head_dim``, another
+        ``form``.
+      TypeError: by its call, for sizes that are no integers, and a ``rope`` that is none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import linen
+      >>> from axattn.cache import DenseCache
+      >>> layer = linen.MultiHeadLatentAttention(
+      ...     num_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+      ... )
+      >>> x = jnp.ones((1, 6, 32))
+      >>> params = layer.init(jax.random.key(0), x)
+      >>> cache = DenseCache.create(1, 16, **layer.cache_sizes, dtype="float32")
+      >>> y, cache = layer.apply(params, x, cache=cache)
+      >>> y.shape, cache.bytes_per_token  # 16 + 4 numbers
+      ((1, 6, 32), 80)
     """
 
     num_heads: int
@@ -98,22 +117,25 @@ class MultiHeadLatentAttention(nn.Module):
         """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:
-          inputs: [..., T, E].
-          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
-          deterministic, dropout_rng: as in `MultiHeadDotProductAttention`.
+          inputs: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
+          deterministic: no dropout; to be given here or as a field if ``dropout_rate`` > 0.
+          dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
           is_causal: no query sees a later token; with a cache none ever does.
-          positions: of the tokens, integers [T] or [..., T]; counted from 0 by default, or from
-            where each row of the cache ends. They do not move masks.
-          segment_ids: tokens attend to those of the same segment only.
-          cache: one of ``axattn.cache``, made with `cache_sizes`, to which the tokens are appended
+          positions: of the tokens, integers ``[T]`` or ``[..., T]``; counted from 0 by default, or
+            from where each row of the cache ends. They do not move masks.
+          segment_ids: int ``[..., T]``: tokens attend to those of the same segment only.
+          cache: one of `axattn.cache`, made with `cache_sizes`, to which the tokens are appended
             and which they then attend over, causally. The result is then ``(output, cache)``.
-          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, features]; with ``cache`` also the cache.
+          ``[..., T, features]``; with ``cache`` also the cache.
 
         Raises:
           ValueError: fields or arguments that do not fit together or with the cache.
+          TypeError: as the layer; a ``cache`` that is none.
+          NotImplementedError: the named implementation cannot take the call.
         """
         projected = self._project(inputs)
         stays = True

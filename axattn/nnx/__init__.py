@@ -1,9 +1,10 @@
 """Flax NNX layers over `axattn.dot_product_attention`.
 
 `MultiHeadAttention` is a drop-in for ``flax.nnx.MultiHeadAttention``: the same arguments,
-parameters, initial values, cache and views, with more keyword arguments after Flax's.
-`dot_product_attention` fits ``attention_fn=`` of Flax's own class, too. `MultiHeadLatentAttention`
-is DeepSeek's, which Flax has not.
+parameters, initial values, cache and views, with more keyword arguments after Flax's. Letters: B,
+T, S, N, K, H as everywhere, E features of the inputs, D of the output. `dot_product_attention` fits
+``attention_fn=`` of Flax's own class, too. `MultiHeadLatentAttention` is DeepSeek's, which Flax has
+not.
 """
 
 from axattn.nnx.attention import (

@@ -50,14 +50,38 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     """Attention with shared key/value heads; a drop-in for Flax's class of this name.
 
     Flax's arguments come first and mean what they mean there, ``num_kv_heads`` among them.
-    Parameters are ``query``, ``key``, ``value`` (kernel [E, N or K, H], bias [N or K, H]) and
-    ``out`` (kernel [N, H, E], bias [E]), so that a checkpoint of Flax's layer loads unchanged.
-    Query head n reads key/value head n // (N / K).
+    Parameters are ``query``, ``key``, ``value`` (kernel ``[E, N or K, H]``, bias ``[N or K, H]``)
+    and ``out`` (kernel ``[N, H, D]``, bias ``[D]``), so that a checkpoint of Flax's layer loads
+    unchanged. Query head n reads key/value head n // (N / K).
 
     Args:
-      rope: rotates queries and keys by their positions.
+      num_heads: N.
+      in_features: E, of the queries' inputs.
+      num_kv_heads: K; None means N, that is, multi-head attention. `axattn.checkpoints` turns the
+        parameters of one into those of the other.
+      in_kv_features: of the keys' and values' inputs; by default E.
+      qkv_features: N * H, of all query heads together; by default E of the queries' inputs.
+      out_features: D, of the output; by default E.
+      dtype, param_dtype: of the computation (by default what inputs and parameters have in common)
+        and of the parameters.
+      dropout_rate, broadcast_dropout, deterministic: share of the weights that is dropped, whether
+        all rows and heads share one pattern, and whether nothing is dropped after all.
+      precision: of the matrix products.
+      kernel_init, out_kernel_init, bias_init, out_bias_init, use_bias: of the projections.
+      attention_fn: what computes attention from the projections. Another function than axattn's is
+        given what it takes, and what it does not take is an error where it was asked for.
+      decode: Flax's own cache, one token at a time; ``cache=`` of a call does more.
+      normalize_qk: Flax's name for ``qk_norm="layer"``.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: Flax's functions that bring arrays to
+        ``dtype``.
+      qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: Flax's hooks for
+        quantized training.
+      rngs, keep_rngs: of parameters and dropout, and whether the layer keeps a stream for dropout.
+      kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata: of the projections.
+      query_ln_scale_metadata, key_ln_scale_metadata: of the norms.
+      rope: rotates queries and keys by their positions: an `axattn.rotary.RotaryEmbedding`.
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
-        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale [H].
+        ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale ``[H]``.
       qk_norm_epsilon: of both.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
@@ -65,7 +89,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       logits_soft_cap: logits become cap * tanh(logits / cap).
       out_use_bias: of ``out``; None: as ``use_bias``.
       sinks: learn one logit per query head that takes part in the softmax's denominator;
-        parameter ``sinks`` [N], zeros at first.
+        parameter ``sinks`` ``[N]``, zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
         over devices this can cost a reshard.
@@ -75,7 +99,21 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         belong ``nnx.get_named_sharding`` says, under ``nnx.logical_axis_rules``.
 
     Raises:
-      ValueError: arguments that do not fit together.
+      ValueError: arguments that do not fit together: ``num_heads`` no multiple of
+        ``num_kv_heads``, for instance.
+      TypeError: numbers of heads that are no integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from axattn.nnx import MultiHeadAttention
+      >>> layer = MultiHeadAttention(
+      ...     4, 32, num_kv_heads=2, qk_norm="rms", decode=False, rngs=nnx.Rngs(0)
+      ... )
+      >>> layer.key.kernel.shape  # [E, K, H]
+      (32, 2, 8)
+      >>> layer(jnp.ones((2, 6, 32)), is_causal=True).shape
+      (2, 6, 32)
     """
 
     @_extends(nnx.MultiHeadAttention.__init__)
@@ -187,32 +225,34 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
-          inputs_q, inputs_k, inputs_v: [..., T, E] and [..., S, F]; what is left out is the one
-            before it.
-          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          inputs_q, inputs_k, inputs_v: ``[..., T, E]`` and twice ``[..., S, F]``, F being
+            ``in_kv_features``; what is left out is the one before it.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
           deterministic: no dropout; to be given here or before if ``dropout_rate`` > 0.
           rngs: for dropout, in place of those of the constructor.
-          sow_weights: sow the weights [..., N, T, S] as ``nnx.Intermediate``.
-          decode: one token at a time, with the cache of `init_cache`; to be given here or before.
+          sow_weights: sow the weights ``[..., N, T, S]`` as ``nnx.Intermediate``.
+          decode: one token at a time, with the cache of ``init_cache``; to be given here or before.
           is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
           out_sharding, qkv_sharding: of the results of the projections.
-          input_positions: Flax's name (since 0.12.9) for ``positions``; without a ``rope`` they
-            are handed to ``attention_fn``.
-          positions, kv_positions: for ``rope``: integers [T] or [..., T] and [S] or [..., S]. By
-            default tokens are counted from 0, or from the cache's index. The keys' are the
-            queries' where T == S. They do not move masks.
-          segment_ids, kv_segment_ids: tokens attend to those of the same segment only. The keys'
-            are the queries' where T == S.
-          cache: one of ``axattn.cache``, to which the tokens of ``inputs_q`` are appended and which
+          input_positions: ``[..., T]``, Flax's name (since 0.12.9) for ``positions``; without a
+            ``rope`` they are handed to ``attention_fn``.
+          positions, kv_positions: for ``rope``: integers ``[T]`` or ``[..., T]`` and ``[S]`` or
+            ``[..., S]``. By default tokens are counted from 0, or from the cache's index. The keys'
+            are the queries' where T == S. They do not move masks.
+          segment_ids, kv_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend to those of
+            the same segment only. The keys' are the queries' where T == S.
+          cache: one of `axattn.cache`, to which the tokens of ``inputs_q`` are appended and which
             they then attend over, causally: prefill, decoding and anything between. Positions for
             ``rope`` are the cache's next ones. The result is then ``(output, cache)``.
-          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, D], where D is ``out_features``; with ``cache`` also the cache.
+          ``[..., T, D]``, where D is ``out_features``; with ``cache`` also the cache.
 
         Raises:
           ValueError: arguments that do not fit together or with the cache.
+          TypeError: arguments of another type; a ``cache`` that is none.
+          NotImplementedError: the named implementation cannot take the call.
         """
         if inputs_k is None:
             if inputs_v is not None:
@@ -353,7 +393,20 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
 
 class SelfAttention(MultiHeadAttention):
-    """`MultiHeadAttention` of one input."""
+    """`MultiHeadAttention` of one input.
+
+    Raises:
+      ValueError, TypeError: as `MultiHeadAttention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from axattn import Mask
+      >>> from axattn.nnx import SelfAttention
+      >>> layer = SelfAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 6, 32)), mask=Mask.causal()).shape
+      (1, 6, 32)
+    """
 
     def __call__(
         self,
@@ -372,7 +425,27 @@ class SelfAttention(MultiHeadAttention):
         cache: Cache | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
-        """As `MultiHeadAttention`, [..., T, E] to [..., T, D]."""
+        """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
+
+        Args:
+          inputs_q: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
+          deterministic, rngs: no dropout, or where its random numbers come from.
+          sow_weights: sow the weights ``[..., N, T, T]`` as ``nnx.Intermediate``.
+          decode: one token at a time, with the cache of ``init_cache``.
+          is_causal: no token sees a later one.
+          out_sharding, qkv_sharding: of the results of the projections.
+          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
+          segment_ids: int ``[..., T]``.
+          cache: one of `axattn.cache`.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
+
+        Returns:
+          ``[..., T, D]``; with ``cache`` also the cache.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as `MultiHeadAttention`.
+        """
         return super().__call__(
             inputs_q,
             mask=mask,
@@ -391,9 +464,25 @@ class SelfAttention(MultiHeadAttention):
 
 
 class GroupedQueryAttention(MultiHeadAttention):
-    """Each key/value head serves ``num_heads / num_kv_heads`` query heads (arXiv:2305.13245).
+    """Each key/value head serves ``num_heads / num_kv_heads`` query heads.
 
-    `MultiHeadAttention` with ``num_kv_heads`` required.
+    Grouped-query attention, https://arxiv.org/abs/2305.13245: `MultiHeadAttention` with
+    ``num_kv_heads`` required.
+
+    Raises:
+      TypeError: ``num_kv_heads`` is not given; and as `MultiHeadAttention`.
+      ValueError: as `MultiHeadAttention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from axattn.cache import DenseCache
+      >>> from axattn.nnx import GroupedQueryAttention
+      >>> layer = GroupedQueryAttention(4, 32, num_kv_heads=2, decode=False, rngs=nnx.Rngs(0))
+      >>> cache = DenseCache.create(1, 16, num_kv_heads=2, head_dim=8, dtype="float32")
+      >>> y, cache = layer(jnp.ones((1, 6, 32)), cache=cache)
+      >>> y.shape, cache.lengths.tolist()
+      ((1, 6, 32), [6])
     """
 
     @_extends(MultiHeadAttention.__init__)
@@ -415,9 +504,21 @@ class GroupedQueryAttention(MultiHeadAttention):
 
 
 class MultiQueryAttention(MultiHeadAttention):
-    """One key/value head serves all query heads (arXiv:1911.02150).
+    """One key/value head serves all query heads.
 
-    `MultiHeadAttention` with ``num_kv_heads=1``; another number is a ValueError.
+    Multi-query attention, https://arxiv.org/abs/1911.02150: `MultiHeadAttention` with
+    ``num_kv_heads=1``.
+
+    Raises:
+      ValueError: another ``num_kv_heads``; and as `MultiHeadAttention`.
+      TypeError: as `MultiHeadAttention`.
+
+    Example:
+      >>> from flax import nnx
+      >>> from axattn.nnx import MultiQueryAttention
+      >>> layer = MultiQueryAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> layer.key.kernel.shape  # [E, 1, H]
+      (32, 1, 8)
     """
 
     @_extends(MultiHeadAttention.__init__)

@@ -50,24 +50,49 @@ def dot_product_attention(
     nothing to attend to are zeros, and that dropout draws other bits from the same key.
 
     Args:
-      query, key, value: [..., T, N, H], [..., S, K, H] and [..., S, K, h].
-      bias: added to the logits, broadcastable to [..., N, T, S].
+      query, key, value: ``[..., T, N, H]``, ``[..., S, K, H]`` and ``[..., S, K, h]``.
+      bias: added to the logits, broadcastable to ``[..., N, T, S]``.
       mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
-        [..., N, T, S].
+        ``[..., N, T, S]``.
       broadcast_dropout: one T x S dropout pattern for all batches and heads.
+      dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``; needed where something is dropped.
+      dropout_rate: share of the weights that is dropped, in [0, 1).
       deterministic: no dropout.
+      precision: of the matrix products.
       dtype, promote_dtype: ``promote_dtype((query, key, value), dtype=dtype)`` brings the three to
         one dtype.
-      module: sows the weights [..., N, T, S] as ``attention_weights`` (``nnx.Intermediate``) in
+      module: sows the weights ``[..., N, T, S]`` as ``attention_weights`` (``nnx.Intermediate``) in
         the dtype of the query. This writes them out, but does not change the result.
+      is_causal: no query sees a later key.
+      scale: of the logits; 1 / sqrt(H) by default.
+      local_window_size: (left, right), inclusive, or one int for both.
+      logits_soft_cap: logits become cap * tanh(logits / cap).
+      sinks: ``[N]``, one extra logit per head in the softmax's denominator.
+      query_segment_ids, key_value_segment_ids: int ``[..., T]`` and ``[..., S]``: tokens attend to
+        those of the same segment only.
+      q_offset: int, or int ``[...]``: position of the first query, which moves causal masks and
+        windows.
+      q_positions, kv_positions: int ``[T]`` or ``[..., T]``, and ``[S]`` or ``[..., S]``.
+      implementation: as in `axattn.dot_product_attention`.
       attend: what computes it, with the arguments of `axattn.dot_product_attention`: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:
-      [..., T, N, h].
+      ``[..., T, N, h]`` in the query's dtype.
 
     Raises:
-      As `axattn.dot_product_attention`.
+      ValueError, TypeError, NotImplementedError: as `axattn.dot_product_attention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import axattn.nnx
+      >>> layer = nnx.MultiHeadAttention(  # Flax's class, axattn inside
+      ...     4, 32, num_kv_heads=2, attention_fn=axattn.nnx.dot_product_attention,
+      ...     decode=False, rngs=nnx.Rngs(0),
+      ... )
+      >>> layer(jnp.ones((1, 8, 32))).shape
+      (1, 8, 32)
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
 

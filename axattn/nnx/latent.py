@@ -25,11 +25,11 @@ from axattn.rotary import RotaryEmbedding
 class MultiHeadLatentAttention(nnx.Module):
     """Attention whose keys and values come from one latent per token (DeepSeek-V2).
 
-    Section 2.1 of arXiv:2405.04434; letters as in `axattn.latent`. Parameters, those of the Linen
-    layer: ``query_down`` (kernel [E, q_lora_rank]), ``query_norm`` and ``query_up`` (kernel
-    [q_lora_rank, N, D + P]), or ``query`` (kernel [E, N, D + P]) where ``q_lora_rank`` is None;
-    ``kv_down`` (kernel [E, R + P]), ``kv_norm``, ``key_up`` (kernel [R, N, D]), ``value_up``
-    (kernel [R, N, h]) and ``out`` (kernel [N, h, features]).
+    Section 2.1 of https://arxiv.org/abs/2405.04434; letters as in `axattn.latent`. Parameters,
+    those of the Linen layer: ``query_down`` (kernel ``[E, q_lora_rank]``), ``query_norm`` and
+    ``query_up`` (kernel ``[q_lora_rank, N, D + P]``), or ``query`` (kernel ``[E, N, D + P]``) where
+    ``q_lora_rank`` is None; ``kv_down`` (kernel ``[E, R + P]``), ``kv_norm``, ``key_up`` (kernel
+    ``[R, N, D]``), ``value_up`` (kernel ``[R, N, h]``) and ``out`` (kernel ``[N, h, features]``).
 
     Args:
       num_heads: N.
@@ -47,14 +47,27 @@ class MultiHeadLatentAttention(nnx.Module):
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
-      dropout_rate, broadcast_dropout, deterministic, dtype, param_dtype, precision, kernel_init,
-        bias_init, rngs, keep_rngs: as in Flax's layers.
+      dropout_rate, broadcast_dropout, deterministic, rngs, keep_rngs: as in Flax's layers.
+      dtype, param_dtype, precision, kernel_init, bias_init: likewise.
       logical_axes: as in `MultiHeadAttention`; besides, q_lora and kv_lora.
       attend: as in `axattn.latent.latent_attention`.
 
     Raises:
       ValueError, TypeError: sizes that are no positive integers, an odd ``qk_rope_head_dim``, no
         ``rope``, another ``form``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from axattn.nnx import MultiHeadLatentAttention
+      >>> layer = MultiHeadLatentAttention(
+      ...     4, 32, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+      ...     rngs=nnx.Rngs(0),
+      ... )
+      >>> layer(jnp.ones((1, 6, 32)), is_causal=True).shape
+      (1, 6, 32)
+      >>> layer.cache_sizes["head_dim"]  # numbers per token of a cache
+      20
     """
 
     def __init__(
@@ -154,7 +167,11 @@ class MultiHeadLatentAttention(nnx.Module):
         return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What ``nnx.view`` calls."""
+        """What ``nnx.view`` calls.
+
+        Args:
+          deterministic: no dropout from now on; None leaves it as it is.
+        """
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -174,22 +191,24 @@ class MultiHeadLatentAttention(nnx.Module):
         """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:
-          inputs: [..., T, E].
-          mask: an `axattn.Mask` or an array broadcastable to [..., N, T, S]; nonzero: attend.
+          inputs: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
           deterministic, rngs: as in `MultiHeadAttention`.
           is_causal: no query sees a later token; with a cache none ever does.
-          positions: of the tokens, integers [T] or [..., T]; counted from 0 by default, or from
-            where each row of the cache ends. They do not move masks.
-          segment_ids: tokens attend to those of the same segment only.
-          cache: one of ``axattn.cache``, made with `cache_sizes`, to which the tokens are appended
+          positions: of the tokens, integers ``[T]`` or ``[..., T]``; counted from 0 by default, or
+            from where each row of the cache ends. They do not move masks.
+          segment_ids: int ``[..., T]``: tokens attend to those of the same segment only.
+          cache: one of `axattn.cache`, made with `cache_sizes`, to which the tokens are appended
             and which they then attend over, causally. The result is then ``(output, cache)``.
-          lengths: with a cache, int [B]: how many of the T tokens are real in each row.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
 
         Returns:
-          [..., T, features]; with ``cache`` also the cache.
+          ``[..., T, features]``; with ``cache`` also the cache.
 
         Raises:
           ValueError: arguments that do not fit together or with the cache.
+          TypeError: a ``cache`` that is none.
+          NotImplementedError: the named implementation cannot take the call.
         """
         if inputs.shape[-1] != self.in_features:
             raise ValueError(
