@@ -79,11 +79,11 @@ class Block(nnx.Module):
         self.up = nnx.Linear(c.features, c.hidden, use_bias=False, dtype=c.dtype, rngs=rngs)
         self.down = nnx.Linear(c.hidden, c.features, use_bias=False, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, x, cache=None, lengths=None, positions=None):
+    def __call__(self, x, cache=None, lengths=None, positions=None, sow_weights=False):
         y = self.attention_norm(x)
         positions = None if self.attention.rope is None else positions
         if cache is None:
-            y = self.attention(y, is_causal=True, positions=positions)
+            y = self.attention(y, is_causal=True, positions=positions, sow_weights=sow_weights)
         else:
             y, cache = self.attention(
                 y, is_causal=True, cache=cache, lengths=lengths, positions=positions
@@ -120,6 +120,7 @@ class Decoder(nnx.Module):
         caches: tuple | None = None,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "*B T"] | None = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], tuple]:
         """Float32 logits of the token after each one.
 
@@ -130,6 +131,8 @@ class Decoder(nnx.Module):
             logits mean nothing. By default all are.
           positions: [T] or [B, T], for RoPE, where the tokens are not in order. ``attention_fn``
             has to know it, too.
+          sow_weights: without caches, sow the attention weights of every layer, [B, N, T, T], as
+            ``nnx.Intermediate``.
 
         Returns:
           logits [B, T, V]; with caches, (logits, caches with these tokens in them).
@@ -137,7 +140,7 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens)
         after = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, cache = block(x, cache, lengths, positions)
+            x, cache = block(x, cache, lengths, positions, sow_weights)
             after.append(cache)
         logits = self.embedding.attend(self.norm(x)).astype(jnp.float32)
         return logits if caches is None else (logits, tuple(after))

@@ -15,13 +15,11 @@ import random
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from examples import caches, checkpoint, data, quality
-from examples.generation import jit_generate
 
 _KINDS = flags.DEFINE_list("kinds", list(caches.KINDS), "of caches")
 _DTYPES = flags.DEFINE_list(
@@ -48,15 +46,9 @@ def main(argv: Sequence[str]) -> None:
             asked = quality.difference(truth, logits, tokens, data.is_answer(tokens))
             room = LENGTH + answers.shape[1]
             made = caches.make_caches(model.config, kind, QUESTIONS, room, dtype=dtype)
-            generated = jit_generate(
-                model,
-                made,
-                prompts,
-                max_new_tokens=answers.shape[1],
-                stop_token=data.STOP,
-                chunk_size=_CHUNK_SIZE.value,
+            right = quality.answered_over(
+                model, made, prompts, answers, chunk_size=_CHUNK_SIZE.value
             )
-            right = float((np.asarray(generated.tokens) == answers).all(1).mean())
             print(
                 f"{kind:6} {dtype:13} {got.divergence:8.1e}  {asked.divergence:11.1e}  "
                 f"{got.perplexity_ratio:9.5f}x  {got.agreement:10.2%}  {right:8.1%}",

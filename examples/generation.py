@@ -128,3 +128,24 @@ jit_generate = nnx.jit(
     static_argnames=("max_new_tokens", "sampling", "chunk_size"),
     donate_argnames="caches",
 )
+
+
+@nnx.jit(static_argnames="max_new_tokens")
+def generate_without_cache(
+    model: Callable[..., Array], prompts: Int[Array, "B T"], *, max_new_tokens: int
+) -> Int[Array, "B M"]:
+    """The same greedily, with all of the text through the model for each token: int32 [B, M].
+
+    What caches are compared with. ``model(tokens [B, T]) -> logits [B, T, V]`` must be causal: the
+    text is padded to its final length.
+    """
+    length = prompts.shape[1]
+    texts = jnp.pad(jnp.asarray(prompts, jnp.int32), ((0, 0), (0, max_new_tokens)))
+
+    def body(i, texts):
+        logits = lax.dynamic_slice_in_dim(model(texts), i - 1, 1, 1)
+        newest = jnp.argmax(logits, -1).astype(jnp.int32)
+        return lax.dynamic_update_slice_in_dim(texts, newest, i, 1)
+
+    texts = lax.fori_loop(length, length + max_new_tokens, body, texts)
+    return texts[:, length:]

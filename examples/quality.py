@@ -13,7 +13,9 @@ from flax import nnx
 from jax import lax
 
 from axattn._typing import Array, Bool, Float, Int
+from examples import data
 from examples.decoder import Decoder
+from examples.generation import jit_generate
 
 
 @nnx.jit
@@ -83,3 +85,23 @@ def answered(model: Decoder, prompts: Int[Array, "B T"], answers: Int[Array, "B 
     tokens = np.concatenate([prompts, answers[:, :-1]], axis=1)
     likeliest = np.asarray(logits_of(model, tokens).argmax(-1))[:, prompts.shape[1] - 1 :]
     return float((likeliest == answers).all(1).mean())
+
+
+def answered_over(
+    model: Decoder,
+    caches: Any,
+    prompts: Int[Array, "B T"],
+    answers: Int[Array, "B A"],
+    *,
+    chunk_size: int = 128,
+) -> float:
+    """The share of prompts that `jit_generate` answers right over caches, which it takes."""
+    generated = jit_generate(
+        model,
+        caches,
+        prompts,
+        max_new_tokens=answers.shape[1],
+        stop_token=data.STOP,
+        chunk_size=chunk_size,
+    )
+    return float((np.asarray(generated.tokens) == answers).all(1).mean())

@@ -13,25 +13,14 @@ from flax import nnx
 from axattn.cache import DenseCache
 from examples import data
 from examples.caches import make_caches
-from examples.decoder import Config, Decoder
-from examples.generation import generate, jit_generate
+from examples.generation import generate, generate_without_cache, jit_generate
 from examples.sampling import Sampling, candidates
+from tests.examples.models import VOCABULARY, small
 
-VOCABULARY = 23
 LENGTHS = (17, 1, 9)
 NEW = 12
 NEVER = VOCABULARY  # a stop token that no row says
 ROOM = max(LENGTHS) + NEW - 1  # the newest token is in no cache
-
-
-@functools.cache
-def small():
-    config = Config(VOCABULARY, features=32, head_dim=8, windows=(7, None), hidden=48)
-    model = Decoder(config, rngs=nnx.Rngs(3))
-    # Larger weights: a new model's likeliest token is nearly always the one it has just read.
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: 2.5 * x if x.ndim > 1 else x, state))
-    return model
 
 
 def prompts():
@@ -89,6 +78,13 @@ def test_greedy_is_a_plain_loop_without_a_cache(kind, chunk_size):
         assert cache.lengths.tolist() == [length + NEW - 1 for length in LENGTHS]
     # Three rows that say different things, and more than one.
     assert len({tuple(row) for row in plain()}) == 3 and len(set(plain()[0])) > 2
+
+
+def test_without_a_cache_in_one_program():
+    """Whole prompts only: rows of one length."""
+    for row, length in ((0, LENGTHS[0]), (2, LENGTHS[2])):
+        got = generate_without_cache(small(), prompts()[row : row + 1, :length], max_new_tokens=NEW)
+        assert got.tolist() == [plain()[row]]
 
 
 @pytest.mark.parametrize("kind", ["dense", "ring"])
