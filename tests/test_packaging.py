@@ -48,7 +48,7 @@ def run_without_optional(body: str) -> None:
 
 def test_import_needs_jax_and_numpy_only():
     run_without_optional(
-        "import axattn, axattn.rotary, axattn.aot, axattn.latent, axattn.huggingface\n"
+        "import axattn, axattn.rotary, axattn.aot, axattn.latent, axattn.huggingface, axattn.plotting\n"
         "import jax.numpy as jnp\n"
         "x = jnp.ones((1, 4, 2, 8))\n"
         "y = axattn.dot_product_attention(x, x, x, is_causal=True)\n"
@@ -56,6 +56,17 @@ def test_import_needs_jax_and_numpy_only():
         "assert axattn.rotary.apply_rotary(x, jnp.arange(4)).shape == x.shape\n"
         f"loaded = set({OPTIONAL!r}) & {{name.split('.')[0] for name in sys.modules}}\n"
         "assert not loaded, loaded\n"
+    )
+
+
+def test_pictures_say_what_to_install():
+    run_without_optional(
+        "import axattn, axattn.plotting\n"
+        "try:\n"
+        "    axattn.Mask.causal().plot(4, 4)\n"
+        "except ImportError as error:\n"
+        "    message = str(error)\n"
+        "assert \"pip install 'axattn[plot]'\" in message, message\n"
     )
 
 

@@ -30,8 +30,9 @@ def sown_weights(intermediates: Any) -> dict[str, jax.Array]:
 
     Args:
       intermediates: Linen's ``intermediates`` collection, which ``apply(...,
-        mutable=["intermediates"])`` returns, or the state that ``nnx.pop(model,
-        nnx.Intermediate)`` returns; or a tree that has these in it.
+        mutable=["intermediates"])`` returns, or the state that ``nnx.capture(model,
+        nnx.Intermediate)(x)`` returns behind the result (``nnx.pop(model, nnx.Intermediate)`` in
+        older code); or a tree that has these in it.
 
     Returns:
       For each ``attention_weights`` its path, joined by slashes

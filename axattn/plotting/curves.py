@@ -241,7 +241,7 @@ class _Picture:
                     continue
                 if self.field == "memory_bytes" and row.get("requested_bytes"):
                     drawn = True
-                    self._asked(row, looks[name])
+                    self._asked(row, looks[name], names[name])
                 elif at_foot:
                     refused.append((name, row))
         if drawn:
@@ -286,8 +286,10 @@ class _Picture:
             self.axis.plot(*zip(*bounds, strict=True), **white)
             self.handles.setdefault("white: lower bound", furniture.sample("white", "-"))
 
-    def _asked(self, row: Row, look: style.Style) -> None:
-        self._hollow(row[self.panel.x], row["requested_bytes"], look, markersize=7)
+    def _asked(self, row: Row, look: style.Style, name: str) -> None:
+        drawn = self._hollow(row[self.panel.x], row["requested_bytes"], look, markersize=7)
+        if name != benchmark.line(row):
+            self.handles.setdefault(name, drawn)
         if row.get("available_bytes"):
             rule = self.axis.axhline(
                 row["available_bytes"], color="#999999", lw=0.8, ls=(0, (1, 2))
@@ -299,7 +301,7 @@ class _Picture:
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
         rows = list(dict.fromkeys(name for name, _ in refused))
-        if rows:
+        if rows and self.axis.get_yscale() == "log":
             # Room for them under the lines.
             low, high = map(math.log, self.axis.get_ylim())
             room = 0.07 * len(rows) + 0.02

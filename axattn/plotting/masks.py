@@ -51,8 +51,8 @@ def plot_mask(
     and ask nothing of the mask in full ones.
 
     A picture has at most about 512 cells along a side. Where there are more slots, a cell stands
-    for several, and its colour is mixed by the share of them that may be attended to; from 8192
-    slots on it is the share of a regular sample of them. With blocks, cells are cut such that no
+    for several, and its colour is mixed by the share of them that may be attended to; beyond 8192
+    slots it is the share of a regular sample of them. With blocks, cells are cut such that no
     cell lies in two blocks. Lengths of a million take seconds, as lengths of a thousand do; nothing
     of size T x S is made.
 

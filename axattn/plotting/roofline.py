@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class RooflinePoint:
     """A program on a roofline.
 
-    Args:
+    Attributes:
       label: what the legend calls it.
       flops: floating-point operations of one run.
       bytes_accessed: bytes of HBM that one run reads and writes.

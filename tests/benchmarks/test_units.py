@@ -1,44 +1,15 @@
 from __future__ import annotations
 
-import pytest
-
 from benchmarks.harness import units
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (1.234, "1.23 s"),
-        (0.9999, "1.00 s"),
-        (0.9994, "999 ms"),
-        (12.34, "12.3 s"),
-        (4.5678e-3, "4.57 ms"),
-        (123.4e-6, "123 us"),
-        (1.2e-8, "0.01 us"),
-    ],
-)
-def test_seconds(value, text):
-    assert units.seconds(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (0, "0 B"),
-        (2**20, "1.00 MiB"),
-        (3 * 2**29, "1.50 GiB"),
-        (500 * 2**10, "500 KiB"),
-    ],
-)
-def test_size(value, text):
-    assert units.size(value) == text
-
-
-def test_others():
-    assert units.amount(1.5e12) == "1.50 T"
-    assert units.amount(2.5e6, "B") == "2.50 MB"
-    assert units.amount(None) == units.ratio(None) == units.percent(None, 1.0) == "-"
+def test_ratios():
     assert units.ratio(3.456) == "3.46x"
     assert units.percent(0.03, 1.0) == "3%"
+    assert units.ratio(None) == units.percent(None, 1.0) == units.percent(1.0, 0) == "-"
+
+
+def test_quotient():
+    assert units.quotient(6.0, 4.0) == 1.5
+    assert units.quotient(None, 4.0) is units.quotient(6.0, None) is None
+    assert units.quotient(6.0, 0) is None

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from axattn.plotting import library
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install 'axattn\[plot\]'"):
+        library.pyplot()
+
+
+def test_with_matplotlib():
+    assert library.pyplot() is sys.modules["matplotlib.pyplot"]
