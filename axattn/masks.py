@@ -216,6 +216,29 @@ class Mask:
             ok = jnp.ones((1, 1, 1, 1), bool)
         return jnp.broadcast_to(ok, (*ok.shape[:2], q_len, kv_len))
 
+    def plot(self, q_len: int, kv_len: int, **options: Any) -> Any:
+        """Draws the mask; see `axattn.plotting.plot_mask`, which has the same arguments.
+
+        Args:
+          q_len, kv_len: numbers of query and key slots, T and S.
+          options: ``block_q`` and ``block_kv``, positions, ``row``, ``head``, ``title``, ``ax``.
+
+        Returns:
+          The ``matplotlib.axes.Axes``.
+
+        Raises:
+          ImportError: matplotlib is not installed: ``pip install 'axattn[plot]'``.
+
+        Example:
+          >>> from axattn import Mask
+          >>> ax = Mask.causal().plot(256, 256, block_q=64, block_kv=64)
+          >>> ax.get_title()
+          'causal'
+        """
+        from axattn.plotting import plot_mask
+
+        return plot_mask(self, q_len, kv_len, **options)
+
     # ---- batches ------------------------------------------------------------------------------
 
     def normalized(self, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
