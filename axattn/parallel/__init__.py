@@ -1,5 +1,7 @@
 """Attention on several devices: shared-out batches and heads, and sequences (context parallelism).
 
+::
+
     axes = parallel.Axes(batch="data", heads="model", sequence="context")
     out = parallel.attention(query, key, value, axes=axes, mesh=mesh, is_causal=True)
     cache = parallel.ShardedCache.create(DenseCache, batch, length, ..., axes=axes, mesh=mesh)

@@ -39,28 +39,46 @@ def attention(
     """`axattn.dot_product_attention` of arrays that are shared out over a mesh.
 
     Each device runs its own part, kernels too: the partitioner never sees them whole.
+    Differentiable as there.
 
     Args:
-      query, key, value, bias, mask: as there: ``[..., T, N, H]``, ``[..., S, K, H]``,
-        ``[..., S, K, h]``, all of them; shared out already or not.
+      query, key, value: as there: ``[..., T, N, H]``, ``[..., S, K, H]``, ``[..., S, K, h]``, all
+        of them; shared out already or not.
+      bias: broadcastable to ``[..., N, T, S]``.
+      mask: an `axattn.Mask`, or an array like ``bias``.
       axes: which axes of the mesh share out what. Where the heads' are more than K, keys and values
         are shared out over as many as go into K, and the same on the others.
       mesh: by default that of the context (``jax.set_mesh``).
-      strategy: where a sequence is shared out: "ring" (keys and values travel), "gather" (all get
-        them) or "ulysses" (shards of tokens become shards of heads); None: the cheapest by
-        arithmetic, see `explain`.
+      strategy: where a sequence is shared out: "ring" (keys and values travel,
+        https://arxiv.org/abs/2310.01889), "gather" (all get them) or "ulysses" (shards of tokens
+        become shards of heads, https://arxiv.org/abs/2309.14509); None: the cheapest by arithmetic,
+        see `explain`.
       layout: where the tokens are: "contiguous", or "zigzag" (the order of `positions`), which
         leaves every device the same work under causal masks. Masks, windows and ALiBi know.
         Lengths, segment ids, biases and dense masks speak of slots, as they lie.
-      links: what `explain` reckons with.
+      links: what `explain` reckons with; a TPU v5p's by default.
       **options: as there. Dropout draws other bits than on one device.
 
     Returns:
-      As there, shared out as the query is.
+      ``[..., T, N, h]``, with ``return_residual`` also the LSE ``[..., T, N]``: as there, shared
+      out as the query is.
 
     Raises:
-      ValueError: as there; an axis that the mesh does not have, sizes that the axes do not divide.
+      ValueError: as there; an axis that the mesh does not have, sizes that the axes do not divide,
+        no mesh.
+      TypeError: as there.
       NotImplementedError: a strategy or an implementation that does not take the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import parallel
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("context",), axis_types=auto)
+      >>> axes = parallel.Axes(sequence="context")
+      >>> query, key = jnp.ones((1, 64, 4, 16)), jnp.ones((1, 64, 2, 16))
+      >>> out = parallel.attention(query, key, key, axes=axes, mesh=mesh, is_causal=True)
+      >>> out.shape  # each device has its part of the 64 tokens
+      (1, 64, 4, 16)
     """
     mesh = mesh_or_current(mesh)
     axes.check(mesh)
@@ -93,7 +111,31 @@ def explain(
 ) -> list[costs.Cost]:
     """What each strategy would cost, the cheapest first; print them.
 
-    Takes the arguments of `attention`, arrays or ``jax.ShapeDtypeStruct``.
+    Nothing is computed.
+
+    Args:
+      query, key, value, bias, mask: as in `attention`, arrays or ``jax.ShapeDtypeStruct``.
+      axes, mesh, layout: as in `attention`.
+      links: rates of the devices; a TPU v5p's by default.
+      **options: as in `attention`.
+
+    Returns:
+      A cost for each strategy, of one device, forward: ``strategy``, ``refusal`` (why it does not
+      take the call, or None), ``sent`` and ``held`` bytes, ``flops``, ``seconds`` by arithmetic.
+
+    Raises:
+      ValueError, TypeError: what `attention` would raise for these arguments.
+
+    Example:
+      >>> import jax
+      >>> from axattn import parallel
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("context",))
+      >>> q, kv = (jax.ShapeDtypeStruct((1, 65536, n, 128), "bfloat16") for n in (32, 4))
+      >>> costs = parallel.explain(
+      ...     q, kv, kv, axes=parallel.Axes(sequence="context"), mesh=mesh, is_causal=True
+      ... )
+      >>> {cost.strategy: round(cost.sent / 2**20) for cost in costs}  # MiB that a device sends
+      {'ulysses': 140, 'ring': 112, 'gather': 112}
     """
     mesh, found = mesh_or_current(mesh), []
     axes.check(mesh)
@@ -127,16 +169,38 @@ def local_attention(
     layout: str = "contiguous",
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """The same inside a ``jax.shard_map``, of this shard's tokens with those of all shards.
+    """`attention` inside a ``jax.shard_map``: this shard's tokens with those of all shards.
 
     Args:
       query, key, value: ``[B, t, N, H]``, ``[B, s, K, H]``, ``[B, s, K, h]`` of this shard.
+      bias: None: one of the scores, ``[..., N, T, S]``, is for `attention`.
+      mask: an `axattn.Mask` without a dense part.
       axis: the mesh axis that shares out the sequence.
-      others: as in `attention`; segment ids and positions are this shard's, lengths those of the
-        whole sequence, and there are no biases and dense masks.
+      strategy: "ring" (https://arxiv.org/abs/2310.01889), "gather" or "ulysses"
+        (https://arxiv.org/abs/2309.14509).
+      layout: as in `attention`.
+      **options: as in `axattn.dot_product_attention`; segment ids and positions are this shard's,
+        lengths those of the whole sequence.
+
+    Returns:
+      ``[B, t, N, h]`` of this shard, with ``return_residual`` also the LSE ``[B, t, N]``.
 
     Raises:
-      ValueError, NotImplementedError: as `attention`; and a bias or a dense mask.
+      ValueError, TypeError: as `attention`; another strategy.
+      NotImplementedError: as `attention`; and a bias or a dense mask.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec
+      >>> from axattn import parallel
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("context",), axis_types=auto)
+      >>> attend = functools.partial(parallel.local_attention, axis="context", is_causal=True)
+      >>> tokens = PartitionSpec(None, "context")
+      >>> program = jax.shard_map(attend, mesh=mesh, in_specs=(tokens,) * 3, out_specs=tokens)
+      >>> query, key = jnp.ones((1, 64, 4, 16)), jnp.ones((1, 64, 2, 16))
+      >>> jax.jit(program)(query, key, key).shape
+      (1, 64, 4, 16)
     """
     shards = lax.axis_size(axis)
     where = _Where(layout, shards, lax.axis_index(axis))

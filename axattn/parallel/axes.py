@@ -16,9 +16,23 @@ class Axes:
     """Names of mesh axes; None or () where nothing is shared out.
 
     Attributes:
-      batch: of the rows of the batch.
-      heads: of the query heads, and of the key/value heads as far as these go.
+      batch: of the rows of the batch: a name, or a tuple of them.
+      heads: of the query heads, and of the key/value heads as far as these go; likewise.
       sequence: of the tokens, of queries and of keys: context parallelism. One axis.
+
+    Raises:
+      TypeError: anything but names, more than one for ``sequence``.
+      ValueError: one axis for two things.
+
+    Example:
+      >>> import jax
+      >>> from axattn import parallel
+      >>> axes = parallel.Axes(batch=("data", "fsdp"), heads="model", sequence="context")
+      >>> sizes = dict(data=2, fsdp=4, model=8, context=16)
+      >>> mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+      >>> axes.check(mesh)
+      >>> axes.size(mesh, "batch"), axes.size(mesh, "sequence")
+      (8, 16)
     """
 
     batch: Names = None
@@ -38,11 +52,26 @@ class Axes:
             raise ValueError(f"an axis shares out one thing; used more than once: {twice}")
 
     def size(self, mesh: Any, what: str) -> int:
-        """Into how many parts ``what`` ("batch", "heads" or "sequence") is cut."""
+        """Into how many parts something is cut.
+
+        Args:
+          mesh: a ``jax.sharding.Mesh`` or ``AbstractMesh``.
+          what: "batch", "heads" or "sequence".
+
+        Raises:
+          KeyError: an axis that the mesh does not have; `check` says it by name.
+        """
         return math.prod(mesh.shape[name] for name in names_of(what, getattr(self, what)))
 
     def check(self, mesh: Any) -> None:
-        """ValueError for an axis that the mesh does not have."""
+        """Checks that the mesh has all these axes.
+
+        Args:
+          mesh: a ``jax.sharding.Mesh`` or ``AbstractMesh``.
+
+        Raises:
+          ValueError: an axis that it does not have.
+        """
         for what in ("batch", "heads", "sequence"):
             for name in names_of(what, getattr(self, what)):
                 if name not in mesh.shape:

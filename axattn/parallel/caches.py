@@ -1,5 +1,7 @@
 """Caches that are shared out over a mesh: their rows, their heads, and the tokens of a row.
 
+::
+
     axes = parallel.Axes(batch="data", heads="model", sequence="context")
     cache = ShardedCache.create(
         DenseCache, batch, length, num_kv_heads, head_dim, dtype=jnp.int8, axes=axes, mesh=mesh
@@ -57,14 +59,33 @@ class ShardedCache(HeldCache):
     outputs are added up.
 
     Of a paged cache each shard of the batch has a pool of its own, which numbers its pages from 0:
-    one `PagePool` on the host for each, of ``num_pages`` pages of ``page_size`` tokens. A page has
-    its slots on all shards of the sequence.
+    one `axattn.cache.PagePool` on the host for each, of ``num_pages`` pages of ``page_size``
+    tokens. A page has its slots on all shards of the sequence.
 
     Attributes:
       cache: arrays of all devices. The slots of a row or page come shard by shard, and heads are
         repeated where several devices have the same one.
       axes, mesh: what is shared out over what.
       num_kv_heads: K.
+
+    Raises:
+      ValueError, TypeError: by `create` and its methods, as `axattn.cache.Cache`; and sizes that
+        the axes do not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import parallel
+      >>> from axattn.cache import DenseCache
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("context",), axis_types=auto)
+      >>> cache = parallel.ShardedCache.create(
+      ...     DenseCache, 1, 64, num_kv_heads=1, head_dim=16, dtype="int8",
+      ...     axes=parallel.Axes(sequence="context"), mesh=mesh,
+      ... )
+      >>> query, key = jnp.ones((1, 7, 4, 16)), jnp.ones((1, 7, 1, 16))
+      >>> out, cache = cache.extend(query, key, key)
+      >>> out.shape, cache.lengths.tolist(), cache.capacity
+      ((1, 7, 4, 16), [7], 64)
     """
 
     cache: Cache
@@ -84,7 +105,8 @@ class ShardedCache(HeldCache):
         """An empty cache, each part of it made on its device.
 
         Args:
-          kind: `DenseCache`, `PagedCache` or, where no sequence is shared out, `RingCache`.
+          kind: `axattn.cache.DenseCache`, `axattn.cache.PagedCache` or, where no sequence is shared
+            out, `axattn.cache.RingCache`.
           *sizes, **options: of the whole, as ``kind.create`` takes them. ``num_pages`` are those of
             all pools.
           axes: which axes of the mesh share out what.
@@ -92,8 +114,9 @@ class ShardedCache(HeldCache):
           abstract: shapes with shardings in place of arrays, to compile without devices.
 
         Raises:
-          ValueError: sizes that the axes do not divide, an axis that the mesh does not have.
-          ValueError, TypeError: as ``kind.create``.
+          ValueError: sizes that the axes do not divide, an axis that the mesh does not have, no
+            mesh; and as ``kind.create``.
+          TypeError: another ``kind``; and as ``kind.create``.
         """
         if kind not in _SIZES:
             raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
@@ -127,6 +150,7 @@ class ShardedCache(HeldCache):
 
     @property
     def whole(self) -> Cache:
+        """The cache as it would be on one device, with shapes in place of its arrays."""
         rows = self.cache.arrays.keys.shape[0]
         if isinstance(self.cache, PagedCache):
             rows //= self._ways("batch")  # pages that a table can name
@@ -138,12 +162,34 @@ class ShardedCache(HeldCache):
         return self.cache.nbytes
 
     def extend(self, query, key, value=None, **options):
-        """As `axattn.cache.Cache.extend`."""
+        """`append`, then `attend` from the same tokens: as `axattn.cache.Cache.extend`.
+
+        Args:
+          query: ``[B, T, N, H]``, of all heads.
+          key: ``[B, T, K, H]``.
+          value: ``[B, T, K, h]``; None where values are in the keys.
+          **options: as there.
+
+        Returns:
+          ``(output, cache)``; output ``[B, T, N, h]``.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as there.
+        """
         kind = RingCache if isinstance(self.cache, RingCache) else Cache
         return kind.extend(self, query, key, value, **options)
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> ShardedCache:
-        """As `axattn.cache.PagedCache.with_table`; pages are those of the row's own pool."""
+        """As `axattn.cache.PagedCache.with_table`; pages are those of the row's own pool.
+
+        Args:
+          block_table: int ``[B, pages_per_row]``; -1 means none.
+          lengths: int ``[B]`` or int, of the tokens that are stored already.
+
+        Raises:
+          ValueError: another shape; lengths beyond ``capacity``.
+          TypeError: anything but integers.
+        """
         changed = super().with_table(block_table, lengths)
         placed = {
             name: jax.device_put(getattr(changed, name), getattr(self.shardings.cache, name))
@@ -154,7 +200,13 @@ class ShardedCache(HeldCache):
     def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> ShardedCache:
         """As `axattn.cache.PagedCache.copy_pages`, within each pool.
 
-        ``[n]``; where the batch is shared out ``[pools, n]``, filled up with -1.
+        Args:
+          sources: int ``[n]``; where the batch is shared out ``[pools, n]``, filled up with -1.
+          targets: likewise int ``[n]`` or ``[pools, n]``.
+
+        Raises:
+          ValueError: another shape.
+          TypeError: anything but integers.
         """
         pools, pairs = self._ways("batch"), [jnp.asarray(x) for x in (sources, targets)]
         for name, x in zip(("sources", "targets"), pairs, strict=True):
@@ -165,7 +217,16 @@ class ShardedCache(HeldCache):
         return dataclasses.replace(self, cache=_copy_pages(self, *pairs))
 
     def fork(self, rows: ArrayLike) -> ShardedCache:
-        """As `axattn.cache.Cache.fork`, where the batch is not shared out."""
+        """As `axattn.cache.Cache.fork`, where the batch is not shared out.
+
+        Args:
+          rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
+
+        Raises:
+          ValueError: another dtype or shape, or rows that this cache does not have.
+          TypeError: ``rows`` is no array.
+          NotImplementedError: the batch is shared out.
+        """
         if self._ways("batch") > 1:
             raise NotImplementedError("fork takes a cache whose rows are all on every device")
         return dataclasses.replace(self, cache=self.cache.fork(rows))

@@ -24,9 +24,19 @@ def _v5p(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Rates of a device, per second: FLOPs in bfloat16, and bytes to a neighbour, one way.
+    """Rates of a device, from its data sheet: of products, and of what it sends to a neighbour.
 
     By default those of a TPU v5p.
+
+    Attributes:
+      flops: FLOP/s in bfloat16.
+      bytes: bytes/s to a neighbour, one way.
+
+    Example:
+      >>> from axattn import parallel
+      >>> parallel.Links().bytes, parallel.Links.of("v6e").bytes
+      (100000000000.0, 100000000000.0)
+      >>> slow = parallel.Links(bytes=10e9)  # for links= of attention and explain
     """
 
     flops: float = _v5p("flops")
@@ -34,7 +44,10 @@ class Links:
 
     @classmethod
     def of(cls, target: str | Target) -> Links:
-        """Those of a chip of `axattn.aot.TARGETS`, by its data sheet.
+        """Those of a chip of ``axattn.aot.TARGETS``, by its data sheet.
+
+        Args:
+          target: a name, or an `axattn.aot.Target`.
 
         Raises:
           ValueError: an unknown target, or the CPU, which has no such figures.
@@ -61,14 +74,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device, forward.
+    """What a strategy costs one device, forward; printed, a line.
 
     Attributes:
+      strategy: "ring", "gather" or "ulysses".
       refusal: why the strategy does not take the call, or None.
       sent: bytes that the busiest device sends.
       flops: of the busiest device.
       held: bytes of keys and values of others that it holds at once.
-      seconds: of both, overlapped where the strategy overlaps.
+      seconds: of both by arithmetic, overlapped where the strategy overlaps.
     """
 
     strategy: str

@@ -33,9 +33,6 @@ from axattn.parallel.merge import merged_over, with_sinks
 class DealtCache(HeldCache):
     """One shard's part of a cache, inside a ``jax.shard_map`` of one's own.
 
-        cache = DealtCache(DenseCache.create(batch, length // n, ...), "context")
-        out, cache = cache.extend(query, key, value)
-
     It does what an `axattn.cache.Cache` does, with tokens and queries that all shards are given,
     and gives all of them the same results. ``cache.arrays`` are this shard's, and all else is the
     same on all of them: so say ``out_specs``.
@@ -44,6 +41,28 @@ class DealtCache(HeldCache):
       cache: dense or paged, of any dtype, with an n-th of the slots: of each row, or of each page.
         A block table is the same on all shards. Lengths are those of the whole rows.
       axis: the mesh axis.
+
+    Raises:
+      ValueError: a ring, which is short as it is; by its methods as `axattn.cache.Cache`.
+      TypeError: by its methods, as `axattn.cache.Cache`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec
+      >>> from axattn import parallel
+      >>> from axattn.cache import DenseCache
+      >>> shards, auto = jax.device_count(), (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((shards,), ("context",), axis_types=auto)
+      >>> def prompt(query, key, value):  # all shards are given all tokens
+      ...     part = DenseCache.create(1, 8, num_kv_heads=1, head_dim=16, dtype="float32")
+      ...     out, cache = parallel.DealtCache(part, "context").extend(query, key, value)
+      ...     return out, cache.lengths
+      >>> program = jax.shard_map(prompt, mesh=mesh, in_specs=PartitionSpec(),
+      ...                         out_specs=PartitionSpec())
+      >>> query, key = jnp.ones((1, 7, 4, 16)), jnp.ones((1, 7, 1, 16))
+      >>> out, lengths = jax.jit(program)(query, key, key)  # there is room for 8 tokens per shard
+      >>> out.shape, lengths.tolist()
+      ((1, 7, 4, 16), [7])
     """
 
     cache: Cache
@@ -55,6 +74,7 @@ class DealtCache(HeldCache):
 
     @property
     def whole(self) -> Cache:
+        """The cache as it would be on one device, with shapes in place of its arrays."""
         return whole(self.cache, lax.axis_size(self.axis))
 
     @property
@@ -63,11 +83,28 @@ class DealtCache(HeldCache):
         return self.cache.nbytes
 
     def copy_pages(self, sources: Any, targets: Any) -> DealtCache:
-        """As `axattn.cache.PagedCache.copy_pages`."""
+        """As `axattn.cache.PagedCache.copy_pages`.
+
+        Args:
+          sources: int ``[n]``, pages that are copied; a pair with -1 is left out.
+          targets: int ``[n]``, pages that become the copies.
+
+        Raises:
+          ValueError: shapes that differ, or pages that the pool does not have.
+          TypeError: anything but integers.
+        """
         return dataclasses.replace(self, cache=self.cache.copy_pages(sources, targets))
 
     def fork(self, rows: Any) -> DealtCache:
-        """As `axattn.cache.Cache.fork`."""
+        """A cache whose row i is row ``rows[i]`` of this one: as `axattn.cache.Cache.fork`.
+
+        Args:
+          rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
+
+        Raises:
+          ValueError: another dtype or shape, or rows that this cache does not have.
+          TypeError: ``rows`` is no array.
+        """
         return dataclasses.replace(self, cache=self.cache.fork(rows))
 
     def _append(self, key, value, counts, overflowed):

@@ -41,7 +41,10 @@ class HeldCache(abc.ABC):
     @property
     @abc.abstractmethod
     def whole(self) -> Cache:
-        """The cache as it would be on one device, with shapes in place of its arrays."""
+        """The cache as it would be on one device, with shapes in place of its arrays.
+
+        It answers for the sizes of a cache in parts: ``batch``, ``capacity``, ``num_kv_heads``...
+        """
 
     @abc.abstractmethod
     def _append(self, key: Array, value: Array | None, counts: Array, overflowed: Array) -> Self:
@@ -58,14 +61,17 @@ class HeldCache(abc.ABC):
 
     @property
     def lengths(self) -> Integer[Array, " B"]:
+        """int32 ``[B]``, tokens per row so far: of the whole rows."""
         return self.cache.lengths
 
     @property
     def overflowed(self) -> Bool[Array, " B"]:
+        """bool ``[B]``: under ``jit`` tokens for this row were refused. See `reset`."""
         return self.cache.overflowed
 
     @property
     def block_table(self) -> Integer[Array, "B pages"]:
+        """int32 ``[B, pages_per_row]``, of a paged cache."""
         return self.cache.block_table
 
     next_positions = Cache.next_positions
@@ -78,13 +84,36 @@ class HeldCache(abc.ABC):
         *,
         lengths: ArrayLike | None = None,
     ) -> Self:
-        """As `axattn.cache.Cache.append`."""
+        """The cache with more tokens at the end of each row: as `axattn.cache.Cache.append`.
+
+        Args:
+          key: ``[B, T, K, H]``, of all heads.
+          value: ``[B, T, K, h]``; None where values are in the keys.
+          lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
+
+        Raises:
+          ValueError: shapes that do not fit; tokens that do not fit, where this can be known.
+          TypeError: another dtype.
+        """
         key, value, counts = self._checked_tokens(key, value, lengths)
         counts, overflowed = self.whole._admitted(counts)
         return self._append(key, value, counts, overflowed)
 
     def attend(self, query: Float[Array, "B T N H"], **options: Any) -> Float[Array, "B T N h"]:
-        """As `axattn.cache.Cache.attend`. There is no dropout."""
+        """Attention of the newest tokens over the whole: as `axattn.cache.Cache.attend`.
+
+        Args:
+          query: ``[B, T, N, H]``, of all heads.
+          **options: as there, but for dropout.
+
+        Returns:
+          ``[B, T, N, h]``; with ``return_residual`` also the LSE ``[B, T, N]``.
+
+        Raises:
+          ValueError: shapes that do not fit.
+          TypeError: an argument that there is not, or that the cache knows itself.
+          NotImplementedError: dropout; the named implementation cannot take the call.
+        """
         arguments = {**_DEFAULTS, **self.whole._arguments(query, **options)}
         unknown = sorted(arguments.keys() - inspect.signature(dot_product_attention).parameters)
         if unknown:
@@ -97,15 +126,39 @@ class HeldCache(abc.ABC):
         return (out, lse) if call.return_residual else out
 
     def truncate(self, lengths: ArrayLike) -> Self:
-        """As `axattn.cache.Cache.truncate`."""
+        """The cache without the tokens at and after ``lengths``: as `axattn.cache.Cache.truncate`.
+
+        Args:
+          lengths: int or int ``[B]``: tokens that each row keeps.
+
+        Raises:
+          ValueError: negative lengths, or another shape; what a ring no longer has.
+          TypeError: lengths that are no integers.
+        """
         return dataclasses.replace(self, cache=self.cache.truncate(lengths))
 
     def reset(self, rows: ArrayLike | None = None) -> Self:
-        """As `axattn.cache.Cache.reset`."""
+        """The cache with rows emptied and their ``overflowed`` cleared.
+
+        Args:
+          rows: bool ``[B]``, True where a row is emptied; all by default.
+
+        Raises:
+          ValueError: ``rows`` of another dtype or shape.
+        """
         return dataclasses.replace(self, cache=self.cache.reset(rows))
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> Self:
-        """As `axattn.cache.PagedCache.with_table`; a page holds its slots of every shard."""
+        """As `axattn.cache.PagedCache.with_table`; a page holds its slots of every shard.
+
+        Args:
+          block_table: int ``[B, pages_per_row]``; -1 means none.
+          lengths: int ``[B]`` or int, of the tokens that are stored already.
+
+        Raises:
+          ValueError: another shape; lengths beyond ``capacity``.
+          TypeError: anything but integers.
+        """
         changed = self.whole.with_table(block_table, lengths)
         return self._with(block_table=changed.block_table, lengths=changed.lengths)
 

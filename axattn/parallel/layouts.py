@@ -1,6 +1,6 @@
 """Where tokens are: which positions each shard of a sequence has, and which shards need which.
 
-Shard r of n has the slots ``[r S / n, (r + 1) S / n)``. Its positions are, by layout:
+Shard r of n has the slots ``[r S / n, (r + 1) S / n)``. Its positions are, by layout::
 
     contiguous   those same numbers
     zigzag       of 2n chunks the r-th and the r-th from behind: causal masks then leave every shard
@@ -51,10 +51,31 @@ def runs(layout: str, shards: int, length: int) -> list[list[tuple[int, int]]]:
 
 
 def positions(layout: str, shards: int, length: int) -> np.ndarray:
-    """The position of every slot, int32 ``[length]``: also the order that brings tokens there.
+    """The position of every slot: also the order that brings tokens there.
 
-    >>> positions("zigzag", 2, 8).tolist()
-    [0, 1, 6, 7, 2, 3, 4, 5]
+    In "zigzag" a shard has one early and one late chunk, so that causal masks leave every shard the
+    same work (as in https://arxiv.org/abs/2407.21783, section 3.3.2).
+
+    Args:
+      layout: "contiguous" or "zigzag".
+      shards: of the sequence.
+      length: tokens of the whole; a multiple of ``shards``, or of twice as many for "zigzag".
+
+    Returns:
+      numpy int32 ``[length]``.
+
+    Raises:
+      ValueError: another layout, or a length that its chunks do not divide.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import parallel
+      >>> order = parallel.positions("zigzag", shards=2, length=8)
+      >>> order.tolist()
+      [0, 1, 6, 7, 2, 3, 4, 5]
+      >>> tokens = jnp.arange(8)[order]  # as layout="zigzag" has them; argsort brings them back
+      >>> tokens[order.argsort()].tolist()
+      [0, 1, 2, 3, 4, 5, 6, 7]
     """
     found = runs(layout, shards, length)
     return np.concatenate([np.arange(a, b + 1, dtype=np.int32) for row in found for a, b in row])
