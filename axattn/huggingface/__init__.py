@@ -1,5 +1,7 @@
 """Attention layers of Hugging Face checkpoints, as axattn's layers.
 
+::
+
     from axattn import huggingface
 
     config = huggingface.read_config(path)                 # a folder with config.json

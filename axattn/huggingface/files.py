@@ -22,7 +22,24 @@ _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """What the folder's config.json holds."""
+    """What the folder's config.json holds.
+
+    Args:
+      path: a folder, as transformers saves a model.
+
+    Raises:
+      FileNotFoundError: the folder has no config.json.
+      ValueError: it is no JSON.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> from axattn import huggingface
+      >>> config = json.dumps({"model_type": "llama"})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = pathlib.Path(folder, "config.json").write_text(config)
+      ...     huggingface.read_config(folder)
+      {'model_type': 'llama'}
+    """
     return json.loads((pathlib.Path(path) / "config.json").read_text("utf-8"))
 
 
@@ -37,10 +54,32 @@ def load(
       layers: which; all by default.
       dtype: as in `attention_params`.
 
+    Returns:
+      layer -> its tree of numpy arrays, as `attention_params` gives it.
+
     Raises:
       FileNotFoundError: the folder has no config.json or no .safetensors.
       ImportError: safetensors is not installed.
       KeyError, ValueError, NotImplementedError: as `attention_params`.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> import numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> from axattn import huggingface
+      >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+      >>> config = dict(model_type="llama", num_hidden_layers=1, **sizes)
+      >>> heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}  # of 8 features
+      >>> tensors = {
+      ...     f"model.layers.0.self_attn.{name}.weight": np.zeros((8 * n, 32), np.float32)
+      ...     for name, n in heads.items()
+      ... }
+      >>> with tempfile.TemporaryDirectory() as folder:  # as transformers saves a model
+      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+      ...     save_file(tensors, pathlib.Path(folder, "model.safetensors"))
+      ...     layers = huggingface.load(folder)
+      >>> {name: p["kernel"].shape for name, p in layers[0].items()}
+      {'query': (32, 4, 8), 'key': (32, 2, 8), 'value': (32, 2, 8), 'out': (4, 8, 32)}
     """
     config = read_config(path)
     if layers is None:

@@ -23,6 +23,15 @@ class AttentionSpec:
       latent: whether it is a ``MultiHeadLatentAttention``; else a ``GroupedQueryAttention``.
       fields: of that layer, by name; the same for Linen and NNX.
       is_causal: for the layer's calls.
+
+    Example:
+      >>> from axattn import huggingface
+      >>> spec = huggingface.attention_spec({"model_type": "qwen3", "num_key_value_heads": 8})
+      >>> spec.fields["num_heads"], spec.fields["num_kv_heads"], spec.head_dim
+      (32, 8, 128)
+      >>> layer = spec.linen(dtype="bfloat16")
+      >>> type(layer).__name__, layer.qk_norm
+      ('GroupedQueryAttention', 'rms')
     """
 
     family: str
@@ -38,10 +47,16 @@ class AttentionSpec:
         return self.fields["qkv_features"] // self.fields["num_heads"]
 
     def linen(self, **more: Any) -> Any:
-        """The Linen layer; ``more`` are fields besides these, or in their place.
+        """The Linen layer.
 
         Give it a ``dtype`` to compute in. Without one it is what inputs and parameters have in
         common, and Gemma 3's norms are float32.
+
+        Args:
+          **more: fields besides these, or in their place.
+
+        Raises:
+          TypeError: a field that the layer does not have.
         """
         from axattn import linen
 
@@ -49,7 +64,15 @@ class AttentionSpec:
         return cls(**{**self.fields, **more})
 
     def nnx(self, *, rngs: Any, **more: Any) -> Any:
-        """The NNX layer, as `linen`; give it its parameters with ``nnx.update(layer, params)``."""
+        """The NNX layer, as `linen`; give it its parameters with ``nnx.update(layer, params)``.
+
+        Args:
+          rngs: ``nnx.Rngs``, of the initial parameters.
+          **more: arguments besides these, or in their place.
+
+        Raises:
+          TypeError: an argument that the layer does not have.
+        """
         from axattn import nnx
 
         fields = {"in_features": self.in_features, **self.fields, **more}
@@ -69,6 +92,13 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
       NotImplementedError: a ``model_type``, or a feature of it, that is not read here.
       ValueError: no such layer; a rotary embedding whose numbers are not all there.
       TypeError: ``config`` is no mapping.
+
+    Example:
+      >>> from axattn import huggingface
+      >>> config = {"model_type": "gemma2"}  # of all else what transformers takes it to be
+      >>> local, everywhere = (huggingface.attention_spec(config, layer) for layer in (0, 1))
+      >>> local.fields["window"], everywhere.fields["window"]
+      ((4095, 0), None)
     """
     config = text_config(config)
     kind = config["model_type"]

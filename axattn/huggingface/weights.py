@@ -40,6 +40,22 @@ def attention_params(
       KeyError: a tensor is not there; the message has its name.
       ValueError: a tensor's shape is not what the configuration says, or its scales' shape.
       NotImplementedError: as `attention_spec`; and weights in codes other than those above.
+
+    Example:
+      >>> import numpy as np
+      >>> from axattn import huggingface
+      >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+      >>> config = dict(model_type="llama", num_hidden_layers=1, **sizes)
+      >>> tensors = {  # of a checkpoint: [features out, features in]
+      ...     "model.layers.0.self_attn.q_proj.weight": np.zeros((32, 32), np.float32),
+      ...     "model.layers.0.self_attn.k_proj.weight": np.zeros((16, 32), np.float32),
+      ...     "model.layers.0.self_attn.v_proj.weight": np.zeros((16, 32), np.float32),
+      ...     "model.layers.0.self_attn.o_proj.weight": np.zeros((32, 32), np.float32),
+      ... }
+      >>> params = huggingface.attention_params(tensors, config, layer=0)
+      >>> params["key"]["kernel"].shape  # [E, K, H]
+      (32, 2, 8)
+      >>> layer = huggingface.attention_spec(config).linen()  # layer.apply({"params": params}, x)
     """
     spec = attention_spec(config, layer)
     of = _Layer(tensors, spec, config, dtype)
