@@ -49,13 +49,13 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from axattn import checkpoints, linen
-      >>> x = jnp.ones((1, 4, 32))
-      >>> trained = linen.MultiHeadAttention(num_heads=4).init(jax.random.key(0), x)
+      >>> x = jnp.ones((1, 8, 32))
+      >>> trained = jax.jit(linen.MultiHeadAttention(num_heads=4).init)(jax.random.key(0), x)
       >>> params = checkpoints.mha_to_gqa(trained, num_kv_heads=2)
       >>> params["params"]["key"]["kernel"].shape
       (32, 2, 8)
       >>> linen.GroupedQueryAttention(num_heads=4, num_kv_heads=2).apply(params, x).shape
-      (1, 4, 32)
+      (1, 8, 32)
     """
     try:
         num_kv_heads = operator.index(num_kv_heads)

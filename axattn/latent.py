@@ -122,15 +122,15 @@ def latent_attention(
     Example:
       >>> import jax.numpy as jnp
       >>> from axattn import latent
-      >>> query = jnp.ones((1, 6, 4, 24))  # four heads, D = 16 and P = 8
-      >>> c, key_rope = jnp.ones((1, 6, 32)), jnp.ones((1, 6, 8))  # R = 32
+      >>> query = jnp.ones((1, 5, 4, 24))  # four heads, D = 16 and P = 8
+      >>> c, key_rope = jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))  # R = 32
       >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
       >>> forms = [
       ...     latent.latent_attention(query, c, key_rope, key_up, value_up, form=form)
       ...     for form in ("naive", "absorbed")
       ... ]
       >>> forms[0].shape, bool(jnp.allclose(*forms))
-      ((1, 6, 4, 16), True)
+      ((1, 5, 4, 16), True)
     """
     sizes = _sizes(query, latent, key_rope, key_up, value_up)
     if form is None:
@@ -173,11 +173,11 @@ def write_out(
     Example:
       >>> import jax.numpy as jnp
       >>> from axattn import latent
-      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
       >>> c, key_rope = jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))
       >>> key, value = latent.write_out(c, key_rope, key_up, value_up)
       >>> key.shape, value.shape
-      ((1, 5, 4, 24), (1, 5, 4, 12))
+      ((1, 5, 4, 24), (1, 5, 4, 16))
     """
     key = jnp.einsum("...sr,rnd->...snd", latent, key_up, precision=precision)
     value = jnp.einsum("...sr,rnh->...snh", latent, value_up, precision=precision)
@@ -282,9 +282,9 @@ def attend(
       >>> from axattn.cache import DenseCache
       >>> cache = DenseCache.create(1, 16, **latent.cache_sizes(32, 8), dtype="float32")
       >>> cache = cache.append(jnp.ones((1, 5, 1, 40)))  # latents and rotated features of 5 tokens
-      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
       >>> latent.attend(cache, jnp.ones((1, 1, 4, 24)), key_up, value_up).shape
-      (1, 1, 4, 12)
+      (1, 1, 4, 16)
     """
     rank, rope = _check_cache(cache)
     _check_ups(query, rank, rope, key_up, value_up)
@@ -338,12 +338,12 @@ def extend(
       >>> import jax.numpy as jnp
       >>> from axattn import latent
       >>> from axattn.cache import DenseCache
-      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 12))
-      >>> cache = DenseCache.create(2, 16, **latent.cache_sizes(32, 8), dtype="int8")
-      >>> prompt = jnp.ones((2, 3, 4, 24)), jnp.ones((2, 3, 32)), jnp.ones((2, 3, 8))
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> cache = DenseCache.create(1, 16, **latent.cache_sizes(32, 8), dtype="float32")
+      >>> prompt = jnp.ones((1, 5, 4, 24)), jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))
       >>> out, cache = latent.extend(cache, *prompt, key_up, value_up)
       >>> out.shape, cache.lengths.tolist()
-      ((2, 3, 4, 12), [3, 3])
+      ((1, 5, 4, 16), [5])
     """
     sizes = _sizes(query, latent, key_rope, key_up, value_up)
     _check_cache(cache, sizes["rank"], sizes["rope_dim"])

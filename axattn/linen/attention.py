@@ -89,12 +89,12 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       >>> layer = linen.MultiHeadDotProductAttention(
       ...     num_heads=4, num_kv_heads=2, rope=RotaryEmbedding(), window=(3, 0)
       ... )
-      >>> x = jnp.ones((2, 8, 32))  # [B, T, E]
-      >>> params = layer.init(jax.random.key(0), x)
+      >>> x = jnp.ones((1, 8, 32))  # [B, T, E]
+      >>> params = jax.jit(layer.init)(jax.random.key(0), x)
       >>> params["params"]["key"]["kernel"].shape  # [E, K, H]
       (32, 2, 8)
       >>> layer.apply(params, x, is_causal=True).shape
-      (2, 8, 32)
+      (1, 8, 32)
     """
 
     attention_fn: Callable[..., Array] = dot_product_attention
@@ -392,7 +392,8 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
       >>> import jax, jax.numpy as jnp
       >>> from axattn import Mask, linen
       >>> layer, x = linen.SelfAttention(num_heads=4), jnp.ones((1, 8, 32))
-      >>> out, _ = layer.init_with_output(jax.random.key(0), x, Mask.causal())
+      >>> init = jax.jit(layer.init_with_output)
+      >>> out, params = init(jax.random.key(0), x, Mask.causal())
       >>> out.shape
       (1, 8, 32)
     """
@@ -462,9 +463,9 @@ class GroupedQueryAttention(MultiHeadDotProductAttention):
       >>> from axattn import linen
       >>> from axattn.cache import DenseCache
       >>> layer, x = linen.GroupedQueryAttention(num_heads=4, num_kv_heads=2), jnp.ones((1, 8, 32))
-      >>> params = layer.init(jax.random.key(0), x)
+      >>> params = jax.jit(layer.init)(jax.random.key(0), x)
       >>> cache = DenseCache.create(1, 16, num_kv_heads=2, head_dim=8, dtype="int8")
-      >>> y, cache = layer.apply(params, x, cache=cache)  # a prompt; then x[:, :1], and so on
+      >>> y, cache = jax.jit(layer.apply)(params, x, cache=cache)  # a prompt; then x[:, :1]...
       >>> y.shape, cache.lengths.tolist()
       ((1, 8, 32), [8])
     """

@@ -62,9 +62,9 @@ class MultiHeadLatentAttention(nn.Module):
       ...     num_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
       ... )
       >>> x = jnp.ones((1, 6, 32))
-      >>> params = layer.init(jax.random.key(0), x)
+      >>> params = jax.jit(layer.init)(jax.random.key(0), x)
       >>> cache = DenseCache.create(1, 16, **layer.cache_sizes, dtype="float32")
-      >>> y, cache = layer.apply(params, x, cache=cache)
+      >>> y, cache = jax.jit(layer.apply)(params, x, cache=cache)
       >>> y.shape, cache.bytes_per_token  # 16 + 4 numbers
       ((1, 6, 32), 80)
     """
