@@ -45,16 +45,26 @@ class Mask:
     """What each query may attend to: a conjunction of structured parts, combined with ``&``.
 
     True means attend. A mask is a pytree (arrays inside it are traced, batched and donated like any
-    other) and broadcasts over heads unless it holds a dense array with a head dimension.
+    other) and broadcasts over heads unless it holds a dense array with a head dimension. The
+    constructors are the static methods `causal`, `window`, `segments`, `lengths`, `prefix` and
+    `dense`; ``Mask()`` allows everything. Equal masks have the same parts in the same order.
 
-    >>> mask = Mask.causal() & Mask.window(2, 0)
-    >>> mask.materialize(4, 4)[0, 0].astype(int)
-    Array([[1, 0, 0, 0],
-           [1, 1, 0, 0],
-           [1, 1, 1, 0],
-           [0, 1, 1, 1]], dtype=int32)
+    Attributes:
+      parts: the conjuncts, as the constructors make them; none allows everything.
 
-    The constructors are the static methods below; ``Mask()`` allows everything.
+    Raises:
+      TypeError: by ``&``, for anything but another mask.
+
+    Example:
+      >>> from axattn import Mask
+      >>> mask = Mask.causal() & Mask.window(2, 0)
+      >>> mask.materialize(4, 4)[0, 0].astype(int)
+      Array([[1, 0, 0, 0],
+             [1, 1, 0, 0],
+             [1, 1, 1, 0],
+             [0, 1, 1, 1]], dtype=int32)
+      >>> mask.block_map(4, 4, 2, 2)[0].tolist()  # 0 is empty, 1 partial, 2 full
+      [[1, 0], [1, 1]]
     """
 
     parts: tuple[Part, ...] = ()
@@ -70,14 +80,40 @@ class Mask:
 
     @staticmethod
     def causal(offset: int | jax.Array = 0) -> Mask:
-        """Key position <= query position + ``offset`` (int, or int array, one per batch row)."""
+        """Key position <= query position + ``offset``.
+
+        Args:
+          offset: int, known while tracing, or an int array ``[]`` or ``[B]``, one per batch row.
+
+        Raises:
+          TypeError: ``offset`` is no integer.
+          ValueError: numbers that do not fit int32.
+
+        Example:
+          >>> from axattn import Mask
+          >>> mask = Mask.causal(1)  # one token into the future
+          >>> mask.materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+        """
         return Mask((Causal(_integer("offset", offset)),))
 
     @staticmethod
     def window(left: int | None, right: int | None) -> Mask:
         """Keys from ``left`` positions before the query to ``right`` after it, both inclusive.
 
-        ``None`` is no bound on that side. ``window(L, 0)`` never sees the future.
+        The token itself is always inside, and ``window(L, 0)`` never sees the future.
+
+        Args:
+          left: int >= 0, or None, which is no bound on that side.
+          right: likewise, of later positions.
+
+        Raises:
+          ValueError: anything else.
+
+        Example:
+          >>> from axattn import Mask
+          >>> Mask.window(1, 0).materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
         """
         for name, value in (("left", left), ("right", right)):
             if value is not None and (not _is_int(value) or value < 0):
@@ -88,7 +124,19 @@ class Mask:
     def segments(q_ids: jax.Array, kv_ids: jax.Array | None = None) -> Mask:
         """Packed sequences: a query attends to keys with its own segment id.
 
-        ``q_ids`` int ``[..., T]``; ``kv_ids`` int ``[..., S]``, by default ``q_ids``.
+        Args:
+          q_ids: int ``[..., T]``.
+          kv_ids: int ``[..., S]``; by default ``q_ids``.
+
+        Raises:
+          TypeError: ids that are no integers, or a scalar.
+          ValueError: ids that do not fit int32.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn import Mask
+          >>> Mask.segments(jnp.array([0, 0, 1])).materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
         """
         kv_ids = q_ids if kv_ids is None else kv_ids
         ids = []
@@ -103,7 +151,22 @@ class Mask:
     def lengths(q: int | jax.Array | None = None, kv: int | jax.Array | None = None) -> Mask:
         """Only the first ``q`` query slots and the first ``kv`` key slots are real.
 
-        Each is ``None``, an int, or an int array with one length per batch row.
+        Key slots behind them may hold anything, NaN included.
+
+        Args:
+          q: None, an int, or an int array ``[B]``, one per batch row.
+          kv: None, an int, or an int array ``[B]``, of key slots.
+
+        Raises:
+          TypeError: lengths that are no integers.
+          ValueError: numbers that do not fit int32.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn import Mask
+          >>> Mask.lengths(q=2, kv=1).materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+          >>> ragged = Mask.lengths(kv=jnp.array([1, 3]))  # of a batch of two
         """
         return Mask(
             (
@@ -116,12 +179,41 @@ class Mask:
 
     @staticmethod
     def prefix(length: int | jax.Array) -> Mask:
-        """Prefix-LM: the first ``length`` positions see each other, the rest is causal."""
+        """Prefix-LM: the first ``length`` positions see each other, the rest is causal.
+
+        The rule is that of https://arxiv.org/abs/1910.10683, section 3.2.
+
+        Args:
+          length: int, known while tracing, or an int array ``[]`` or ``[B]``, one per batch row.
+
+        Raises:
+          TypeError: ``length`` is no integer.
+          ValueError: numbers that do not fit int32.
+
+        Example:
+          >>> from axattn import Mask
+          >>> Mask.prefix(2).materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+        """
         return Mask((Prefix(_integer("length", length)),))
 
     @staticmethod
     def dense(array: jax.Array) -> Mask:
-        """Any boolean array that broadcasts to ``[..., N, T, S]``."""
+        """Any boolean array: the part without a structure, which costs T x S memory.
+
+        Args:
+          array: bool, broadcastable to ``[..., N, T, S]``; True means attend.
+
+        Raises:
+          TypeError: an array of another dtype.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn import Mask
+          >>> mask = Mask.causal() & Mask.dense(jnp.array([True, False, True]))  # of keys
+          >>> mask.materialize(3, 3)[0, 0].astype(int).tolist()
+          [[1, 0, 0], [1, 0, 0], [1, 0, 1]]
+        """
         array = jnp.asarray(array)
         if array.dtype != jnp.bool_:
             raise TypeError(f"mask takes a boolean array (True = attend), got {array.dtype}")
@@ -147,7 +239,15 @@ class Mask:
     # ---- answers ------------------------------------------------------------------------------
 
     def tile(self, q: Span, kv: Span) -> jax.Array | None:
-        """Boolean scores mask of one tile, broadcastable to ``[B, N, q.size, kv.size]``."""
+        """The mask of one tile of scores, as an implementation asks for it.
+
+        Args:
+          q: the ``axattn.mask_parts.Span`` of its query slots.
+          kv: that of its key slots.
+
+        Returns:
+          bool, broadcastable to ``[B, N, q.size, kv.size]``; None where everything is allowed.
+        """
         ok = None
         for part in self.parts:
             allowed = part.allowed(q, kv)
@@ -157,8 +257,13 @@ class Mask:
     def block_rows(self, layout: Layout):
         """A function of a query block index giving its row of block states.
 
-        The row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``, ``FULL``: O(S / block)
-        memory, so that nothing of size (T / block) x (S / block) lives on the device.
+        Args:
+          layout: the ``axattn.mask_parts.Layout`` of a call, cut into blocks.
+
+        Returns:
+          A function of an int: its row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,
+          ``FULL``: O(S / block) memory, so that nothing of size (T / block) x (S / block) lives on
+          the device.
         """
         rows = [part.block_rows(layout) for part in self.parts]
 
@@ -181,10 +286,27 @@ class Mask:
         q_positions: jax.Array | None = None,
         kv_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """State of every block, int8 ``[B or 1, ceil(T / block_q), ceil(S / block_kv)]``.
+        """The state of every block of queries and keys: what lets implementations skip work.
 
-        ``EMPTY`` (0) and ``FULL`` (2) are promises, ``PARTIAL`` (1) is "look inside". Positions are
-        int32 ``[T]`` or ``[B, T]`` (``[S]``, ``[B, S]``), by default 0, 1, 2...
+        Args:
+          q_len: T.
+          kv_len: S.
+          block_q: query slots per block.
+          block_kv: key slots per block.
+          q_positions: int32 ``[T]`` or ``[B, T]``; by default 0, 1, 2...
+          kv_positions: int32 ``[S]`` or ``[B, S]``; likewise.
+
+        Returns:
+          int8 ``[B or 1, ceil(T / block_q), ceil(S / block_kv)]``. Empty (0) and full (2) are
+          promises, partial (1) is "look inside".
+
+        Raises:
+          ValueError: a block size below 1; an array in the mask that does not fit T or S.
+
+        Example:
+          >>> from axattn import Mask
+          >>> Mask.causal().block_map(6, 6, 2, 2)[0].tolist()
+          [[1, 0, 0], [2, 1, 0], [2, 2, 1]]
         """
         if block_q < 1 or block_kv < 1:
             raise ValueError(f"block_q and block_kv take ints >= 1, got {block_q}, {block_kv}")
@@ -208,7 +330,27 @@ class Mask:
         q_positions: jax.Array | None = None,
         kv_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The mask as a boolean array ``[B or 1, N or 1, T, S]``, for tests and pictures."""
+        """The mask as an array, for tests and pictures.
+
+        Args:
+          q_len: T.
+          kv_len: S.
+          q_positions: int32 ``[T]`` or ``[B, T]``; by default 0, 1, 2...
+          kv_positions: int32 ``[S]`` or ``[B, S]``; likewise.
+
+        Returns:
+          bool ``[B or 1, N or 1, T, S]``, True where the query attends to the key.
+
+        Raises:
+          ValueError: an array in the mask that does not fit T or S.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn import Mask
+          >>> newest = jnp.array([2])  # the query of a decode step, at position 2
+          >>> Mask.causal().materialize(1, 4, q_positions=newest)[0, 0].astype(int).tolist()
+          [[1, 1, 1, 0]]
+        """
         q = Span(0, q_len, positions_or_default(q_positions, q_len))
         kv = Span(0, kv_len, positions_or_default(kv_positions, kv_len))
         ok = self.normalized(None, q_len, kv_len).tile(q, kv)
@@ -244,13 +386,22 @@ class Mask:
     def normalized(self, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
         """The same mask with every array in canonical form: one batch dimension of B or 1.
 
-        ``lead`` are the call's leading dimensions (``None``: not known, take the arrays' own).
-        Raises ``ValueError`` where an array does not broadcast to the call.
+        Args:
+          lead: the call's leading dimensions; None: not known, take the arrays' own.
+          q_len: T.
+          kv_len: S.
+
+        Raises:
+          ValueError: an array that does not broadcast to the call.
         """
         return Mask(tuple(_normalize_part(part, lead, q_len, kv_len) for part in self.parts))
 
     def row(self, b: int | jax.Array) -> Mask:
-        """Batch row ``b`` of a normalized mask, as a mask for a batch of one."""
+        """Batch row ``b`` of a normalized mask, as a mask for a batch of one.
+
+        Args:
+          b: int, or an int array ``[]``; clipped to the rows that there are.
+        """
 
         def take(part):
             changes = {}
@@ -268,14 +419,14 @@ class Mask:
         return any(jnp.ndim(leaf) and leaf.shape[0] > 1 for leaf in jax.tree.leaves(self))
 
     def kv_lengths(self) -> Any:
-        """Number of leading key slots that are real (int or int32 ``[B]``), or None for all.
+        """Number of leading key slots that are real: int, int32 ``[B]``, or None for all.
 
         Slots behind it may hold anything, NaN included: implementations must not let them through.
         """
         return _least(part.kv for part in self.parts if isinstance(part, Lengths))
 
     def q_lengths(self) -> Any:
-        """Likewise for the query slots."""
+        """Number of leading query slots that are real: int, int32 ``[B]``, or None for all."""
         return _least(part.q for part in self.parts if isinstance(part, Lengths))
 
 
