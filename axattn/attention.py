@@ -79,7 +79,7 @@ def dot_product_attention(
       local_window_size: (left, right), inclusive, or one int for both; None on a side is no bound.
         The token itself is always inside; (L, 0) never sees the future.
       implementation: None picks by platform and shape; a name is strict; a sequence of names is an
-        order of preference. See `explain_implementations`.
+        order of preference. See `axattn.explain_implementations`.
       return_residual: also return the log-sum-exp of the scores.
       logits_soft_cap: cap * tanh(scores / cap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
       sinks: ``[N]`` floating point, one extra logit per head in the softmax's denominator

@@ -230,7 +230,8 @@ def problems(item: public.Public) -> list[str]:
 
 
 WALK = tuple(public.walk())
-NAMES = frozenset(item.name for item in WALK)
+# What a link can lead to: constants have no entry of their own.
+NAMES = frozenset(item.name for item in WALK if item.kind != "constant")
 EXCEPTIONS = {_last(item.name): item.object for item in WALK if item.kind == "class"}
 
 

@@ -107,11 +107,11 @@ class ShardedCache(HeldCache):
         Args:
           kind: `axattn.cache.DenseCache`, `axattn.cache.PagedCache` or, where no sequence is shared
             out, `axattn.cache.RingCache`.
-          *sizes, **options: of the whole, as ``kind.create`` takes them. ``num_pages`` are those of
-            all pools.
+          *sizes: of the whole, as ``kind.create`` takes them. ``num_pages`` are those of all pools.
           axes: which axes of the mesh share out what.
           mesh: by default that of the context (``jax.set_mesh``).
           abstract: shapes with shardings in place of arrays, to compile without devices.
+          **options: the other arguments of ``kind.create``, likewise of the whole.
 
         Raises:
           ValueError: sizes that the axes do not divide, an axis that the mesh does not have, no

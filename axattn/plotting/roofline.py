@@ -97,13 +97,13 @@ def plot_roofline(
 
     The roof is the lesser of the chip's arithmetic and of what its memory can feed (Williams,
     Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785), from the vendors' peaks
-    in `axattn.aot.TARGETS`. A program that was measured is filled and stands at its own rate; the
+    in ``axattn.aot.TARGETS``. A program that was measured is filled and stands at its own rate; the
     legend says what share of the roof that is. One that was not is hollow and stands on the roof:
     no run can be faster, and nothing is said of how much slower it is.
 
     Args:
       points: the programs.
-      target: the chip, a name in `axattn.aot.TARGETS` or a ``Target``.
+      target: the chip, a name in ``axattn.aot.TARGETS`` or an `axattn.aot.Target`.
       title: by default the chip.
       ax: where to draw; by default in a new figure.
 
