@@ -31,7 +31,7 @@ def test_pixels_are_the_weights():
             np.testing.assert_allclose(pixel(ax, key, query, image), want, atol=0.02)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 7, 8, 16, 32])
+@pytest.mark.parametrize("heads", [1, 3, 4, 7, 32])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_legible(heads, labelled):
     labels = dict(query_labels=TOKENS, key_labels=TOKENS) if labelled and heads <= 8 else {}

@@ -48,7 +48,7 @@ def test_the_roof_has_a_ridge_where_both_peaks_meet():
     check_legible(ax.figure)
 
 
-@pytest.mark.parametrize("name", [name for name, t in aot.TARGETS.items() if t.peak_bf16_flops])
+@pytest.mark.parametrize("name", ["v5e", "v5p", "b200"])
 def test_chips_and_many_programs(name):
     points = [
         RooflinePoint(f"{name}, GroupedQueryAttention {i}", 10.0**i * 1e6, 1e9, None, i % 2 > 0)
