@@ -9,7 +9,7 @@ import shlex
 import jax
 import pytest
 
-from tests import markdown
+from tests import markdown, public
 from tests.markdown import ROOT
 
 DOCS = ROOT / "docs"
@@ -41,6 +41,15 @@ def test_code_that_is_wrong_is_found(tmp_path):
     page.write_text("```python\nx = 1\n```\n\n```pycon\n>>> x + 1\n3\n\n```\n")
     with pytest.raises(AssertionError, match="Expected:\n    3\nGot:\n    2"):
         markdown.run(page, markdown.blocks(page, "python", "pycon"))
+
+
+def test_every_public_module_has_a_page():
+    pages = {
+        module
+        for path in (DOCS / "api").glob("*.md")
+        for module in re.findall(r"automodule:: (\S+)", path.read_text("utf-8"))
+    }
+    assert pages == set(public.MODULES)
 
 
 # ---- commands ---------------------------------------------------------------------------------
