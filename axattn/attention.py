@@ -184,7 +184,7 @@ def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
       **kwargs: likewise, by name.
 
     Returns:
-      A dict: name of every implementation -> None where it takes the call, else the reason why not.
+      A dict, name of every implementation -> None where it takes the call, else the reason why not.
       Its ``chosen`` is the one that ``implementation=None`` takes here, ``by_platform`` says it of
       every platform, and printed it is a table.
 

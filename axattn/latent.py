@@ -59,12 +59,12 @@ def preferred_form(
     DeepSeek-V3's sizes have them meet at T of about 170 where S is long.
 
     Args:
-      q_len: T.
-      kv_len: S.
-      rank: R.
-      nope_dim: D.
-      rope_dim: P.
-      value_dim: h.
+      q_len: T, query slots.
+      kv_len: S, key slots.
+      rank: R, the size of a latent.
+      nope_dim: D, features of a key without positions.
+      rope_dim: P, those with positions.
+      value_dim: h, the size of a value.
 
     Returns:
       ``"naive"`` or ``"absorbed"``.
@@ -226,11 +226,11 @@ def cache_sizes(kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, Any]:
     """What ``create`` of any cache takes so that it stores R + P numbers per token, once.
 
     Args:
-      kv_lora_rank: R.
-      qk_rope_head_dim: P.
+      kv_lora_rank: R, the size of a latent.
+      qk_rope_head_dim: P, rotated features of a key.
 
     Returns:
-      Keyword arguments: ``num_kv_heads``, ``head_dim``, ``value_head_dim`` and ``values_in_keys``.
+      ``num_kv_heads``, ``head_dim``, ``value_head_dim`` and ``values_in_keys``, by name.
 
     Example:
       >>> from axattn import latent

@@ -261,7 +261,7 @@ class Mask:
           layout: the ``axattn.mask_parts.Layout`` of a call, cut into blocks.
 
         Returns:
-          A function of an int: its row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,
+          A function of an int, whose row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,
           ``FULL``: O(S / block) memory, so that nothing of size (T / block) x (S / block) lives on
           the device.
         """
@@ -289,8 +289,8 @@ class Mask:
         """The state of every block of queries and keys: what lets implementations skip work.
 
         Args:
-          q_len: T.
-          kv_len: S.
+          q_len: T, query slots.
+          kv_len: S, key slots.
           block_q: query slots per block.
           block_kv: key slots per block.
           q_positions: int32 ``[T]`` or ``[B, T]``; by default 0, 1, 2...
@@ -333,8 +333,8 @@ class Mask:
         """The mask as an array, for tests and pictures.
 
         Args:
-          q_len: T.
-          kv_len: S.
+          q_len: T, query slots.
+          kv_len: S, key slots.
           q_positions: int32 ``[T]`` or ``[B, T]``; by default 0, 1, 2...
           kv_positions: int32 ``[S]`` or ``[B, S]``; likewise.
 
@@ -388,8 +388,8 @@ class Mask:
 
         Args:
           lead: the call's leading dimensions; None: not known, take the arrays' own.
-          q_len: T.
-          kv_len: S.
+          q_len: T, query slots.
+          kv_len: S, key slots.
 
         Raises:
           ValueError: an array that does not broadcast to the call.

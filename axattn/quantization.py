@@ -102,7 +102,7 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
       dtype: int8, float8_e4m3fn or int4, as a dtype or its name.
 
     Returns:
-      A `Quantized`: codes ``[..., H]`` and scales float32 ``[...]``.
+      Codes ``[..., H]`` and scales, float32 ``[...]``, as a `Quantized`.
 
     Raises:
       TypeError: another ``dtype``.

@@ -13,6 +13,8 @@
   and need none.
 * A name between single backticks is a link to a public name, and leads to one.
 * A constant is named, between double backticks, in the docstring of its module.
+* Sphinx reads what is meant: no entry is a letter and a full stop, which begin a list, and the
+  first line of ``Returns:`` has no colon, before which napoleon looks for a type.
 """
 
 from __future__ import annotations
@@ -224,6 +226,16 @@ def problems(item: public.Public) -> list[str]:
         ]
         found += [f"{name} is raised, not in Raises:" for name in sorted(raised(item) - {*errors})]
 
+    found += [
+        f"{name} reads as the item of a list: {said!r}"
+        for section in ("Args", "Attributes", "Raises")
+        for name, said in doc.entries(section).items()
+        if re.match(r"\s*\w\.(\s|$)", said)
+    ]
+    returns = re.sub(r"`.*?`", "", doc.sections.get("Returns", "").partition("\n")[0])
+    if ": " in returns:
+        found.append(f"Returns: begins with what reads as a type: {returns.strip()!r}")
+
     prose = re.sub(r"``.*?``", "", item.doc, flags=re.DOTALL)
     links = (" ".join(target.split()) for target in LINK.findall(prose))
     return found + [f"`{target}` leads nowhere" for target in links if leads_nowhere(target, item)]
@@ -326,7 +338,9 @@ def test_a_good_docstring_has_no_problems():
         ("x: ``[B, T]``", "x,\n        z: ``[B, T]``", "x is not in Args:"),
         ("x: ``[B, T]``", "x: [B, T]", "x is an array without a shape"),
         ("x: ``[B, T]``", "x: ``B x T``", "x is an array without a shape"),
+        ("factor: how much.", "factor: A.", "factor reads as the item of a list"),
         ("``[B, T]`` in its", "In its", "an array is returned"),
+        ("``[B, T]`` in its", "An array: ``[B, T]`` in its", "Returns: begins with"),
         ("ValueError: a", "TypeError: a", "ValueError is raised, not in Raises:"),
         ("ValueError: a", "ValueError, OSError: a", None),
         ("ValueError: a", "ValueError, Oops: a", "'Oops' in Raises: is no exception"),

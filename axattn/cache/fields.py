@@ -123,8 +123,8 @@ def bytes_per_token(
     """Bytes that a cache stores per token and layer, scales included.
 
     Args:
-      num_kv_heads: K.
-      head_dim: H.
+      num_kv_heads: K, key/value heads.
+      head_dim: H, the size of a key.
       value_head_dim: h; H by default.
       dtype: of keys and values, as in `DenseCache.create`.
       values_in_keys: values are the first h features of the keys, and take nothing.

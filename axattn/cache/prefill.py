@@ -40,10 +40,10 @@ def prefill(
       cache: whatever ``step`` takes and returns: a cache, or a tuple of one per layer.
       tokens: ``[B, T, ...]``, right-padded: token ids, or embeddings.
       lengths: int ``[B]``, real tokens per row; T by default. A row without tokens gives zeros.
-      chunk_size: C.
+      chunk_size: C, tokens of a chunk.
 
     Returns:
-      ``(last, cache)``: outputs ``[B, ...]`` at the last token of each row.
+      ``(last, cache)``; last are the outputs ``[B, ...]`` at the last token of each row.
 
     Raises:
       ValueError: arguments of other shapes; tokens that do not fit into a cache, where that can

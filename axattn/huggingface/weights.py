@@ -33,8 +33,8 @@ def attention_params(
         weights are stored as their differences from one.
 
     Returns:
-      The tree ``{"query": {"kernel": ...}, ...}`` of the layer that `attention_spec` describes,
-      of numpy arrays.
+      The tree of the layer that `attention_spec` describes, numpy arrays by the names of its
+      parameters, ``{"query": {"kernel": ...}, ...}``.
 
     Raises:
       KeyError: a tensor is not there; the message has its name.

@@ -39,7 +39,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     key/value head n // (N / K).
 
     Attributes:
-      num_heads: N.
+      num_heads: N, query heads.
       qkv_features: N * H, of all query heads together; by default E of the queries' inputs.
       out_features: D, of the output; by default E.
       dtype, param_dtype: of the computation (by default what inputs and parameters have in common)

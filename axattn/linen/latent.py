@@ -30,11 +30,11 @@ class MultiHeadLatentAttention(nn.Module):
     ``value_up`` (kernel ``[R, N, h]``) and ``out`` (kernel ``[N, h, features]``).
 
     Attributes:
-      num_heads: N.
+      num_heads: N, query heads.
       kv_lora_rank: R, the size of the latent.
       q_lora_rank: the size of the queries' own latent; None: queries are projected at once.
       qk_nope_head_dim, qk_rope_head_dim: D and P, a head's features without and with positions.
-      v_head_dim: h.
+      v_head_dim: h, the size of a value.
       out_features: of the result; E by default.
       rope: rotates the P features. DeepSeek's checkpoints have ``interleaved`` pairs.
       scale: of the logits; by default 1 / sqrt(D + P), times what YaRN in ``rope`` asks for:

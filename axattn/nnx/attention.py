@@ -55,7 +55,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     unchanged. Query head n reads key/value head n // (N / K).
 
     Args:
-      num_heads: N.
+      num_heads: N, query heads.
       in_features: E, of the queries' inputs.
       num_kv_heads: K; None means N, that is, multi-head attention. `axattn.checkpoints` turns the
         parameters of one into those of the other.

@@ -32,12 +32,12 @@ class MultiHeadLatentAttention(nnx.Module):
     ``[R, N, D]``), ``value_up`` (kernel ``[R, N, h]``) and ``out`` (kernel ``[N, h, features]``).
 
     Args:
-      num_heads: N.
-      in_features: E.
+      num_heads: N, query heads.
+      in_features: E, features of the inputs.
       kv_lora_rank: R, the size of the latent.
       q_lora_rank: the size of the queries' own latent; None: queries are projected at once.
       qk_nope_head_dim, qk_rope_head_dim: D and P, a head's features without and with positions.
-      v_head_dim: h.
+      v_head_dim: h, the size of a value.
       out_features: of the result; E by default.
       rope: rotates the P features. DeepSeek's checkpoints have ``interleaved`` pairs.
       scale: of the logits; by default 1 / sqrt(D + P), times what YaRN in ``rope`` asks for:

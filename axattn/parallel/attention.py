@@ -60,7 +60,7 @@ def attention(
       **options: as there. Dropout draws other bits than on one device.
 
     Returns:
-      ``[..., T, N, h]``, with ``return_residual`` also the LSE ``[..., T, N]``: as there, shared
+      ``[..., T, N, h]``, with ``return_residual`` also the LSE ``[..., T, N]``, as there; shared
       out as the query is.
 
     Raises:
@@ -120,8 +120,9 @@ def explain(
       **options: as in `attention`.
 
     Returns:
-      A cost for each strategy, of one device, forward: ``strategy``, ``refusal`` (why it does not
-      take the call, or None), ``sent`` and ``held`` bytes, ``flops``, ``seconds`` by arithmetic.
+      A cost for each strategy, of one device, forward. It has ``strategy``, ``refusal`` (why it
+      does not take the call, or None), ``sent`` and ``held`` bytes, ``flops``, and ``seconds`` by
+      arithmetic.
 
     Raises:
       ValueError, TypeError: what `attention` would raise for these arguments.

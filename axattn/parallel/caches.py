@@ -66,7 +66,7 @@ class ShardedCache(HeldCache):
       cache: arrays of all devices. The slots of a row or page come shard by shard, and heads are
         repeated where several devices have the same one.
       axes, mesh: what is shared out over what.
-      num_kv_heads: K.
+      num_kv_heads: K, key/value heads.
 
     Raises:
       ValueError, TypeError: by `create` and its methods, as `axattn.cache.Cache`; and sizes that
