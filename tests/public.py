@@ -56,20 +56,17 @@ class Public:
         if self.kind == "constant":
             return ""
         if self.kind in ("method", "property"):
-            # inspect finds what a method inherits by way of its class only.
-            static = inspect.getattr_static(self.owner, self.name.rpartition(".")[2])
-            return inspect.getdoc(static) or _inherited(self) or ""
+            return inspect.getdoc(self.object) or _inherited(self)
         own = self.object.__doc__ if inspect.isclass(self.object) else inspect.getdoc(self.object)
         return inspect.cleandoc(own or "")
 
 
-def _inherited(item: Public) -> str | None:
+def _inherited(item: Public) -> str:
     name = item.name.rpartition(".")[2]
-    for base in item.owner.__mro__:
-        doc = inspect.getdoc(base.__dict__[name]) if name in base.__dict__ else None
-        if doc:
-            return doc
-    return None
+    docs = (
+        inspect.getdoc(vars(base).get(name)) for base in item.owner.__mro__ if name in vars(base)
+    )
+    return next(filter(None, docs), "")
 
 
 def walk(modules: tuple[str, ...] = MODULES) -> Iterator[Public]:

@@ -13,8 +13,9 @@
   and need none.
 * A name between single backticks is a link to a public name, and leads to one.
 * A constant is named, between double backticks, in the docstring of its module.
-* Sphinx reads what is meant: no entry is a letter and a full stop, which begin a list, and the
-  first line of ``Returns:`` has no colon, before which napoleon looks for a type.
+* Sphinx reads what is meant: no entry is a letter and a full stop, which begin a list, the first
+  line of ``Returns:`` and of a property has no colon, before which napoleon looks for a type, and an entry of
+  ``Attributes:`` has one name, for of several all but the last would be its type.
 """
 
 from __future__ import annotations
@@ -232,9 +233,12 @@ def problems(item: public.Public) -> list[str]:
         for name, said in doc.entries(section).items()
         if re.match(r"\s*\w\.(\s|$)", said)
     ]
-    returns = re.sub(r"`.*?`", "", doc.sections.get("Returns", "").partition("\n")[0])
+    if re.search(r"^  \w+, [\w, ]+:", doc.sections.get("Attributes", ""), re.M):
+        found.append("Attributes: has an entry of several names")
+    returns = doc.summary if item.kind == "property" else doc.sections.get("Returns", "")
+    returns = re.sub(r"`.*?`", "", returns.partition("\n")[0]).strip()
     if ": " in returns:
-        found.append(f"Returns: begins with what reads as a type: {returns.strip()!r}")
+        found.append(f"what is returned begins with what reads as a type: {returns!r}")
 
     prose = re.sub(r"``.*?``", "", item.doc, flags=re.DOTALL)
     links = (" ".join(target.split()) for target in LINK.findall(prose))
@@ -340,7 +344,7 @@ def test_a_good_docstring_has_no_problems():
         ("x: ``[B, T]``", "x: ``B x T``", "x is an array without a shape"),
         ("factor: how much.", "factor: A.", "factor reads as the item of a list"),
         ("``[B, T]`` in its", "In its", "an array is returned"),
-        ("``[B, T]`` in its", "An array: ``[B, T]`` in its", "Returns: begins with"),
+        ("``[B, T]`` in its", "An array: ``[B, T]`` in its", "what is returned begins with"),
         ("ValueError: a", "TypeError: a", "ValueError is raised, not in Raises:"),
         ("ValueError: a", "ValueError, OSError: a", None),
         ("ValueError: a", "ValueError, Oops: a", "'Oops' in Raises: is no exception"),
@@ -366,9 +370,11 @@ def test_no_docstring_is_found(monkeypatch):
 def test_classes_are_looked_at(monkeypatch):
     whole, array = public.of_object("axattn.Made", Made, axattn)
     assert problems(whole) == ["`scaled` leads nowhere"] and problems(array) == []
-    monkeypatch.setattr(Made, "array", property(Made.array.fget, doc="It."))
+    monkeypatch.setattr(array.object, "__doc__", "It.")
     assert problems(array) == ["an array is returned, of a shape that is not said"]
-    monkeypatch.setattr(Made, "__doc__", Made.__doc__.replace("size: of it.", ""))
+    monkeypatch.setattr(Made, "__doc__", Made.__doc__.replace("size: of", "size, kind: of"))
+    assert "Attributes: has an entry of several names" in problems(whole)
+    monkeypatch.setattr(Made, "__doc__", Made.__doc__.replace("size, kind: of it.", ""))
     assert "size is not in Args: or Attributes:" in problems(whole)
 
 

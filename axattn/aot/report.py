@@ -180,7 +180,7 @@ class Report:
 
     @property
     def hbm_bytes(self) -> int | None:
-        """`total_bytes` where the target has HBM, else None: host memory is not HBM."""
+        """`total_bytes` where the target has HBM, else None, for host memory is not HBM."""
         return self.total_bytes if self.target != "cpu" else None
 
     @property
@@ -190,7 +190,7 @@ class Report:
 
     @property
     def memory(self) -> str:
-        """What the byte counts are of: ``"HBM"`` or ``"host memory"``."""
+        """What the byte counts are of, ``"HBM"`` or ``"host memory"``."""
         return "host memory" if self.target == "cpu" else "HBM"
 
     def hlo_text(self) -> str:

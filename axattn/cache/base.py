@@ -45,7 +45,8 @@ class Cache(abc.ABC):
         token must not stand where the missing one was. ``checkify`` raises (debug checks).
       key_center: float32 ``[K, H]`` or None: subtracted from keys before they are stored.
       dtype: name of the dtype of keys and values.
-      head_dim, value_head_dim: H and h.
+      head_dim: H, the size of a key.
+      value_head_dim: h, the size of a value.
 
     Raises:
       ValueError: by its methods, for shapes that do not fit, and for tokens that do not fit where
@@ -100,7 +101,7 @@ class Cache(abc.ABC):
 
     @property
     def stores_floats(self) -> bool:
-        """Whether keys and values are stored as they are, in ``dtype``: not quantized."""
+        """Whether keys and values are stored as they are, in ``dtype``, not quantized."""
         return not quantization.is_quantized(self.dtype)
 
     @property

@@ -105,7 +105,7 @@ class PoolStatistics:
 
     @property
     def overhead(self) -> float:
-        """Token slots in use per token stored: 1.0 where every page is full, or none is used."""
+        """Token slots in use per token stored; 1.0 where every page is full, or none is used."""
         if not self.tokens_stored:
             return 1.0
         return self.pages_in_use * self.page_size / self.tokens_stored

@@ -42,21 +42,28 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       num_heads: N, query heads.
       qkv_features: N * H, of all query heads together; by default E of the queries' inputs.
       out_features: D, of the output; by default E.
-      dtype, param_dtype: of the computation (by default what inputs and parameters have in common)
-        and of the parameters.
-      dropout_rate, broadcast_dropout, deterministic: share of the weights that is dropped, whether
-        all rows and heads share one pattern, and whether nothing is dropped after all.
+      dtype: of the computation; by default what inputs and parameters have in common.
+      param_dtype: of the parameters.
+      dropout_rate: share of the weights that is dropped.
+      broadcast_dropout: one pattern of dropout for all rows and heads.
+      deterministic: no dropout after all; here or in the call.
       precision: of the matrix products.
-      kernel_init, out_kernel_init, bias_init, out_bias_init, use_bias: of the projections.
+      kernel_init: initial kernels of the projections.
+      out_kernel_init: that of ``out``; None: as ``kernel_init``.
+      bias_init: initial biases of the projections.
+      out_bias_init: that of ``out``; None: as ``bias_init``.
+      use_bias: whether projections have biases.
       attention_fn: what computes attention from the projections. Another function than axattn's is
         given what it takes, and what it does not take is an error where it was asked for.
       decode: Flax's own cache, one token at a time; ``cache=`` of a call does more.
       normalize_qk: Flax's name for ``qk_norm="layer"``.
       force_fp32_for_softmax: sow weights in float32; the softmax always is.
-      qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: Flax's hooks for
-        quantized training.
-      qk_attn_weights_einsum_cls, attn_weights_value_einsum_cls: likewise; both or neither. With
-        them all weights are written out.
+      qkv_dot_general: Flax's hook for quantized training, of the projections to heads.
+      out_dot_general: likewise, of ``out``.
+      qkv_dot_general_cls: likewise, a class that makes it.
+      out_dot_general_cls: likewise, of ``out``.
+      qk_attn_weights_einsum_cls: likewise, of the scores. With it all weights are written out.
+      attn_weights_value_einsum_cls: likewise, of the output; both or neither.
       num_kv_heads: K; None means N, that is, multi-head attention. `axattn.checkpoints` turns the
         parameters of one into those of the other.
       rope: rotates queries and keys by their positions: an `axattn.rotary.RotaryEmbedding`.

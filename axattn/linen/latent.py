@@ -33,19 +33,28 @@ class MultiHeadLatentAttention(nn.Module):
       num_heads: N, query heads.
       kv_lora_rank: R, the size of the latent.
       q_lora_rank: the size of the queries' own latent; None: queries are projected at once.
-      qk_nope_head_dim, qk_rope_head_dim: D and P, a head's features without and with positions.
+      qk_nope_head_dim: D, a head's features without positions.
+      qk_rope_head_dim: P, those with positions; even.
       v_head_dim: h, the size of a value.
       out_features: of the result; E by default.
       rope: rotates the P features. DeepSeek's checkpoints have ``interleaved`` pairs.
       scale: of the logits; by default 1 / sqrt(D + P), times what YaRN in ``rope`` asks for:
         `axattn.rotary.yarn_softmax_scale`.
-      window, logits_soft_cap, implementation: as in `MultiHeadDotProductAttention`.
+      window: as in `MultiHeadDotProductAttention`.
+      logits_soft_cap: logits become cap * tanh(logits / cap).
+      implementation: of `axattn.dot_product_attention`.
       form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
-      dropout_rate, broadcast_dropout, deterministic: as in Flax's layers.
-      dtype, param_dtype, precision, kernel_init, bias_init: likewise.
+      dropout_rate: share of the weights that is dropped.
+      broadcast_dropout: one pattern of dropout for all rows and heads.
+      deterministic: no dropout after all; here or in the call.
+      dtype: of the computation; by default what inputs and parameters have in common.
+      param_dtype: of the parameters.
+      precision: of the matrix products.
+      kernel_init: initial kernels.
+      bias_init: initial biases.
       logical_axes: as in `MultiHeadDotProductAttention`; besides, q_lora and kv_lora.
       attend: as in `axattn.latent.latent_attention`.
 
@@ -97,7 +106,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
-        """What ``create`` of a cache takes: R + P numbers per token."""
+        """What ``create`` of a cache takes, by name; it then has R + P numbers per token."""
         return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
 
     @nn.compact

@@ -163,7 +163,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
-        """What ``create`` of a cache takes: R + P numbers per token."""
+        """What ``create`` of a cache takes, by name; it then has R + P numbers per token."""
         return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
 
     def set_view(self, deterministic: bool | None = None) -> None:

@@ -65,7 +65,8 @@ class ShardedCache(HeldCache):
     Attributes:
       cache: arrays of all devices. The slots of a row or page come shard by shard, and heads are
         repeated where several devices have the same one.
-      axes, mesh: what is shared out over what.
+      axes: which axes of the mesh share out what.
+      mesh: the ``jax.sharding.Mesh``.
       num_kv_heads: K, key/value heads.
 
     Raises:
@@ -140,7 +141,7 @@ class ShardedCache(HeldCache):
 
     @property
     def shardings(self) -> ShardedCache:
-        """A NamedSharding in the place of each array: ``in_shardings``, say."""
+        """A NamedSharding in the place of each array, for ``in_shardings`` and the like."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs)
 
     @property

@@ -61,12 +61,12 @@ class HeldCache(abc.ABC):
 
     @property
     def lengths(self) -> Integer[Array, " B"]:
-        """int32 ``[B]``, tokens per row so far: of the whole rows."""
+        """int32 ``[B]``, tokens per row so far, of the whole rows."""
         return self.cache.lengths
 
     @property
     def overflowed(self) -> Bool[Array, " B"]:
-        """bool ``[B]``: under ``jit`` tokens for this row were refused. See `reset`."""
+        """bool ``[B]``, whether tokens for this row were refused under ``jit``; see `reset`."""
         return self.cache.overflowed
 
     @property
