@@ -62,6 +62,7 @@ def execute(name: str, *, tiny: bool = False, seconds_per_cell: int = 600) -> nb
         kernel_name="python3",
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
+        coalesce_streams=True,
     )
     client.execute(env=environment)
     return notebook
