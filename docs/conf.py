@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
+import re
 import shutil
 import sys
 
@@ -41,7 +43,8 @@ myst_heading_anchors = 3
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "signature"
+# The docstrings say more of an array than its type does: shape, dtype, unit.
+autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes of dataclasses are described once
@@ -55,5 +58,27 @@ def _bring_notebooks(_) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
+# What Python prints of defaults that have no other text.
+_SHORT = {
+    r"<function (?:\w+\.<locals>\.)?(\w+)(?: at 0x[0-9a-f]+)?>": r"\1",
+    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
+    r"mappingproxy\(\{\}\)": "{}",
+    # What Linen adds to every module's constructor.
+    r", parent=<flax[^>]*>, name=None": "",
+}
+
+
+def _signature(_, what, name, found, options, signature, returned):
+    """Signatures that can be read, those of NNX layers too, which a metaclass hides."""
+    if what == "class" and name.startswith("axattn.nnx."):
+        parameters = list(inspect.signature(found.__init__).parameters.values())[1:]
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        signature = str(inspect.Signature(plain))
+    for pattern, short in _SHORT.items():
+        signature = signature and re.sub(pattern, short, signature)
+    return signature, returned
+
+
 def setup(app) -> None:
     app.connect("builder-inited", _bring_notebooks)
+    app.connect("autodoc-process-signature", _signature)
