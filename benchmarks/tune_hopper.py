@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
     if jax.__version_info__ < (0, 11):
-        raise app.UsageError(f"the kernels need jax >= 0.11, got {jax.__version__}")
+        sys.exit(f"the kernels need jax >= 0.11 (Python >= 3.12), got {jax.__version__}")
     command = environment.command_line(sys.argv)
     stop = time.monotonic() + 60 * _BUDGET.value
     make = {"compile": compile_all, "measure": measure_all}[_MODE.value]

@@ -47,6 +47,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # see autodoc_typehints
 napoleon_use_ivar = True  # attributes of dataclasses are described once
 
 

@@ -56,6 +56,8 @@ def execute(name: str, *, tiny: bool = False, seconds_per_cell: int = 600) -> nb
     """
     notebook = read(name)
     environment = {**os.environ, TINY: "1" if tiny else "0", "MPLBACKEND": _INLINE}
+    if tiny:
+        environment.setdefault("XLA_FLAGS", _QUICK_TO_COMPILE)
     client = NotebookClient(
         notebook,
         timeout=seconds_per_cell,
@@ -67,6 +69,9 @@ def execute(name: str, *, tiny: bool = False, seconds_per_cell: int = 600) -> nb
     client.execute(env=environment)
     return notebook
 
+
+# Small sizes run in no time and compile as long as large ones.
+_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 # What Jupyter sets: pictures appear below their cells.
 _INLINE = "module://matplotlib_inline.backend_inline"
