@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: ``python -m sphinx -W docs docs/_build``."""
+"""How Sphinx builds the documentation: ``python -m sphinx -W docs docs/_build/html``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "Thumbs.db", ".DS_Store"]
+exclude_patterns = ["_build", "jupyter_execute", "Thumbs.db", ".DS_Store"]
 
 html_theme = "furo"
 html_title = f"axattn {version}"
