@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from axattn.cache import PagedCache, PagePool
+from axattn.cache import PagedCache, PagePool, PoolExhaustedError
 from examples.decoder import Decoder
 
 
@@ -61,11 +61,19 @@ class Server:
         What a prompt begins with is not read again where another text began with it.
 
         Raises:
-          PoolExhaustedError: there are too few pages.
-          ValueError: more prompts than ``rows``, or one that is longer than a row.
+          PoolExhaustedError: there are too few pages; nothing has changed then.
+          ValueError: more prompts than ``rows``, one without tokens or longer than a row; likewise.
         """
         prompts = [list(map(int, prompt)) for prompt in prompts]
-        sequences = [self.pool.allocate(prompt) for prompt in prompts]
+        self._check([len(prompt) for prompt in prompts])
+        sequences: list[int] = []
+        try:
+            for prompt in prompts:
+                sequences.append(self.pool.allocate(prompt))
+        except PoolExhaustedError:
+            for sequence in sequences:
+                self.pool.free(sequence)
+            raise
         starts = [self.pool.cached(sequence) for sequence in sequences]
         tails = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         self._run(sequences, tails)
@@ -75,12 +83,25 @@ class Server:
         """Appends a token to each sequence, by default its `newest`, and returns these tokens.
 
         Raises:
-          PoolExhaustedError: there are too few pages.
-          ValueError: as `start`.
+          PoolExhaustedError: there are too few pages; no sequence has changed then.
+          ValueError: more sequences than ``rows``, one of them twice, another number of tokens, or
+            a row that is full; likewise.
         """
+        sequences = list(sequences)
+        if len(set(sequences)) < len(sequences):
+            raise ValueError(f"sequences takes each once (fork one of them), got {sequences}")
         tokens = [self.newest[s] for s in sequences] if tokens is None else list(map(int, tokens))
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self.pool.append(sequence, [token])
+        if len(tokens) != len(sequences):
+            raise ValueError(f"tokens takes one for each of {len(sequences)}, got {len(tokens)}")
+        before = self.pool.lengths(sequences).tolist()
+        self._check([length + 1 for length in before])
+        try:
+            for sequence, token in zip(sequences, tokens, strict=True):
+                self.pool.append(sequence, [token])
+        except PoolExhaustedError:
+            for sequence, length in zip(sequences, before, strict=True):
+                self.pool.truncate(sequence, length)
+            raise
         self._run(sequences, [[token] for token in tokens])
         return tokens
 
@@ -90,18 +111,26 @@ class Server:
         self.newest[fork] = self.newest[sequence]
         return fork
 
+    def _check(self, lengths: Sequence[int]) -> None:
+        """Whether texts of these lengths can be the rows of a call."""
+        room = self._width * self.pool.page_size
+        if not 1 <= len(lengths) <= self._rows:
+            raise ValueError(f"a call takes 1 to {self._rows} rows, got {len(lengths)}")
+        if not 1 <= min(lengths) <= max(lengths) <= room:
+            raise ValueError(f"a row takes 1 to {room} tokens, got {list(lengths)}")
+
     def _run(self, sequences: Sequence[int], tokens: list[list[int]]) -> None:
         """The model on tokens that the pool has room for and the caches do not have."""
-        if len(sequences) > self._rows:
-            raise ValueError(f"sequences takes at most {self._rows} rows, got {len(sequences)}")
         empty = self._rows - len(sequences)
         counts = np.array([*map(len, tokens), *[0] * empty], np.int32)
         length = 1 << (int(counts.max()) - 1).bit_length()  # few shapes, few compilations
         padded = np.zeros((self._rows, length), np.int32)
         for row, row_tokens in enumerate(tokens):
             padded[row, : len(row_tokens)] = row_tokens
-        copies = np.full((2, self._rows), -1, np.int32)  # a row copies one page at most
         sources, targets = self.pool.take_copies()
+        # A row copies one page at most, but what was taken back may have left some.
+        width = self._rows * max(1, -(-len(sources) // self._rows))
+        copies = np.full((2, width), -1, np.int32)
         copies[0, : len(sources)], copies[1, : len(targets)] = sources, targets
         table = self.pool.block_table([*sequences, *[None] * empty], self._width)
         stored = np.array([*map(self.pool.cached, sequences), *[0] * empty], np.int32)

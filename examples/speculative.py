@@ -2,11 +2,12 @@
 
     got = speculate(model, caches, prompts, draft=ngram_draft, draft_size=4, max_new_tokens=32)
 
-A call of a model over a cache takes about as long for five tokens as for one: it reads the same
-parameters, keys and values. So something cheap drafts a few tokens, the model reads them together,
-and those that it would have taken itself stay; the cache is cut back behind them. The text is that
-of greedy decoding, token for token, whatever was drafted (Leviathan et al. 2022, arXiv:2211.17192,
-of which this is the case of temperature 0).
+On an accelerator a call of a model over a cache takes about as long for five tokens as for one: it
+reads the same parameters, keys and values. So something cheap drafts a few tokens, the model reads
+them together, and those that it would have taken itself stay; the cache is cut back behind them.
+Whatever was drafted, the text is that of greedy decoding, but for rounding where two tokens are
+about as likely (Leviathan et al. 2022, arXiv:2211.17192, of which this is the case of temperature
+0).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flax import nnx
 
 from axattn._typing import Array, Int
 from axattn.cache import Cache, prefill
+from examples.generation import overflowed
 
 
 class Speculated(NamedTuple):
@@ -29,7 +31,7 @@ class Speculated(NamedTuple):
     Attributes:
       tokens: int32 [B, max_new_tokens].
       calls: of the model, behind the prompts; greedy decoding makes max_new_tokens - 1.
-      accepted: how many drafted tokens stayed, of all rows.
+      accepted: how many drafted tokens are in ``tokens``, of all rows.
       drafted: how many there were.
     """
 
@@ -69,14 +71,16 @@ def speculate(
 
     Args:
       model: as `examples.generation.generate` takes it; an NNX module.
-      caches: empty ones for prompts, new tokens and ``draft_size`` more; they are donated.
+      caches: empty ones, with room for prompts, new tokens and ``draft_size`` more; rings with a
+        ``max_append`` of at least ``draft_size``, which is how far they can go back. They are
+        donated.
       prompts: tokens.
       draft: ``draft(text, draft_size)``: that many tokens that may follow. It sees one row's
         prompt and all of its new tokens.
       draft_size, max_new_tokens: at least 1.
 
     Raises:
-      ValueError: sizes below 1; and as the caches do.
+      ValueError: sizes below 1; a draft of another size; caches without that room.
     """
     for name, value in (("draft_size", draft_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -84,6 +88,7 @@ def speculate(
     texts = np.asarray(prompts).tolist()
     wanted = len(texts[0]) + max_new_tokens
     first, caches = _read(model, caches, jnp.asarray(prompts), chunk_size)
+    _check_room(caches, len(texts))
     for text, token in zip(texts, np.asarray(first).tolist(), strict=True):
         text.append(token)
     calls = accepted = drafted = 0
@@ -91,15 +96,28 @@ def speculate(
         goes_on = np.array([len(text) < wanted for text in texts])
         block = np.zeros((len(texts), 1 + draft_size), np.int32)
         for row in np.nonzero(goes_on)[0]:
-            block[row] = [texts[row][-1], *draft(texts[row], draft_size)]
+            guesses = list(draft(texts[row], draft_size))
+            if len(guesses) != draft_size:
+                raise ValueError(f"draft takes {draft_size} tokens to say, said {len(guesses)}")
+            block[row] = [texts[row][-1], *guesses]
         chosen, agreed, caches = _verify(model, caches, block, goes_on)
+        _check_room(caches, len(texts))
         for row in np.nonzero(goes_on)[0]:
+            accepted += min(int(agreed[row]), wanted - len(texts[row]))
             texts[row] += np.asarray(chosen)[row, : int(agreed[row]) + 1].tolist()
         calls += 1
-        accepted += int(np.asarray(agreed)[goes_on].sum())
         drafted += draft_size * int(goes_on.sum())
     tokens = np.array([text[:wanted] for text in texts], np.int32)[:, -max_new_tokens:]
     return Speculated(tokens, calls, accepted, drafted)
+
+
+def _check_room(caches: Any, batch: int) -> None:
+    full = np.nonzero(np.asarray(overflowed(caches, batch)))[0]
+    if full.size:
+        raise ValueError(
+            "caches takes room for prompts, new tokens and draft_size more, and rings with "
+            f"max_append >= draft_size; rows {full.tolist()} overflowed"
+        )
 
 
 @nnx.jit(static_argnames="chunk_size", donate_argnames="caches")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from axattn.cache import PoolExhaustedError
 from examples.generation import generate_without_cache
 from examples.serving import Server
 from tests.examples.models import VOCABULARY, small
@@ -72,7 +73,37 @@ def test_what_has_ended_is_found_again():
     assert made.newest[again] == newest
 
 
-def test_more_rows_than_there_are():
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (lambda made, _: made.start(prompts()), "a call takes 1 to 2 rows, got 3"),
+        (lambda made, _: made.start([[1], []]), r"a row takes 1 to 24 tokens, got \[1, 0\]"),
+        (lambda made, _: made.start([[1] * 25]), r"a row takes 1 to 24 tokens, got \[25\]"),
+        (lambda made, own: made.step([*own, *own]), "sequences takes each once"),
+        (lambda made, own: made.step(own, [1, 2]), "tokens takes one for each of 1, got 2"),
+    ],
+)
+def test_what_is_refused_changes_nothing(bad, message):
     made = server(rows=2)
-    with pytest.raises(ValueError, match="sequences takes at most 2 rows, got 3"):
-        made.start(prompts())
+    own = made.start(prompts()[:1])
+    before = made.pool.statistics()
+    with pytest.raises(ValueError, match=message):
+        bad(made, own)
+    assert made.pool.statistics() == before
+    np.testing.assert_array_equal(continued(made, own), greedy()[:1])
+
+
+def test_too_few_pages_change_nothing():
+    made = server(rows=2, num_pages=7)  # of 4 tokens: the two have 6 pages and need 7, then 8
+    texts = prompts()[:2, :12]
+    want = np.asarray(generate_without_cache(small(), texts[:1], max_new_tokens=NEW))
+    texts[1] = (texts[1] + 5) % VOCABULARY  # nothing in common
+    first, second = made.start(texts)
+    with pytest.raises(PoolExhaustedError):
+        made.start([texts[0][::-1]])
+    assert made.pool.lengths([first, second]).tolist() == [12, 12]
+    with pytest.raises(PoolExhaustedError):
+        made.step([first, second])
+    assert made.pool.lengths([first, second]).tolist() == [12, 12]
+    made.pool.free(second)
+    np.testing.assert_array_equal(continued(made, [first]), want)

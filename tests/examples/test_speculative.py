@@ -80,6 +80,30 @@ def test_ngram_draft(text, count, want):
     assert ngram_draft(text, count) == want
 
 
+@pytest.mark.parametrize("kind, sizes", [("dense", (LENGTH + 3, 8)), ("ring", (64, 1))])
+def test_caches_without_the_room(kind, sizes):
+    """A text that is silently another one would be the worst of answers."""
+    length, max_append = sizes
+    caches = make_caches(small().config, kind, 2, length, max_append=max_append)
+
+    def wrong(text, count):
+        return [(t + 1) % VOCABULARY for t in oracle(text, count)]
+
+    with pytest.raises(ValueError, match=r"caches takes room .* rows \[0, 1\] overflowed"):
+        speculate(small(), caches, prompts(), draft=wrong, draft_size=10, max_new_tokens=NEW)
+
+
+def test_what_is_accepted_is_in_the_text():
+    got = run(oracle, max_new_tokens=2)  # the prompt's token, and one of three drafted
+    assert (got.calls, got.accepted, got.drafted) == (1, 2, 2 * SIZE)
+    np.testing.assert_array_equal(got.tokens, greedy()[:, :2])
+
+
+def test_a_draft_of_another_size():
+    with pytest.raises(ValueError, match="draft takes 3 tokens to say, said 2"):
+        run(lambda text, count: [1] * (count - 1))
+
+
 @pytest.mark.parametrize("name", ["draft_size", "max_new_tokens"])
 def test_sizes(name):
     with pytest.raises(ValueError, match=f"{name} takes at least 1, got 0"):
