@@ -301,7 +301,8 @@ class Mask:
           promises, partial (1) is "look inside".
 
         Raises:
-          ValueError: a block size below 1; an array in the mask that does not fit T or S.
+          ValueError: a block size below 1; positions, or an array in the mask, that do not fit T
+            or S.
 
         Example:
           >>> from axattn import Mask
@@ -315,8 +316,8 @@ class Mask:
             kv_len,
             block_q,
             block_kv,
-            positions_or_default(q_positions, q_len),
-            positions_or_default(kv_positions, kv_len),
+            checked_positions("q_positions", q_positions, q_len),
+            checked_positions("kv_positions", kv_positions, kv_len),
         )
         mask = self.normalized(None, q_len, kv_len)
         rows = jax.vmap(mask.block_rows(layout))(jnp.arange(layout.num_q))
@@ -342,7 +343,7 @@ class Mask:
           bool ``[B or 1, N or 1, T, S]``, True where the query attends to the key.
 
         Raises:
-          ValueError: an array in the mask that does not fit T or S.
+          ValueError: positions, or an array in the mask, that do not fit T or S.
 
         Example:
           >>> import jax.numpy as jnp
@@ -351,8 +352,8 @@ class Mask:
           >>> Mask.causal().materialize(1, 4, q_positions=newest)[0, 0].astype(int).tolist()
           [[1, 1, 1, 0]]
         """
-        q = Span(0, q_len, positions_or_default(q_positions, q_len))
-        kv = Span(0, kv_len, positions_or_default(kv_positions, kv_len))
+        q = Span(0, q_len, checked_positions("q_positions", q_positions, q_len))
+        kv = Span(0, kv_len, checked_positions("kv_positions", kv_positions, kv_len))
         ok = self.normalized(None, q_len, kv_len).tile(q, kv)
         if ok is None:
             ok = jnp.ones((1, 1, 1, 1), bool)
@@ -441,6 +442,15 @@ def _least(lengths) -> Any:
         if length is not None:
             least = length if least is None else jnp.minimum(least, length)
     return least
+
+
+def checked_positions(name: str, positions: jax.Array | None, length: int) -> jax.Array:
+    """As `positions_or_default`; ValueError for another number of positions."""
+    if positions is not None and jnp.shape(positions)[-1:] != (length,):
+        raise ValueError(
+            f"{name} takes int [{length}] or [B, {length}], got shape {jnp.shape(positions)}"
+        )
+    return positions_or_default(positions, length)
 
 
 def positions_or_default(positions: jax.Array | None, length: int) -> jax.Array:

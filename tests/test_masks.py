@@ -321,6 +321,16 @@ def test_equal_masks_are_equal():
         (lambda: Mask.dense(np.zeros((2, 2), int)), TypeError, ["mask", "boolean", "int"]),
         (lambda: Mask.segments(Q_IDS).materialize(T, S), ValueError, ["kv_ids", str(S)]),
         (lambda: Mask.dense(DENSE).materialize(T, S + 1), ValueError, ["mask", str(S + 1)]),
+        (
+            lambda: Mask.causal().materialize(T, S, q_positions=jnp.arange(T + 1)),
+            ValueError,
+            ["q_positions", f"[{T}]", f"({T + 1},)"],
+        ),
+        (
+            lambda: Mask.causal().block_map(T, S, 4, 4, kv_positions=jnp.arange(S - 1)),
+            ValueError,
+            ["kv_positions", f"[{S}]", f"({S - 1},)"],
+        ),
     ],
 )
 def test_errors(make, error, words):

@@ -91,7 +91,7 @@ def plot_attention(
     """Draws attention weights, one picture per head, with one scale of colours for all.
 
     Queries go down, keys to the right. The scale begins at 0 and ends at the largest weight that
-    is shown.
+    is shown; what is below 0 has the colour of 0.
 
     Args:
       weights: ``[T, S]``, ``[N, T, S]`` or ``[B, N, T, S]``, floating point; those that
@@ -144,7 +144,7 @@ def plot_attention(
         sharey=True,
         layout="constrained",
     )
-    top = float(np.nanmax(maps)) or 1.0
+    top = max(0.0, float(maps[np.isfinite(maps)].max())) or 1.0
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
     for axis, head, values in zip(axes.flat, heads, maps, strict=False):

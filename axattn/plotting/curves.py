@@ -76,15 +76,16 @@ def plot_curves(
     results: str | os.PathLike | Mapping[str, Any] | Sequence[Row],
     *,
     x: str = "seq_len",
-    quantities: Sequence[str] | None = None,
+    quantities: str | Sequence[str] | None = None,
     title: str | None = None,
     **only: Any,
 ) -> Figure:
     """Draws what benchmarks found: time above memory, a line per implementation.
 
     There is a column for each case (a place, a direction, a dtype, a model...); cases with a
-    single ``x`` are left out where others have several. Times are means, with their standard
-    deviation where the rows have it. White markers on a line are lower bounds. Refusals are hollow,
+    single ``x`` are left out where others have several. Times are what the benchmark took (the
+    median of ``mqa_bench.py``, the mean of ``layer_bench.py``), with their standard deviation where
+    the rows have it. White markers on a line are lower bounds. Refusals are hollow,
     without a line: at what was asked for, where memory ran out, with a dotted line at what there
     is; at the foot, where the reason is another one.
 
@@ -96,9 +97,10 @@ def plot_curves(
         ``"heads"``, ``"kv_heads"``...; all of them optional). ``"status"`` other than ``"ok"`` is
         a refusal. ``"where"`` is ``"here"`` or the name of a chip that it was compiled for.
       x: a numeric field of the rows: ``"seq_len"``, ``"hidden"``, ``"kv_heads"``, ``"chips"``...
-      quantities: fields of the rows, drawn above each other: ``"time"``, ``"roofline"``,
-        ``"estimate"``, ``"compile_seconds"`` (seconds), ``"memory_bytes"``, ``"temp_bytes"``,
-        ``"argument_bytes"``, ``"bytes_accessed"`` (bytes), ``"flops"``, ``"compiled_flops"``. By
+      quantities: a field of the rows, or several, drawn above each other: ``"time"``,
+        ``"roofline"``, ``"estimate"``, ``"compile_seconds"`` (seconds), ``"memory_bytes"``,
+        ``"temp_bytes"``, ``"argument_bytes"``, ``"bytes_accessed"`` (bytes), ``"flops"``,
+        ``"compiled_flops"``. By
         default times, or where nothing was run the least times by the roofline, if rows have
         either, above ``"memory_bytes"``.
       title: above everything; what all columns have in common follows.
@@ -126,6 +128,7 @@ def plot_curves(
       >>> [ax.get_ylabel() for ax in figure.axes]
       ['time', 'memory']
     """
+    quantities = [quantities] if isinstance(quantities, str) else quantities
     rows, environment = benchmark.read(results)
     if not rows:
         raise ValueError("results takes rows of implementations, got none")
@@ -183,13 +186,17 @@ def draw(
 
 
 def _default(rows: Sequence[Row]) -> list[str]:
-    timed = any(row.get("time") or row.get("roofline") for row in rows)
+    timed = any(_there(row, "time") or _there(row, "roofline") for row in rows)
     return ["time", "memory_bytes"] if timed else ["memory_bytes"]
+
+
+def _there(row: Row, field: str) -> bool:
+    return benchmark.drawable(row.get(field))
 
 
 def _field(kind: str, panel: Panel, may_differ: bool) -> str:
     """Where nothing of a panel was run, its roofline stands for the time."""
-    if kind == "time" and may_differ and not any(row.get("time") for row in panel.rows):
+    if kind == "time" and may_differ and not any(_there(row, "time") for row in panel.rows):
         return "roofline"
     return kind
 
@@ -232,7 +239,9 @@ class _Picture:
         self.axis.set_ylabel(self._label(quantity))
         drawn, refused = False, []
         for name, rows in self._lines().items():
-            there = [row for row in rows if row.get("status", _OK) == _OK and row.get(self.field)]
+            there = [
+                row for row in rows if row.get("status", _OK) == _OK and _there(row, self.field)
+            ]
             drawn |= bool(there)
             if there:
                 self._line(there, looks[name], names[name])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
-from axattn.masks import Mask, positions_or_default
+from axattn.masks import Mask, checked_positions
 from axattn.plotting import axes as furniture
 from axattn.plotting import style
 from axattn.plotting.library import pyplot
@@ -75,8 +75,8 @@ def plot_mask(
     Raises:
       TypeError: ``mask`` is neither a mask nor boolean.
       ValueError: a length or block size below 1, one block size without the other, more than 4096
-        blocks along a side, a row or head that the mask does not have, or an array in the mask
-        that does not fit the lengths.
+        blocks along a side, a row or head that the mask does not have, or positions or an array
+        in the mask that do not fit the lengths.
       ImportError: matplotlib is not installed.
 
     Example:
@@ -90,8 +90,8 @@ def plot_mask(
     blocks = _blocks(block_q, block_kv)
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         _at_least_one(name, value)
-    q_positions = positions_or_default(q_positions, q_len)
-    kv_positions = positions_or_default(kv_positions, kv_len)
+    q_positions = checked_positions("q_positions", q_positions, q_len)
+    kv_positions = checked_positions("kv_positions", kv_positions, kv_len)
     _check_choice(mask, q_positions, kv_positions, row, head)
     kinds = [type(part).__name__.lower() for part in mask.parts]
     title = (" & ".join(kinds) or "everything") if title is None else title

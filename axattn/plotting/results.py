@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 Row = Mapping[str, Any]
 
@@ -107,7 +110,7 @@ def panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
     Raises:
       ValueError: ``x`` is no field with numbers above 0.
     """
-    there = [row for row in rows if _number(row.get(x)) and row[x] > 0]
+    there = [row for row in rows if drawable(row.get(x))]
     if not there:
         known = dict.fromkeys(f for row in rows for f, value in row.items() if _number(value))
         raise ValueError(f"x takes a field with numbers: {', '.join(known)}; got {x!r}")
@@ -120,8 +123,13 @@ def panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
     return several or groups
 
 
+def drawable(value: Any) -> bool:
+    """Whether it has a place on a logarithmic axis."""
+    return _number(value) and 0 < value < float("inf")
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
 def titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[str], str]:

@@ -68,6 +68,12 @@ def test_dtypes(dtype):
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(maps, np.float32))
 
 
+def test_the_scale_is_of_finite_weights():
+    maps = np.array([[0.25, 0.5], [np.inf, np.nan]])
+    assert plot_attention(maps).axes[0].images[0].get_clim() == (0.0, 0.5)
+    assert plot_attention(-np.ones((2, 2))).axes[0].images[0].get_clim() == (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

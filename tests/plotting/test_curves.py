@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from axattn.plotting import plot_curves, style
@@ -113,6 +114,21 @@ def test_the_roofline_stands_for_times_that_were_not_measured():
     # Times that are asked for are times.
     strict = visible(plot_curves(rows, quantities=["time"]))
     assert strict[1].texts[0].get_text() == "not measured"
+
+
+def test_numbers_of_numpy():
+    rows = [row | {"seq_len": np.int64(row["seq_len"])} for row in made()]
+    (ax,) = visible(plot_curves(rows, quantities="time"))
+    assert drawn(ax)["xla"] == {(n, 2e-6 * n) for n in (256, 512, 1024)}
+
+
+def test_what_is_no_number_is_not_drawn():
+    rows = made(time=float("nan"))
+    (ax,) = visible(plot_curves(rows, quantities="time"))
+    assert not drawn(ax) and ax.texts[0].get_text() == "not measured"
+    rows[0]["time"] = 1e-3
+    (ax,) = visible(plot_curves(rows, quantities="time"))
+    assert drawn(ax) == {"xla": {(256, 1e-3)}}
 
 
 def test_standard_deviations_are_drawn():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,12 +154,14 @@ def test_beside_each_other(tmp_path):
         (dict(row=2), "row takes an int from 0 to 1, got 2"),
         (dict(row=-1), "row takes an int from 0 to 1, got -1"),
         (dict(head=3), "head takes an int from 0 to 2, got 3"),
+        (dict(q_positions=jnp.arange(4)), "q_positions takes int [8] or [B, 8], got shape (4,)"),
+        (dict(kv_positions=jnp.arange(9)), "kv_positions takes int [8] or [B, 8], got shape (9,)"),
     ],
 )
 def test_errors(options, words):
     mask = Mask.lengths(None, jnp.array([3, 7])) & Mask.dense(jnp.ones((3, 1, 8), bool))
     options = {"q_len": 8, "kv_len": 8} | options
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(words)):
         plot_mask(mask, **options)
 
 
