@@ -9,6 +9,7 @@ import shlex
 import jax
 import pytest
 
+from axattn import aot
 from tests import markdown, public
 from tests.markdown import ROOT
 
@@ -80,14 +81,30 @@ def test_commands_name_what_exists(path, line):
 
 
 def _defines(script: pathlib.Path, flag: str) -> bool:
-    """Whether the script, or what it shares with others, defines the flag."""
-    sources = [script, *sorted((ROOT / "benchmarks" / "harness").glob("*.py"))]
-    sources += sorted(script.parent.glob("*.py")) if script.parent.name == "examples" else []
+    """Whether the script, or a module of the repository that it imports, defines the flag."""
+    text = script.read_text("utf-8")
+    imported = re.findall(
+        r"^from (benchmarks[.\w]*|examples) import ([^#\n(]+|\([^)]*\))", text, re.M
+    )
+    modules = {f"{where}.{name}" for where, names in imported for name in re.findall(r"\w+", names)}
+    modules |= {where for where, _ in imported}
+    paths = (ROOT / f"{module.replace('.', '/')}.py" for module in modules)
+    text += "".join(path.read_text("utf-8") for path in paths if path.exists())
     names = "|".join(dict.fromkeys((flag, flag.removeprefix("no"))))
-    defined = re.compile(rf"""["'](--)?({names})["']""")
-    return flag == "help" or any(defined.search(source.read_text("utf-8")) for source in sources)
+    defined = rf"""(?:DEFINE_\w+|add_argument)\(\s*["'](?:--)?({names})["']"""
+    return flag == "help" or re.search(defined, text) is not None
 
 
 def test_commands_are_found():
     assert len(COMMANDS) > 25
-    assert not _defines(ROOT / "benchmarks" / "mqa_bench.py", "no_such_flag")
+    mqa_bench = ROOT / "benchmarks" / "mqa_bench.py"
+    assert _defines(mqa_bench, "plot") and _defines(mqa_bench, "norun")
+    assert not _defines(mqa_bench, "no_such_flag") and not _defines(mqa_bench, "time")
+
+
+def test_targets_are_those_that_there_are():
+    rows = re.findall(
+        r"^\| (`\"[^|]*) \| (?:TPUs|NVIDIA)", (DOCS / "aot.md").read_text("utf-8"), re.M
+    )
+    names = {target for row in rows for target in re.findall(r'"(\w+)"', row)}
+    assert names == set(aot.TARGETS) - {"cpu"}
