@@ -128,13 +128,12 @@ def measured(cases: Sequence[Case], *, seconds: float = 1.0) -> list[dict[str, A
         found.append(row)
         try:
             step, plan = _step(case, device)
+            row |= plan
+            if step is not None:
+                step()  # first touch of memory, and the first that asks for all of it
+                timers[number], row["notes"] = rounds.timer(step, device.platform)
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             row |= refusals.of_error(error)
-            continue
-        row |= plan
-        if step is not None:
-            step()  # first touch of memory
-            timers[number], row["notes"] = rounds.timer(step, device.platform)
     samples: dict[int, list[float]] = {number: [] for number in timers}
     for number, time in rounds.samples(timers, seconds=seconds):
         samples[number].append(time)

@@ -30,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 
-CHECKOUT = pathlib.Path("../..").resolve()  # the repository; another place than this works, too
+CHECKOUT = pathlib.Path("../..").resolve()  # where the repository is; change it if it is elsewhere
+if not (CHECKOUT / "setup.py").exists():
+    raise FileNotFoundError(f"axattn is not in {CHECKOUT}: set CHECKOUT to a clone of it")
 if any(importlib.util.find_spec(name) is None for name in ("axattn", "matplotlib")):
     here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     kept = [f"{n}=={v}" for n, v in here.items() if n.startswith(("jax", "libtpu", "nvidia-"))]
@@ -61,9 +63,10 @@ import axattn
 from axattn import checkpoints
 from axattn.cache import DenseCache, bytes_per_token
 from axattn.plotting import style
-from benchmarks.harness import paired
+from benchmarks.harness import environment, paired
 from examples import data
 
+environment.choose_backend()  # the CPU, where compilers for other chips are all that there is
 print(f"axattn {axattn.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
 
 # %%
@@ -312,7 +315,7 @@ def over_cache(kv_heads, head_dim=64):
     """A function that attends over a full cache."""
     cache = DenseCache.create(TEXTS, CACHED, kv_heads, head_dim, dtype=DTYPE)
     tokens = jax.random.normal(jax.random.key(0), (TEXTS, CACHED, kv_heads, head_dim), DTYPE)
-    cache = jax.jit(lambda tokens: cache.append(tokens, tokens))(tokens)
+    cache = jax.jit(lambda cache, x: cache.append(x, x), donate_argnums=0)(cache, tokens)
     query = jax.random.normal(jax.random.key(1), (TEXTS, 1, HEADS, head_dim), DTYPE)
     step = jax.jit(lambda cache: cache.attend(query))
     return lambda: step(cache)

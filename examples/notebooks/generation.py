@@ -28,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 
-CHECKOUT = pathlib.Path("../..").resolve()  # the repository; another place than this works, too
+CHECKOUT = pathlib.Path("../..").resolve()  # where the repository is; change it if it is elsewhere
+if not (CHECKOUT / "setup.py").exists():
+    raise FileNotFoundError(f"axattn is not in {CHECKOUT}: set CHECKOUT to a clone of it")
 if any(importlib.util.find_spec(name) is None for name in ("axattn", "matplotlib")):
     here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     kept = [f"{n}=={v}" for n, v in here.items() if n.startswith(("jax", "libtpu", "nvidia-"))]
@@ -51,12 +53,14 @@ from flax import nnx
 
 import axattn
 from axattn.plotting import plot_attention, sown_weights, style
+from benchmarks.harness import environment
 from examples import checkpoint, data, quality
 from examples.caches import KINDS, make_caches
 from examples.generation import generate_without_cache, jit_generate
 from examples.serving import Server
 from examples.speculative import ngram_draft, speculate
 
+environment.choose_backend()  # the CPU, where compilers for other chips are all that there is
 # Below, texts are asserted to be the same. TPUs and GPUs would otherwise multiply float32 in fewer
 # bits, and rounding would decide between tokens that are about as likely.
 jax.config.update("jax_default_matmul_precision", "highest")

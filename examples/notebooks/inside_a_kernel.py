@@ -31,7 +31,9 @@ import subprocess
 import sys
 import tempfile
 
-CHECKOUT = pathlib.Path("../..").resolve()  # the repository; another place than this works, too
+CHECKOUT = pathlib.Path("../..").resolve()  # where the repository is; change it if it is elsewhere
+if not (CHECKOUT / "setup.py").exists():
+    raise FileNotFoundError(f"axattn is not in {CHECKOUT}: set CHECKOUT to a clone of it")
 if any(importlib.util.find_spec(name) is None for name in ("axattn", "matplotlib")):
     here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     kept = [f"{n}=={v}" for n, v in here.items() if n.startswith(("jax", "libtpu", "nvidia-"))]

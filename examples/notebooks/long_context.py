@@ -29,7 +29,9 @@ import subprocess
 import sys
 import tempfile
 
-CHECKOUT = pathlib.Path("../..").resolve()  # the repository; another place than this works, too
+CHECKOUT = pathlib.Path("../..").resolve()  # where the repository is; change it if it is elsewhere
+if not (CHECKOUT / "setup.py").exists():
+    raise FileNotFoundError(f"axattn is not in {CHECKOUT}: set CHECKOUT to a clone of it")
 if any(importlib.util.find_spec(name) is None for name in ("axattn", "matplotlib")):
     here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     kept = [f"{n}=={v}" for n, v in here.items() if n.startswith(("jax", "libtpu", "nvidia-"))]
@@ -60,11 +62,14 @@ from axattn import parallel
 from axattn.aot.collectives import program_collectives
 from axattn.cache import DenseCache
 from axattn.plotting import plot_curves, style
+from benchmarks.harness import environment
 from examples import checkpoint, data, sharding
 from examples.generation import jit_generate
 
 DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before the first device is asked for
+environment.choose_backend()  # the CPU, where compilers for other chips are all that there is
+# (Where JAX_PLATFORMS is set and fewer devices are there, it has to name the CPU, too: "cuda,cpu".)
 found = jax.devices() if len(jax.devices()) >= DEVICES else jax.devices("cpu")
 devices = found[:DEVICES]
 jax.config.update("jax_default_device", devices[0])
@@ -128,8 +133,8 @@ for strategy, program in programs.items():
         print(f"{strategy:8} {sent.count:3} x {sent.kind:20} {sent.sent_bytes / 2**10:8.0f} KiB")
 
 # %% [markdown]
-# Two of 16 heads have keys and values here: an eighth of what the queries take. That is why `ring`
-# and `gather`, which move keys and values only, are cheap with grouped-query attention.
+# Two of 16 heads have keys and values here: together a quarter of what the queries take. That is
+# why `ring` and `gather`, which move keys and values only, are cheap with grouped-query attention.
 #
 # ## Which one?
 #
