@@ -142,10 +142,9 @@ def test_an_offset_counts_from_where_tokens_are(mesh_of, strategy, layout):
     np.testing.assert_array_equal(
         attend(q, k, v, is_causal=True, q_offset=np.array([0, 0])), attend(q, k, v, is_causal=True)
     )
-    inside = local(mesh_of(context=4), strategy, layout)
-    np.testing.assert_array_equal(
-        inside(q, k, v, is_causal=True, q_offset=0), inside(q, k, v, is_causal=True)
-    )
+    inside = functools.partial(local(mesh_of(context=4), strategy, layout), is_causal=True)
+    offset = jax.jit(functools.partial(inside, q_offset=0))  # op by op it takes minutes
+    np.testing.assert_allclose(offset(q, k, v), jax.jit(inside)(q, k, v), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", costs.STRATEGIES)
