@@ -367,11 +367,11 @@ def tpu_chip() -> TpuChip | None:
     )
 
 
-def tpu_interpreter():
-    """Parameters with which a Mosaic TPU kernel runs on the CPU, on two cores, races detected."""
+def tpu_interpreter(cores: int):
+    """Parameters that run a Mosaic TPU kernel on a CPU as on `cores` cores, races detected."""
     from jax.experimental.pallas import tpu as pltpu
 
-    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
 
 
 def tpu_races_found() -> bool:

@@ -90,7 +90,7 @@ def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array,
 
 def _forward(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     chip = _chip()
-    mode = _jax_compat.tpu_interpreter() if interpret else False
+    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
     if call.stored is None:
         from axattn.kernels.tpu import tiles
         from axattn.kernels.tpu.forward import forward as kernel
@@ -127,6 +127,7 @@ def _backward(call: AttentionCall, lse, dout, delta, *, interpret: bool):
     from axattn.kernels.tpu import tiles
     from axattn.kernels.tpu.backward import backward as kernels
 
-    mode = _jax_compat.tpu_interpreter() if interpret else False
+    chip = _chip()
+    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
     given = gradients.given(call, lse, dout, delta)
-    return kernels(call, tiles.backward_tiles(call, _chip()), given, interpret=mode)
+    return kernels(call, tiles.backward_tiles(call, chip), given, interpret=mode)

@@ -14,12 +14,18 @@ from tests.kernels.interpreter import behind_the_door
 
 
 @pytest.fixture
-def tpu(monkeypatch):
+def cores(request):
+    """Cores of the chip: one, or as parametrized. The interpreter needs thrice as long for two."""
+    return getattr(request, "param", 1)
+
+
+@pytest.fixture
+def tpu(monkeypatch, cores):
     """Code that is traced finds itself on a TPU v5p, inside of meshes, too."""
     if jax.default_backend() == "tpu":
         yield
         return
-    with _jax_compat.use_abstract_device("TPU v5", 2, "tpu", None):
+    with _jax_compat.use_abstract_device("TPU v5", cores, "tpu", None):
         chip = _jax_compat.tpu_chip()
         monkeypatch.setattr(_jax_compat, "tpu_chip", lambda: chip)
         yield

@@ -33,6 +33,8 @@ NAMES = (
     "window_pair",
 )
 
+PARTED = {"causal_offset", "packed", "window_pair"}  # among two cores
+
 
 @pytest.fixture(params=["fused", pytest.param("split", marks=pytest.mark.slow)])
 def small_blocks(request, monkeypatch):
@@ -41,9 +43,9 @@ def small_blocks(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "layout, name",
-    [(("tokens", "heads")[i % 2], name) for i, name in enumerate(NAMES)],
-    indirect=["layout"],
+    "layout, cores, name",
+    [(("tokens", "heads")[i % 2], 1 + (name in PARTED), name) for i, name in enumerate(NAMES)],
+    indirect=["layout", "cores"],
 )
 def test_features(interpreted, small_blocks, layout, name):
     dtype = (jnp.bfloat16, jnp.float32)[len(name) % 2]
@@ -116,6 +118,7 @@ def test_both_layouts_give_the_same_bits(interpreted, small_blocks, monkeypatch)
     assert jax.tree.all(jax.tree.map(np.array_equal, *found))
 
 
+@pytest.mark.parametrize("cores", [2], indirect=True)
 def test_deterministic(interpreted, small_blocks):
     call = cases.make("causal", jnp.bfloat16)
     first, second = (precision.results(call, ("mosaic_tpu",))["mosaic_tpu"] for _ in range(2))

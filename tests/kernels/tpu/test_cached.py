@@ -285,7 +285,7 @@ def test_all_codes_of_float8():
 @pytest.mark.parametrize("cores", [1, 2])
 def test_no_race_and_no_slot_out_of_bounds(kind, dtype, cores):
     """The interpreter that knows of memory spaces: what was not written is NaN there."""
-    interpret = _jax_compat.tpu_interpreter()
+    interpret = _jax_compat.tpu_interpreter(cores)
     query = queries(3, 6)
     how = dict(tiles=CachedTiles(2, 128), cores=cores, interpret=interpret)
     attend_and_check(filled(kind, dtype), query, how=how)
