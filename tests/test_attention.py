@@ -25,11 +25,11 @@ SHORT = (
 
 
 def table():
-    """Every case in float32, some in a short type; the rest of the product is slow."""
+    """Every case in float32, some in a short type; the rest of the product is exhaustive."""
     quick = {(name, "float32") for name in cases.CASES}
     quick |= {(name, ("bfloat16", "float16")[n % 2]) for n, name in enumerate(SHORT)}
     return [
-        pytest.param(name, dtype, marks=() if (name, dtype) in quick else pytest.mark.slow)
+        pytest.param(name, dtype, marks=() if (name, dtype) in quick else pytest.mark.exhaustive)
         for name in cases.CASES
         for dtype in DTYPES
     ]
@@ -47,7 +47,7 @@ def test_outliers(dtype):
     precision.check(call, ("xla", "xla_chunked", None), jit=jax.jit)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHORT[:-1])
 def test_optimized(small_blocks, name):
     precision.check(cases.make(name, jnp.float32), jit=jax.jit)

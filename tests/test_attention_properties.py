@@ -100,7 +100,7 @@ def test_any_call(small_blocks, call):
     check_any(call)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @THOROUGH
 @given(
     call=calls(dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)),

@@ -68,7 +68,7 @@ def test_a_ring_sends_keys_and_values_once_around():
     assert home <= found <= home + 2 * pair
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 def test_a_million_tokens_on_64_chips(strategy, direction):
@@ -81,7 +81,7 @@ def test_a_million_tokens_on_64_chips(strategy, direction):
         assert r.temp_bytes < (7 if direction == "fwd" else 13) * own
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_heads_do_not_go_around_64_chips():
     r = analyze("ulysses", 64, 2**20, "fwd")
     assert r.refusal.kind == "unsupported"
@@ -90,7 +90,7 @@ def test_heads_do_not_go_around_64_chips():
 
 # Of what is gathered every chip has all, and heads that go around are copied for the chips that
 # share one.
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy, most", [("ring", 0.3), ("gather", 0.7), ("ulysses", 0.4)])
 def test_temporaries_fall_as_chips_are_added(strategy, most):
     few, many = (analyze(strategy, n, 2**17, "fwd+bwd") for n in (4, 16))
@@ -99,7 +99,7 @@ def test_temporaries_fall_as_chips_are_added(strategy, most):
     assert many.temp_bytes < most * few.temp_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_other_chips_take_it_too():
     r = analyze("ring", 64, 2**20, "fwd+bwd", target="v6e")
     assert r.ok, r

@@ -77,7 +77,7 @@ def outer_bytes(query):
     return 4 * batch * -(-tokens // 16) * 16 * heads * -(-size // 128) * 128 * 2
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.exhaustive), 8])
 @pytest.mark.parametrize("target", VMEM)
 @pytest.mark.parametrize("heads", HEADS)
 def test_models(heads, target, tokens):
@@ -88,10 +88,10 @@ def test_models(heads, target, tokens):
 
 
 def kinds_on_chips():
-    """Every kind with every dtype; but for v5p and two kinds they are slow together."""
+    """Every kind with every dtype; but for v5p and two kinds they are exhaustive."""
     for kind, target, dtype in itertools.product(["dense", "ring", 16, 64, 128], VMEM, DTYPES):
         quick = target == "v5p" or (kind in ("dense", 64) and dtype in ("int8", "int4"))
-        yield pytest.param(kind, target, dtype, marks=() if quick else pytest.mark.slow)
+        yield pytest.param(kind, target, dtype, marks=() if quick else pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize("kind, target, dtype", list(kinds_on_chips()))

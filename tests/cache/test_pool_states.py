@@ -441,6 +441,6 @@ def test_pool_against_a_model():
     run_state_machine_as_test(PoolMachine, settings=QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pool_against_a_model_for_longer():
     run_state_machine_as_test(PoolMachine, settings=THOROUGH)

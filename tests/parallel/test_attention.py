@@ -71,7 +71,7 @@ MESHES = [dict(context=8), dict(data=2, model=2, context=2), dict(model=2, conte
 @pytest.mark.parametrize("strategy", costs.STRATEGIES)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    "heads", [n if n == "GQA" else pytest.param(n, marks=pytest.mark.slow) for n in HEADS]
+    "heads", [n if n == "GQA" else pytest.param(n, marks=pytest.mark.exhaustive) for n in HEADS]
 )
 def test_strategies(mesh_of, strategy, mask, heads):
     """Kinds of meshes take turns."""

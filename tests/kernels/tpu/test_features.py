@@ -12,7 +12,7 @@ REFUSED = {"mask_of_keys"}
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
-# Others are slow together; tests of several blocks have what is particular of them.
+# Others are slow; tests of several blocks have what is particular of them.
 QUICK = {
     "alibi_causal_rows",
     "bias_BNTS",
