@@ -18,7 +18,10 @@ pytestmark = [
 ]
 
 KERNELS = ("forward", "query_grad", "key_grad")
-HEADS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEADS = (
+    *((64, 64), (128, 128), (192, 128), (256, 256)),
+    *(pytest.param(sizes, marks=pytest.mark.exhaustive) for sizes in ((96, 96), (192, 192))),
+)
 
 MiB = 2**20
 

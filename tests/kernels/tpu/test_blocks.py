@@ -118,7 +118,11 @@ def test_both_layouts_give_the_same_bits(interpreted, small_blocks, monkeypatch)
     assert jax.tree.all(jax.tree.map(np.array_equal, *found))
 
 
-@pytest.mark.parametrize("cores", [2], indirect=True)
+@pytest.mark.parametrize(
+    "small_blocks, cores",
+    [("fused", 2), pytest.param("split", 1, marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_deterministic(interpreted, small_blocks):
     call = cases.make("causal", jnp.bfloat16)
     first, second = (precision.results(call, ("mosaic_tpu",))["mosaic_tpu"] for _ in range(2))
