@@ -81,7 +81,6 @@ def test_a_million_tokens_on_64_chips(strategy, direction):
         assert r.temp_bytes < (7 if direction == "fwd" else 13) * own
 
 
-@pytest.mark.exhaustive
 def test_heads_do_not_go_around_64_chips():
     r = analyze("ulysses", 64, 2**20, "fwd")
     assert r.refusal.kind == "unsupported"
