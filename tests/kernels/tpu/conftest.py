@@ -15,7 +15,7 @@ from tests.kernels.interpreter import behind_the_door
 
 @pytest.fixture
 def cores(request):
-    """Cores of the chip: one, or as parametrized. The interpreter needs thrice as long for two."""
+    """Cores of the chip: one, or as parametrized. Two take the interpreter twice as long."""
     return getattr(request, "param", 1)
 
 
