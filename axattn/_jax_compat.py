@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -152,6 +153,21 @@ def keep_layout(array: jax.Array) -> jax.Array:
     if array.ndim < 3 or array.shape[-1] % 128:
         return array
     return layout.with_layout_constraint(array, layout.Layout(tuple(range(array.ndim))))
+
+
+def is_known(compare: Callable[[], bool], *, otherwise: bool) -> bool:
+    """What ``compare`` says of sizes, or ``otherwise`` where symbolic ones leave it open."""
+    try:
+        return bool(compare())
+    except jax.errors.InconclusiveDimensionOperation:
+        return otherwise
+
+
+def smaller_size(a: int, b: int) -> int:
+    """``min(a, b)`` of sizes, which may be symbolic (`jax.export.symbolic_shape`)."""
+    import jax.core
+
+    return jax.core.min_dim(a, b)
 
 
 def debug_check(ok: jax.Array, message: str) -> None:

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn import quantization
+from axattn._jax_compat import is_known
 from axattn.mask_parts import Layout, Span
 from axattn.masks import Mask, positions_or_default
 from axattn.stored import Stored
+
+# Up to this many query rows (T * N) a call is a decode step.
+DECODE_ROWS = 64
 
 
 @functools.partial(
@@ -76,6 +80,16 @@ class AttentionCall:
     # What makes the query and takes the output may write and read them as [B, N, T, H] at no cost:
     # TPUs' matrix products prefer that, while an array that is just there lies as [B, T, N, H].
     heads_first: bool = False
+
+    @property
+    def is_decode_step(self) -> bool:
+        """Whether the query has few rows, so that the call is a read of its keys and values."""
+        return is_known(lambda: self.q_len * self.num_heads <= DECODE_ROWS, otherwise=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no row of the batch, no query or no key."""
+        return 0 in (self.batch, self.q_len, self.kv_len)
 
     @property
     def batch(self) -> int:

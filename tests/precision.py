@@ -97,6 +97,18 @@ class Call:
         return self.exact.gradients(*self.cotangents, of_magnitudes=True)
 
     @functools.cached_property
+    def output_rounding(self) -> dict[str, np.ndarray]:
+        """What rounding the output changes of each gradient at most, where they are found from it.
+
+        Of flash attention: rowsum(dout * out) is what a row's scores are shifted by. An output that
+        is exact, like that of a query with one key, allows nothing.
+        """
+        out, (dout, _) = self.exact.out, self.cotangents
+        rounding = np.abs(np.asarray(jnp.asarray(out, dout.dtype)).astype(np.float64) - out)
+        moved = (rounding * np.abs(reference.f64(dout))).sum(-1)
+        return self.exact.gradients(np.zeros_like(out), moved, of_magnitudes=True)
+
+    @functools.cached_property
     def score_rounding(self) -> np.ndarray:
         """What a few float32 ulps of its scores may change of each element of the output.
 
@@ -234,10 +246,15 @@ def assert_right(call: Call, found: dict, plain: dict, label: object = "") -> No
         np.testing.assert_array_equal(np.isneginf(got), infinite, err_msg=where)
         assert np.isfinite(got[~infinite]).all(), f"{where}: not finite"
         got, baseline, want = (np.where(infinite, 0.0, x) for x in (got, baseline, want))
-        few = ULPS * float(jnp.finfo(dtype).eps) * np.abs(want).max()
+        most = functools.partial(_most, name) if jnp.finfo(dtype).bits < 32 else np.max
+        few = ULPS * float(jnp.finfo(dtype).eps) * most(np.abs(want))
         if name in call.inputs:
-            few += ULPS * float(jnp.finfo(jnp.float32).eps) * call.magnitudes[name].max()
-        error, allowed = np.abs(got - want), 2 * np.abs(baseline - want).max() + few
+            # Weights are rounded to the dtype of the values that they multiply; nothing else is.
+            eps = jnp.finfo(dtype if name == "value" else jnp.float32).eps
+            few = few + ULPS * float(eps) * most(call.magnitudes[name])
+            if label != "xla":  # which has no need of its output to find gradients
+                few = few + ULPS * most(call.output_rounding[name])
+        error, allowed = np.abs(got - want), 2 * most(np.abs(baseline - want)) + few
         allowed = np.broadcast_to(allowed, error.shape)
         if name == "out":
             allowed = allowed + call.score_rounding
@@ -248,8 +265,21 @@ def assert_right(call: Call, found: dict, plain: dict, label: object = "") -> No
         size = np.sqrt(np.mean(want**2))
         if size > 0:
             error = _one_minus_cosine(got, want)
-            allowed = 2 * _one_minus_cosine(baseline, want) + 0.5 * (few / size) ** 2
+            allowed = 2 * _one_minus_cosine(baseline, want) + 0.5 * (np.max(few) / size) ** 2
             assert error <= allowed, f"{where}: 1 - cosine {error:.3g}, allowed {allowed:.3g}"
+
+
+def _most(name: str, array: np.ndarray) -> np.ndarray:
+    """The largest element of what is judged together: of 16-bit gradients, row by row.
+
+    The first query of a causal call has a gradient of zero, whatever the others have. A row has all
+    heads and features of a token, or all keys of a bias if these are many: of a few numbers plain
+    attention may round all luckily, and twice luck is no bound.
+    """
+    rows = {"query": (-2, -1), "key": (-2, -1), "value": (-2, -1), "bias": (-2, -1)}
+    if name == "bias" and array.shape[-1] >= 8:
+        return array.max(-1, keepdims=True)
+    return array.max(rows.get(name), keepdims=True)
 
 
 def _one_minus_cosine(a, b):

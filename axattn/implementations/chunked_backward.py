@@ -7,6 +7,7 @@ of the size of N heads of keys exists.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
 from axattn.implementations.blocks import Blocks
-from axattn.implementations.chunked_forward import heads_together, write_rows
+from axattn.implementations.chunked_forward import forward, heads_together, write_rows
 from axattn.implementations.products import Grouped
 from axattn.implementations.readers import kv_rows
 from axattn.implementations.tiles import Cut
@@ -57,8 +58,20 @@ def backward(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
+    *,
+    whole: bool = True,
 ) -> Gradients:
+    """Gradients from the forward pass's ``out`` and ``lse`` and from their cotangents.
+
+    ``whole`` says that ``out`` and ``lse`` are those of this call, not of more keys than it has.
+    """
     dtype = call.accumulator_dtype
+    if whole and call.bias is not None and out.dtype != dtype:
+        # A rounded output or weight moves delta, and so all scores of a row together. In gradients
+        # of queries and keys this drowns in other roundings; a bias that broadcasts along the keys
+        # sums it up.
+        exact = dataclasses.replace(call, value=call.value.astype(dtype))
+        out, _ = forward(exact, blocks, rounded=False)
     delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
     # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
     # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).

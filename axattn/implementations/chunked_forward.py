@@ -5,7 +5,7 @@ Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682; Dao, ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,17 @@ from axattn.implementations.tiles import Cut
 from axattn.mask_parts import Span
 
 
-def forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` in the accumulator's."""
+def forward(
+    call: AttentionCall, blocks: Blocks, *, rounded: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and LSE ``[B, T, N]``.
+
+    The LSE, and an output that is not rounded, are in the accumulator's dtype.
+    """
+    dtype = call.query.dtype if rounded else call.accumulator_dtype
     if not blocks.by_row:
-        return _forward(call, blocks)
-    out, lse = lax.map(lambda b: _forward(call.row(b), blocks), jnp.arange(call.batch))
+        return _forward(call, blocks, dtype)
+    out, lse = lax.map(lambda b: _forward(call.row(b), blocks, dtype), jnp.arange(call.batch))
     return out[:, 0], lse[:, 0]
 
 
@@ -37,14 +43,14 @@ class _State(NamedTuple):
     total: jax.Array  # [B, K, G, q, 1]
 
 
-def _forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+def _forward(call: AttentionCall, blocks: Blocks, dtype: Any) -> tuple[jax.Array, jax.Array]:
     cut = Cut.of(call, blocks)
     block_row = call.mask.block_rows(cut.layout)
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
     axes = varying_axes(*jax.tree.leaves(call))
     results = vary_over(
         (
-            jnp.zeros(out_shape, call.query.dtype),
+            jnp.zeros(out_shape, dtype),
             jnp.zeros(out_shape[:3], call.accumulator_dtype),
         ),
         axes,
@@ -56,7 +62,7 @@ def _forward(call: AttentionCall, blocks: Blocks) -> tuple[jax.Array, jax.Array]
         state = _over_keys(cut, i, q, block_row(i), state)
         return tuple(
             write_rows(cut, i, q, whole, rows)
-            for whole, rows in zip(results, _finished(call, state), strict=True)
+            for whole, rows in zip(results, _finished(state, dtype), strict=True)
         )
 
     if cut.layout.num_q == 1:
@@ -107,12 +113,12 @@ def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool
     return _State(values, top, total)
 
 
-def _finished(call: AttentionCall, state: _State) -> tuple[jax.Array, jax.Array]:
+def _finished(state: _State, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
     empty = state.total == 0
     total = jnp.where(empty, 1.0, state.total)
     lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
-    out = (state.values / total).astype(call.query.dtype)
+    out = (state.values / total).astype(dtype)
     return heads_together(out), heads_together(lse)[..., 0]
 
 

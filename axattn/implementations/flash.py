@@ -44,6 +44,7 @@ class Way:
     name: str
     blocks: blocks.Blocks | None = None
     interpret: bool = False
+    whole: bool = True  # the backward pass is given the output of all keys that the call has
 
     def forward(self, call: AttentionCall):
         if self.name in _KERNELS:
@@ -52,8 +53,10 @@ class Way:
 
     def backward(self, call: AttentionCall, *arrays: jax.Array) -> Gradients:
         if self.name in _KERNELS:
-            return _KERNELS[self.name].backward(call, *arrays, interpret=self.interpret)
-        return chunked_backward.backward(call, self.blocks, *arrays)
+            return _KERNELS[self.name].backward(
+                call, *arrays, interpret=self.interpret, whole=self.whole
+            )
+        return chunked_backward.backward(call, self.blocks, *arrays, whole=self.whole)
 
 
 # The implementations that are ways of this function.
@@ -63,11 +66,12 @@ NAMES = ("xla_chunked", *_KERNELS)
 Ways = tuple[tuple[str, Way], ...]
 
 
-def ways(call: AttentionCall, plan: tuple[tuple[str, str], ...]) -> Ways:
+def ways(call: AttentionCall, plan: tuple[tuple[str, str], ...], *, whole: bool = True) -> Ways:
     """How ``plan``, (platform, implementation name) pairs, is carried out."""
 
     def way(platform, name):
-        return Way(name, blocks.choose(call, platform) if name == "xla_chunked" else None)
+        cut = blocks.choose(call, platform) if name == "xla_chunked" else None
+        return Way(name, cut, whole=whole)
 
     return tuple((platform, way(platform, name)) for platform, name in plan)
 

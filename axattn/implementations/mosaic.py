@@ -36,8 +36,11 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
     return None
 
 
-def bias_gradient(call: AttentionCall, platform: str, given: tuple) -> jax.Array | None:
+def bias_gradient(
+    call: AttentionCall, platform: str, given: tuple, whole: bool
+) -> jax.Array | None:
     """From the chunked sweep, which XLA drops if unused; ``given``: out, lse, dout, dlse."""
     if call.bias is None:
         return None
-    return chunked_backward.backward(call, blocks.choose(call, platform), *given).bias
+    cut = blocks.choose(call, platform)
+    return chunked_backward.backward(call, cut, *given, whole=whole).bias

@@ -143,6 +143,7 @@ def backward(
     dlse: jax.Array,
     *,
     interpret: bool = False,
+    whole: bool = True,
 ) -> Gradients:
     """Gradients from kernels; that of a bias from the chunked sweep."""
     from axattn.kernels.hopper import tiles
@@ -152,5 +153,5 @@ def backward(
     results = kernels(call, tiles.backward_tiles(call), *given, interpret=interpret)
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue, dsinks = vary_over(results, axes)
-    dbias = mosaic.bias_gradient(call, "cuda", given)
+    dbias = mosaic.bias_gradient(call, "cuda", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)

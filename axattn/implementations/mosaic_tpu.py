@@ -110,6 +110,7 @@ def backward(
     dlse: jax.Array,
     *,
     interpret: bool = False,
+    whole: bool = True,
 ) -> Gradients:
     """Gradients from kernels; that of a bias from the chunked sweep."""
     given = (out, lse, dout, dlse)
@@ -119,7 +120,7 @@ def backward(
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue = vary_over(results, axes)
     dsinks = gradients.of_sinks(call, lse, delta)
-    dbias = mosaic.bias_gradient(call, "tpu", given)
+    dbias = mosaic.bias_gradient(call, "tpu", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
 
 

@@ -12,13 +12,50 @@ Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; sco
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-# Up to this many query rows (T * N) a call is a decode step: a read of the cache, and folded.
-DECODE_ROWS = 64
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def weighted_mean(
+    outputs: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: jax.Array,
+    total: jax.Array,
+    value: jax.Array,
+) -> jax.Array:
+    """``outputs(weights, value) / total``, whose derivatives are those of unrounded weights.
+
+    ``outputs`` is the product of weights and values, of either form. ``weights`` and ``total`` are
+    in the accumulator's dtype and enter the product in the dtype of the values. Differentiated as
+    it is written, the gradient of a 16-bit weight is rounded to 16 bits (in float16 it overflows)
+    while that of ``total`` is not, and where one weight is near 1 the two no longer cancel.
+    """
+    return outputs(weights.astype(value.dtype), value) / total
+
+
+@functools.partial(weighted_mean.defjvp, symbolic_zeros=True)
+def _weighted_mean_jvp(outputs, primals, tangents):
+    weights, total, value = primals
+    dweights, dtotal, dvalue = tangents
+    dout = jnp.zeros((), total.dtype)
+    if not (isinstance(dweights, SymbolicZero) and isinstance(dtotal, SymbolicZero)):
+        dweights, dtotal = map(_instantiated, (dweights, dtotal), (weights, total))
+        dshares = (dweights - weights / total * dtotal) / total
+        dout = outputs(dshares, value.astype(dshares.dtype))
+    if not isinstance(dvalue, SymbolicZero):
+        dout = dout + outputs(weights.astype(value.dtype), dvalue) / total
+    out = weighted_mean(outputs, weights, total, value)
+    return out, jnp.broadcast_to(dout, out.shape)
+
+
+def _instantiated(tangent: Any, primal: jax.Array) -> jax.Array:
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
 
 
 class Products(Protocol):
@@ -60,7 +97,7 @@ class Folded:
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
     def scores(self, key: jax.Array) -> jax.Array:
-        key = key.reshape(*key.shape[:2], -1)
+        key = key.reshape(*key.shape[:2], math.prod(key.shape[2:]))
         dots = jnp.einsum("brc,bsc->brs", self.query, key, **self.options)
         return dots.reshape(*self.tile, dots.shape[-1])
 
@@ -69,8 +106,8 @@ class Folded:
         size = value.shape[-1]
         out = jnp.einsum(
             "brs,bsc->brc",
-            weights.reshape(batch, kv_heads * group * rows, -1),
-            value.reshape(*value.shape[:2], -1),
+            weights.reshape(batch, kv_heads * group * rows, weights.shape[-1]),
+            value.reshape(*value.shape[:2], kv_heads * size),
             **self.options,
         )
         out = out.reshape(batch, kv_heads, group * rows, kv_heads, size)

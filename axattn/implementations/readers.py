@@ -11,8 +11,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from axattn.call import AttentionCall
-from axattn.implementations.products import DECODE_ROWS, Folded, Grouped
+from axattn._jax_compat import is_known
+from axattn.call import DECODE_ROWS, AttentionCall
+from axattn.implementations.products import Folded, Grouped, weighted_mean
 from axattn.implementations.scores import zero_unused
 from axattn.mask_parts import Span
 from axattn.stored import NEVER
@@ -25,6 +26,10 @@ class Reader(Protocol):
 
     def outputs(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
         """Weights times values, ``[B, K, G, t, h]``; ``clean`` where ``kv`` has unused slots."""
+        ...
+
+    def mean(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
+        """The outputs of clean values over the sums ``total [B, K, G, t, 1]``, differentiable."""
         ...
 
 
@@ -50,6 +55,10 @@ class _OfArrays:
     def outputs(self, weights, kv, *, clean):
         value = kv_rows(self.call, self.call.value, kv, clean=clean)
         return self.product.outputs(weights.astype(value.dtype), value)
+
+    def mean(self, weights, total, kv):
+        value = kv_rows(self.call, self.call.value, kv, clean=True)
+        return weighted_mean(self.product.outputs, weights, total, value)
 
 
 def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
@@ -84,15 +93,27 @@ class _OfCache:
 
     def _products(self, key: jax.Array) -> jax.Array:
         batch, kv_heads, group, rows, size = self.query.shape
-        if group * rows > DECODE_ROWS:
+        if not is_known(lambda: group * rows <= DECODE_ROWS, otherwise=False):
             return jnp.einsum("bkgth,bksh->bkgts", self.query, key, **self.options)
         # For a few rows the keys come first: XLA:CPU would else transpose them (3 to 10 times
         # slower), and what is transposed after is small.
         query = self.query.reshape(batch, kv_heads, group * rows, size)
         dots = jnp.einsum("bksh,bkrh->bksr", key, query, **self.options).swapaxes(2, 3)
-        return dots.reshape(batch, kv_heads, group, rows, -1)
+        return dots.reshape(batch, kv_heads, group, rows, key.shape[2])
 
     def outputs(self, weights, kv, *, clean):
+        weights, value = self._weights_and_values(weights, kv, clean=clean)
+        return self._outputs(weights.astype(self.dtype), value)
+
+    def mean(self, weights, total, kv):
+        weights, value = self._weights_and_values(weights, kv, clean=True)
+        return weighted_mean(self._outputs, weights, total, value)
+
+    def _outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.einsum("bkgts,bksh->bkgth", weights, value, **self.options)
+
+    def _weights_and_values(self, weights: jax.Array, kv: Span, *, clean: bool):
+        """The weights with the values' scales, and the values without."""
         value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
         used = self._used(kv) if clean else None
         if scales is not None:
@@ -101,7 +122,7 @@ class _OfCache:
             weights = weights * scales[:, :, None, None].astype(weights.dtype)
         if used is not None and self.stored.dtype not in ("int8", "int4"):  # which have no NaN
             value = jnp.where(used[:, None, :, None], value, jnp.zeros((), value.dtype))
-        return jnp.einsum("bkgts,bksh->bkgth", weights.astype(self.dtype), value, **self.options)
+        return weights, value
 
     def _used(self, kv: Span) -> jax.Array | None:
         """Which slots hold a token, bool ``[B or 1, s]``, or None for all."""

@@ -16,14 +16,13 @@ from jax import lax
 
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
-from axattn.implementations.products import DECODE_ROWS
 from axattn.implementations.readers import reader
 from axattn.implementations.scores import heads_apart, mask_tile, score_tile, zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
-    if call.stored is None and call.q_len * call.num_heads <= DECODE_ROWS:
+    if call.stored is None and call.is_decode_step:
         # TPUs tile the two minor dimensions: merging heads and head size would copy the cache.
         return lax.platform_dependent(
             call,
@@ -37,7 +36,7 @@ def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
     call = without_unused(call)
     read, (_, kv) = reader(call, call.query, folded=folded), call.spans()
     weights, total, lse = softmax_weights(call, read.dots(kv))
-    out = read.outputs(weights, kv, clean=True) / total
+    out = read.mean(weights, total, kv)
     out = out.transpose(0, 3, 1, 2, 4).reshape(
         call.batch, call.q_len, call.num_heads, call.value_head_dim
     )
@@ -68,7 +67,7 @@ def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, ja
     allowed = mask_tile(call, q, kv)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
-    top = scores.max(-1, keepdims=True)
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # also of no keys
     sinks = None
     if call.sinks is not None:
         sinks = heads_apart(call.sinks[None, :, None, None].astype(scores.dtype), call)

@@ -216,7 +216,7 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     # Of one hop: a dense mask has the columns of all shards, and a hop is given its own.
     here = lax.axis_index(axes.sequence)
     hop_call = hop.call_of(call, hop.moving(call), here, here, first=True)
-    ways = flash.ways(hop_call, _flash_plan(hop_call, plan.implementation))
+    ways = flash.ways(hop_call, _flash_plan(hop_call, plan.implementation), whole=False)
     return ring.attend(ring.Ring(axes.sequence, plan.shards, plan.hops, ways), call)
 
 
