@@ -54,7 +54,7 @@ def normalize(
     else:
         query, key, value = _arrays(query, key, value)
         lead, kv_len, stored = query.shape[:-3], key.shape[-3], None
-        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        query, key, value = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value))
     batch, q_len, heads, _ = query.shape
 
     scale, traced_scale = _scale(scale, query.shape[-1])
@@ -115,7 +115,7 @@ def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax
             raise TypeError(f"{name} takes a floating-point array {letters}, got dtype {x.dtype}")
         if x.ndim < 3:
             raise ValueError(f"{name} takes {letters}, got shape {x.shape}")
-        for letter, size in zip(letters.strip("[]").split(", ")[1:], x.shape[-3:], strict=True):
+        for letter, size in zip(letters.strip("[]").split(", ")[2:], x.shape[-2:], strict=True):
             if size == 0:
                 raise ValueError(f"{name} takes {letters} with {letter} >= 1, got shape {x.shape}")
         arrays.append(x)
@@ -142,8 +142,6 @@ def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax
             f"query takes a multiple of the {key.shape[-2]} key/value heads, "
             f"got {query.shape[-2]} heads (shape {query.shape})"
         )
-    if 0 in query.shape:
-        raise ValueError(f"query takes a batch of at least one, got shape {query.shape}")
     return query, key, value
 
 
@@ -152,12 +150,12 @@ def _query_of_stored(query: Any, stored: Stored) -> jax.Array:
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise TypeError(f"query takes a floating-point array [B, T, N, H], got dtype {query.dtype}")
     batch, head_dim, kv_heads = stored.batch, stored.head_dim, stored.num_kv_heads
-    if query.ndim != 4 or query.shape[0] != batch or query.shape[3] != head_dim or 0 in query.shape:
+    if query.ndim != 4 or query.shape[0] != batch or query.shape[3] != head_dim:
         raise ValueError(
             f"query takes [B, T, N, H] = [{batch}, T, N, {head_dim}] for this cache, got shape "
             f"{query.shape}"
         )
-    if query.shape[2] % kv_heads:
+    if query.shape[2] % kv_heads or query.shape[2] == 0:
         raise ValueError(
             f"query takes a multiple of the cache's {kv_heads} key/value heads, got "
             f"{query.shape[2]} heads (shape {query.shape})"

@@ -15,6 +15,7 @@ window and prefix speak of positions). They are the same unless the call gives `
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -408,7 +409,7 @@ class Mask:
             changes = {}
             for name in part.batched_arrays():
                 value = getattr(part, name)
-                if value is not None and jnp.ndim(value) > 0 and jnp.shape(value)[0] > 1:
+                if value is not None and jnp.ndim(value) > 0 and jnp.shape(value)[0] != 1:
                     changes[name] = lax.dynamic_slice_in_dim(value, b, 1, 0)
             return dataclasses.replace(part, **changes)
 
@@ -417,7 +418,7 @@ class Mask:
     @property
     def varies_by_row(self) -> bool:
         """Whether a normalized mask differs between the rows of the batch."""
-        return any(jnp.ndim(leaf) and leaf.shape[0] > 1 for leaf in jax.tree.leaves(self))
+        return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(self))
 
     def kv_lengths(self) -> Any:
         """Number of leading key slots that are real: int, int32 ``[B]``, or None for all.
@@ -547,7 +548,7 @@ def flatten_lead(
         return value.reshape((1, *own_tail))
     if padded != tuple(lead):
         value = jnp.broadcast_to(value.reshape(padded + own_tail), tuple(lead) + own_tail)
-    return value.reshape((-1, *own_tail))
+    return value.reshape((math.prod(lead), *own_tail))
 
 
 def _dims(tail: tuple[int | None, ...]) -> str:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from axattn._jax_compat import is_known, smaller_size
 from axattn.call import AttentionCall
-from axattn.implementations.products import DECODE_ROWS
 from axattn.mask_parts import EMPTY, FULL
 
 
@@ -26,26 +26,34 @@ class Blocks:
 def choose(call: AttentionCall, platform: str) -> Blocks:
     """Block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
     cpu, cached = platform == "cpu", call.stored is not None
-    decode = call.q_len * call.num_heads <= DECODE_ROWS
+    decode = call.is_decode_step
     folded = decode and platform != "tpu" and not cached
     # CPU, measured (2 cores, 1 MiB of L2 each; G = 1, 8, 16; forward and backward): smaller tiles
     # make poor products, larger ones fall out of the cache. Decode reads longer runs of the cache.
-    q = min(call.q_len, 128 if cpu else 512)
+    q = 128 if cpu else 512
     kv = (512 if decode else 256) if cpu else 1024
     # Rows whose masks differ would all visit the union of their blocks; done one at a time, each
     # visits its own. Too few query rows make poor products, so decode steps stay together.
-    by_row = call.batch > 1 and q * call.group >= 128 and (cpu or call.mask.varies_by_row)
-    if cached and cpu and call.batch > 1:
+    rows = is_known(lambda: call.batch > 1, otherwise=True)
+    many = is_known(lambda: smaller_size(call.q_len, q) * call.group >= 128, otherwise=True)
+    by_row = rows and many and (cpu or call.mask.varies_by_row)
+    if cached and cpu and rows:
         # Head-major keys make good products of one row; rows of many lengths each end at their own.
         by_row = True
     if not cpu:
         # Accelerators have the room; the tile of scores is bounded to keep memory O(T + S).
         batch = 1 if by_row else call.batch
-        while q > 64 and 4 * batch * call.num_heads * q * kv > 2**25:
+
+        def too_large():
+            scores = batch * call.num_heads * smaller_size(call.q_len, q) * kv
+            return is_known(lambda: 4 * scores > 2**25, otherwise=True)
+
+        while q > 64 and too_large():
             q //= 2
-        while kv > 128 and 4 * batch * call.num_heads * q * kv > 2**25:
+        while kv > 128 and too_large():
             kv //= 2
-    kv = min(call.kv_len, kv)
+    # Of symbolic lengths these are symbolic, too: a block is never longer than its array.
+    q, kv = smaller_size(call.q_len, q), smaller_size(call.kv_len, kv)
     if cached and call.stored.block_table is not None:
         kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
     return Blocks(q, kv, by_row, folded)

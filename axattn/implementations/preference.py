@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from axattn._jax_compat import is_known
 from axattn.call import AttentionCall
 from axattn.implementations import mosaic_gpu
-from axattn.implementations.products import DECODE_ROWS
 
 # CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
 # overtakes the einsum between T=256 (2^20 scores at N=16) and T=512 (2^22), forward and backward;
@@ -38,22 +38,24 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
         return _over_cache(call, platform, scores, reasons)
-    long = call.q_len > mosaic_gpu.DECODE_TOKENS
-    if reasons["mosaic_gpu"] is None and (long or call.kv_len >= HOPPER_DECODE_FROM_KEYS):
+    long = _exceeds(call.q_len, mosaic_gpu.DECODE_TOKENS)
+    if reasons["mosaic_gpu"] is None and (
+        long or _exceeds(call.kv_len, HOPPER_DECODE_FROM_KEYS - 1)
+    ):
         # A Hopper GPU is at hand. Elsewhere the other flash path, so that both share residuals.
         return "mosaic_gpu" if platform == "cuda" else "xla_chunked"
     if reasons["mosaic_tpu"] is None and long:
         # Likewise a TPU. (A decode step over arrays would have them copied, head by head.)
         return "mosaic_tpu" if platform == "tpu" else "xla_chunked"
-    if call.mask.kv_lengths() is not None and call.kv_len >= RAGGED_FROM_KEYS:
+    if call.mask.kv_lengths() is not None and _exceeds(call.kv_len, RAGGED_FROM_KEYS - 1):
         return "xla_chunked"
-    if call.q_len * call.num_heads <= DECODE_ROWS:
+    if call.is_decode_step:
         # On CPU the chunked path skips what the mask empties, and XLA copies a cache that was just
         # updated for the einsum (8 times slower in a layer at S=8192). In bfloat16 XLA before jax
         # 0.11 widens the whole cache for the loop, and on TPU it copies it into another layout.
         skips = platform == "cpu" and call.mask.parts and call.query.dtype == jnp.float32
-        return "xla_chunked" if skips or 4 * scores > DECODE_LOGITS_BYTES else "xla"
-    return "xla_chunked" if scores >= CHUNKED_FROM_SCORES else "xla"
+        return "xla_chunked" if skips or _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"
+    return "xla_chunked" if _exceeds(scores, CHUNKED_FROM_SCORES - 1) else "xla"
 
 
 def _over_cache(
@@ -66,4 +68,9 @@ def _over_cache(
     if call.stored.block_table is not None or platform != "tpu":
         return "xla_chunked"
     # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.
-    return "xla" if 4 * scores <= DECODE_LOGITS_BYTES else "xla_chunked"
+    return "xla_chunked" if _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"
+
+
+def _exceeds(size: int, bound: int) -> bool:
+    """Whether a size is larger; a symbolic one, which may be, counts as large."""
+    return is_known(lambda: size > bound, otherwise=True)

@@ -80,6 +80,9 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
     Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
     """
     names = check_names(implementation)
+    if call.is_empty:
+        # There is nothing to compute, and so no kernel to ask for: zeros, and an LSE of -inf.
+        return tuple((platform, "xla") for platform in PLATFORMS)
     reasons = refusals(call)
     if names is None:
         return tuple(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn._jax_compat import is_known
 from axattn.call import AttentionCall
 from axattn.implementations.blocks import Blocks, visits
 from axattn.implementations.scores import bias_tile, capped_tile, mask_tile, zero_unused
@@ -94,7 +95,7 @@ class Cut:
             return step(num_kv - 1, state, True) if self.kv_has_tail else state
         if tail_rows:
             row = jnp.where(i == self.layout.num_q - 1, jnp.minimum(row, PARTIAL), row)
-        if self.blocks.q * self.call.group < 128:
+        if is_known(lambda: self.blocks.q * self.call.group < 128, otherwise=False):
             # A few rows: their mask costs nothing next to the keys, and one loop over all visited
             # blocks lets XLA pick one layout for the cache, where two loops had it copied.
             row = jnp.minimum(row, PARTIAL)
