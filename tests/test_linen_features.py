@@ -129,19 +129,22 @@ def test_rope_across_sequences():
         layer.apply(variables, x, memory, positions=jnp.arange(T))
 
 
+@pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_qk_norm(kind):
+def test_qk_norm(kind, per_head):
     x = inputs()
-    layer = GroupedQueryAttention(N, num_kv_heads=K, qk_norm=kind)
+    layer = GroupedQueryAttention(N, num_kv_heads=K, qk_norm=kind, qk_norm_per_head=per_head)
     variables = made(layer, x)
     scales = [variables["params"][name]["scale"] for name in ("query_ln", "key_ln")]
     assert [list(variables["params"][n]) for n in ("query_ln", "key_ln")] == [["scale"]] * 2
-    assert all(scale.shape == (H,) for scale in scales)
+    shapes = [(H,), (H,)] if per_head else [(N, H), (K, H)]
+    assert [scale.shape for scale in scales] == shapes
+    axes = -1 if per_head else (-2, -1)
 
     def norm(x, scale):
         if kind == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+            x = x - x.mean(axes, keepdims=True)
+        return x / jnp.sqrt((x**2).mean(axes, keepdims=True) + 1e-6) * scale
 
     q, k, v = projected(variables, x)
     expected = axattn.dot_product_attention(norm(q, scales[0]), norm(k, scales[1]), v)

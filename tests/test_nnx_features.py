@@ -52,6 +52,8 @@ CASES = {
     "layer norm": dict(qk_norm="layer"),
     "rms norm": dict(qk_norm="rms"),
     "epsilon": dict(qk_norm="rms", qk_norm_epsilon=0.5),
+    "layer norm over all heads": dict(qk_norm="layer", qk_norm_per_head=False),
+    "rms norm over all heads": dict(qk_norm="rms", qk_norm_per_head=False),
     "no bias of the output": dict(out_use_bias=False),
     "no other bias": dict(use_bias=False, out_use_bias=True),
     "window": dict(window=3),

@@ -34,3 +34,9 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("kv_norm", "scale"): ("kv_lora",),
     ("sinks",): ("heads",),
 }
+
+# Of norms over all heads' features together, in place of those above.
+ALL_HEADS_NORM_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("query_ln", "scale"): ("heads", "head_dim"),
+    ("key_ln", "scale"): ("kv_heads", "head_dim"),
+}

@@ -40,11 +40,13 @@ def head_layout(num_heads: int, num_kv_heads: int | None, qkv_features: int) -> 
     return num_kv_heads, qkv_features // num_heads
 
 
-def qk_norm_kind(normalize_qk: bool, qk_norm: str | None) -> str | None:
+def qk_norm_kind(normalize_qk: bool, qk_norm: str | None, per_head: bool = True) -> str | None:
     """Which norm queries and keys get: None, "layer" or "rms".
 
     ``normalize_qk=True`` is Flax's way of saying "layer".
     """
+    if not per_head and not normalize_qk and qk_norm is None:
+        raise ValueError("qk_norm_per_head=False takes a qk_norm, 'layer' or 'rms', got None")
     if qk_norm not in QK_NORMS:
         raise ValueError(f"qk_norm must be one of {QK_NORMS}, got {qk_norm!r}")
     if normalize_qk and qk_norm == "rms":

@@ -14,6 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers import decode
+from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested
@@ -70,6 +71,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
         ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale ``[H]``.
       qk_norm_epsilon: of both.
+      qk_norm_per_head: False: one norm over the features of all heads together (OLMo 2), with
+        scales ``[N, H]`` and ``[K, H]``.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
       scale: of the logits; default 1 / sqrt(H).
@@ -109,6 +112,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     rope: RotaryEmbedding | None = _field(None)
     qk_norm: str | None = _field(None)
     qk_norm_epsilon: float = _field(1e-6)
+    qk_norm_per_head: bool = _field(True)
     window: int | tuple[int, int] | None = _field(None)
     scale: float | None = _field(None)
     logits_soft_cap: float | None = _field(None)
@@ -170,18 +174,22 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         inputs_k, inputs_v = self._default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
 
-        norm = qk_norm_kind(self.normalize_qk, self.qk_norm)
+        norm = qk_norm_kind(self.normalize_qk, self.qk_norm, self.qk_norm_per_head)
         if norm is not None:
             norm_cls = {"layer": functools.partial(nn.LayerNorm, use_bias=False), "rms": nn.RMSNorm}
+            features = -1 if self.qk_norm_per_head else (-2, -1)
+            axes = LOGICAL_AXES if self.qk_norm_per_head else ALL_HEADS_NORM_AXES
             make = functools.partial(
                 norm_cls[norm],
                 epsilon=self.qk_norm_epsilon,
+                reduction_axes=features,
+                feature_axes=features,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
             )
             ones = nn.initializers.ones_init()
             query, key = (
-                make(name=name, scale_init=named(self, ones, name, "scale"))(x)
+                make(name=name, scale_init=named(self, ones, name, "scale", axes=axes))(x)
                 for name, x in (("query_ln", query), ("key_ln", key))
             )
 

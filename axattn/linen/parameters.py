@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 
@@ -19,6 +19,11 @@ def parameters(
     return params["kernel"], params.get("bias")
 
 
-def named(layer: nn.Module, init: Callable[..., Array], *path: str) -> Callable[..., Array]:
+def named(
+    layer: nn.Module,
+    init: Callable[..., Array],
+    *path: str,
+    axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES,
+) -> Callable[..., Array]:
     """``init`` of the parameter at ``path``, boxed with its axes where the layer's are named."""
-    return nn.with_logical_partitioning(init, LOGICAL_AXES[path]) if layer.logical_axes else init
+    return nn.with_logical_partitioning(init, axes[path]) if layer.logical_axes else init

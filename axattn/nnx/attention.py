@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from flax.nnx.module import first_from
 from axattn._typing import Array, Float, Integer
 from axattn.cache import Cache
 from axattn.layers import decode as decoding
+from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
 from axattn.layers.options import head_layout, qk_norm_kind, requested, static
@@ -83,6 +86,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       qk_norm: "layer" (Flax's ``normalize_qk=True``) or "rms", over each head's features, before
         ``rope``; parameters ``query_ln`` and ``key_ln``, each with a scale ``[H]``.
       qk_norm_epsilon: of both.
+      qk_norm_per_head: False: one norm over the features of all heads together (OLMo 2), with
+        scales ``[N, H]`` and ``[K, H]``.
       window: attend to at most this many tokens to the left and right, or (left, right); (L, 0)
         for causal models.
       scale: of the logits; default 1 / sqrt(H).
@@ -133,6 +138,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         rope: RotaryEmbedding | None = None,
         qk_norm: str | None = None,
         qk_norm_epsilon: float = 1e-6,
+        qk_norm_per_head: bool = True,
         window: int | tuple[int, int] | None = None,
         scale: float | None = None,
         logits_soft_cap: float | None = None,
@@ -144,7 +150,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         **flax_kwargs,
     ):
         head_layout(num_heads, num_kv_heads, in_features if qkv_features is None else qkv_features)
-        norm = qk_norm_kind(normalize_qk, qk_norm)
+        norm = qk_norm_kind(normalize_qk, qk_norm, qk_norm_per_head)
         if fused_qkv and flax_kwargs.get("qkv_dot_general_cls") is not None:
             raise ValueError(
                 "fused_qkv=True has one product and cannot make one per projection with "
@@ -159,22 +165,15 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             in_kv_features,
             param_dtype=param_dtype,
             attention_fn=attention_fn,
-            normalize_qk=norm == "layer",
+            normalize_qk=norm == "layer" and qk_norm_per_head,
             rngs=rngs,
             **flax_kwargs,
         )
         self.normalize_qk = norm is not None
-        if norm == "rms":
+        if norm == "rms" or (norm == "layer" and not qk_norm_per_head):
             self.query_ln, self.key_ln = (
-                nnx.RMSNorm(
-                    self.head_dim,
-                    dtype=self.dtype,
-                    param_dtype=param_dtype,
-                    promote_dtype=self.ln_promote_dtype,
-                    rngs=rngs,
-                    scale_metadata=flax_kwargs.get(f"{name}_scale_metadata", {}),
-                )
-                for name in ("query_ln", "key_ln")
+                self._new_norm(norm, name, () if qk_norm_per_head else heads, rngs, flax_kwargs)
+                for name, heads in (("query_ln", (num_heads,)), ("key_ln", (self.num_kv_heads,)))
             )
         if norm is not None:
             self.query_ln.epsilon = self.key_ln.epsilon = qk_norm_epsilon
@@ -185,6 +184,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             )
         self.rope = rope
         self.qk_norm = norm
+        self.qk_norm_per_head = qk_norm_per_head
         self.window = static(window)
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
@@ -192,7 +192,31 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self.fused_qkv = fused_qkv
         self.implementation = static(implementation)
         if logical_axes:
-            name_axes(self)
+            name_axes(self, LOGICAL_AXES | ({} if qk_norm_per_head else ALL_HEADS_NORM_AXES))
+
+    def _new_norm(
+        self,
+        norm: str,
+        name: str,
+        heads: tuple[int, ...],
+        rngs: nnx.Rngs,
+        given: Mapping[str, Any],
+    ) -> nnx.RMSNorm | nnx.LayerNorm:
+        """Over the features of each head, or of that many heads together."""
+        shape = (*heads, self.head_dim)
+        axes = tuple(range(-len(shape), 0))
+        make = {"layer": functools.partial(nnx.LayerNorm, use_bias=False), "rms": nnx.RMSNorm}
+        return make[norm](
+            math.prod(shape),
+            reduction_axes=axes,
+            feature_axes=axes,
+            dtype=self.dtype,
+            param_dtype=self.query.param_dtype,
+            promote_dtype=self.ln_promote_dtype,
+            scale_init=lambda key, _, dtype: jnp.ones(shape, dtype),
+            rngs=rngs,
+            scale_metadata=given.get(f"{name}_scale_metadata", {}),
+        )
 
     def _new_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
         init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()

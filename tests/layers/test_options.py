@@ -39,6 +39,8 @@ def test_qk_norm_kind():
         qk_norm_kind(False, "group")
     with pytest.raises(ValueError, match="contradicts"):
         qk_norm_kind(True, "rms")
+    with pytest.raises(ValueError, match="qk_norm_per_head=False takes a qk_norm"):
+        qk_norm_kind(False, None, per_head=False)
 
 
 def test_requested():

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import axattn.linen
 import axattn.nnx
 from axattn import parallel
-from axattn.layers.axes import LOGICAL_AXES
+from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.rotary import RotaryEmbedding
 
 AXES = parallel.Axes(batch="data", heads="model", sequence="context")
@@ -25,6 +25,7 @@ LATENT_RULES = (*RULES, ("q_lora", None), ("kv_lora", None))
 B, T, E, N, K = 4, 16, 32, 4, 2
 
 LAYER = dict(qk_norm="rms", sinks=True, rope=RotaryEmbedding(), use_bias=True, window=(9, 0))
+OVER_ALL_HEADS = LOGICAL_AXES | ALL_HEADS_NORM_AXES
 LATENT = dict(
     num_heads=N, kv_lora_rank=12, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4,
     v_head_dim=8, use_bias=True,
@@ -78,6 +79,13 @@ class TestLinen:
             assert not any(isinstance(x, nn.meta.AxisMetadata)
                            for x in jax.tree.leaves(plain, is_leaf=nn.meta.is_axis_metadata))  # fmt: skip
 
+    def test_names_of_norms_over_all_heads(self, inputs):
+        layer = linen_layer(logical_axes=True, qk_norm_per_head=False)
+        boxed = jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"]
+        for path, axes in ALL_HEADS_NORM_AXES.items():
+            scale = boxed[path[0]][path[1]]
+            assert scale.names == axes and len(scale.unbox().shape) == len(axes)
+
     def test_a_step(self, mesh_of, inputs):
         mesh = mesh_of(data=2, model=2, context=2)
         one = linen_layer()
@@ -106,10 +114,15 @@ class TestNNX:
         latent = axattn.nnx.MultiHeadLatentAttention(
             in_features=E, **LATENT, logical_axes=True, rngs=nnx.Rngs(0)
         )
-        for layer in (nnx_layer(logical_axes=True), latent):
+        over_all_heads = nnx_layer(logical_axes=True, qk_norm_per_head=False)
+        for layer, axes in (
+            (nnx_layer(logical_axes=True), LOGICAL_AXES),
+            (over_all_heads, OVER_ALL_HEADS),
+            (latent, LOGICAL_AXES),
+        ):
             for path, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-                assert param.get_metadata()["out_sharding"] == LOGICAL_AXES[path]
-                assert len(LOGICAL_AXES[path]) == param[...].ndim
+                assert param.get_metadata()["out_sharding"] == axes[path]
+                assert len(axes[path]) == param[...].ndim
         for _, param in nnx.to_flat_state(nnx.state(nnx_layer(), nnx.Param)):
             assert "out_sharding" not in param.get_metadata()
 
