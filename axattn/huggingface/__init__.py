@@ -13,7 +13,9 @@
 `load` needs safetensors (``pip install axattn[huggingface]``); `attention_params` takes any mapping
 of names to arrays. Nothing is downloaded.
 
-Llama, Mistral, Gemma 2 and 3, Qwen 2 and 3, Falcon (but for its ALiBi models), DeepSeek V2 and V3.
+Llama (4 for sequences of one chunk), Mistral and Mixtral, Gemma 1 to 3, Qwen 2 and 3 and their MoE,
+Phi-3 (without LongRoPE), gpt-oss, Granite, OLMo 2, SmolLM3, GLM-4, Falcon (without ALiBi), DeepSeek
+V2 and V3. What a configuration asks for beyond that is refused by name.
 Both ways of writing config.json are read: ``rope_parameters`` (transformers 5), and ``rope_theta``
 with ``rope_scaling``. What a configuration leaves out is what transformers takes it to be.
 """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from axattn.huggingface.fields import COUNT_OR_0, KINDS, OBJECT, TEXT, Config, checked, pick_layer
 from axattn.huggingface.rope import rotary_embedding
-
-Config = Mapping[str, Any]
+from axattn.rotary import yarn_attention_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,10 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
 
     Raises:
       NotImplementedError: a ``model_type``, or a feature of it, that is not read here.
-      ValueError: no such layer; a rotary embedding whose numbers are not all there.
-      TypeError: ``config`` is no mapping.
+      ValueError: no such layer; a field with a value that it does not take, or that does not fit
+        another; a rotary embedding whose numbers are not all there.
+      TypeError: ``config`` is no mapping; a field of another type.
+      KeyError: no ``model_type``.
 
     Example:
       >>> from axattn import huggingface
@@ -102,11 +103,15 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
     """
     config = text_config(config)
     kind = config["model_type"]
-    layer, count = operator.index(layer), config["num_hidden_layers"]
-    if not 0 <= layer < count:
-        raise ValueError(f"layer takes 0 to {count - 1} for this configuration, got {layer}")
-    causal = not config.get("use_bidirectional_attention")
+    layer, count = int(COUNT_OR_0.check("layer", layer)), config["num_hidden_layers"]
+    if layer >= count:
+        raise ValueError(
+            f"layer takes 0 to {count - 1} where num_hidden_layers is {count}, got {layer}"
+        )
     fields = FAMILIES[kind](config, layer)
+    causal = config["is_causal"] and not config["use_bidirectional_attention"]
+    if not config["is_causal"] and fields.get("window") is not None:
+        raise NotImplementedError("is_causal takes true where there is a sliding window, got false")
     latent = "kv_lora_rank" in fields
     return AttentionSpec(kind, layer, config["hidden_size"], latent, fields, causal)
 
@@ -114,40 +119,59 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
 def text_config(config: Config) -> Config:
     """The part of a configuration that speaks of the language model, with what it leaves out.
 
-    Raises NotImplementedError for a ``model_type`` that is not read here, TypeError for no mapping.
+    Every field that is read is of its kind, or ValueError and TypeError name it. Raises
+    NotImplementedError for a ``model_type`` that is not read here, KeyError for none, TypeError for
+    no mapping.
     """
     if not isinstance(config, Mapping):
         raise TypeError(
             f"config takes what config.json holds (config.to_dict()), got {type(config).__name__}"
         )
-    config = config.get("text_config") or config
-    kind = config.get("model_type", "")
+    nested = OBJECT.or_null().check("text_config", config.get("text_config"))
+    config = nested or config
+    if "model_type" not in config:
+        where = "text_config" if nested else "config"
+        raise KeyError(f"{where} has no model_type, which takes one of {sorted(FAMILIES)}")
+    kind = TEXT.check("model_type", config["model_type"])
     if kind not in FAMILIES:
         raise NotImplementedError(f"model_type takes one of {sorted(FAMILIES)}, got {kind!r}")
-    return {**DEFAULTS[kind], **config}
+    whole = {**DEFAULTS[kind], **config}
+    return checked(whole, {name: KINDS[name] for name in DEFAULTS[kind]})
 
 
 # ---- families ---------------------------------------------------------------------------------
 
 # What transformers takes a configuration to say where it says nothing. (Null is another thing.)
-_LLAMA = dict(
+# These are the fields that are read.
+_ALL = dict(
     hidden_size=4096,
     num_hidden_layers=32,
     num_attention_heads=32,
+    max_position_embeddings=2048,
+    rope_theta=1e4,
+    rope_scaling=None,
+    rope_parameters=None,
+    partial_rotary_factor=None,
+    original_max_position_embeddings=None,
+    is_causal=True,
+    use_bidirectional_attention=False,
+)
+_LLAMA = dict(
+    _ALL,
     num_key_value_heads=None,
     head_dim=None,
     attention_bias=False,
-    max_position_embeddings=2048,
     rms_norm_eps=1e-6,
 )
+_MISTRAL = dict(_LLAMA, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 _QWEN = dict(
     _LLAMA,
     num_key_value_heads=32,
     max_position_embeddings=32768,
     sliding_window=4096,
     use_sliding_window=False,
-    max_window_layers=28,
 )
+_LAYERED_QWEN = dict(_QWEN, max_window_layers=28, layer_types=None)
 _GEMMA = dict(
     _LLAMA,
     hidden_size=2304,
@@ -157,10 +181,11 @@ _GEMMA = dict(
     head_dim=256,
     query_pre_attn_scalar=256,
     sliding_window=4096,
-    use_bidirectional_attention=False,
+    layer_types=None,
 )
 _DEEPSEEK = dict(
-    _LLAMA,
+    _ALL,
+    attention_bias=False,
     q_lora_rank=1536,
     kv_lora_rank=512,
     qk_nope_head_dim=128,
@@ -170,23 +195,111 @@ _DEEPSEEK = dict(
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
-    "mistral": dict(
-        _LLAMA, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
+    "llama4_text": dict(
+        _LLAMA,
+        hidden_size=5120,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        use_qk_norm=True,
+        no_rope_layers=None,
+        no_rope_layer_interval=4,
+        layer_types=None,
+        attention_chunk_size=8192,
+        attn_temperature_tuning=True,
+        floor_scale=8192,
+        attn_scale=0.1,
+    ),
+    "mistral": _MISTRAL,
+    "mixtral": dict(_MISTRAL, sliding_window=None, rope_theta=1e6),
+    "gemma": dict(
+        _LLAMA,
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        max_position_embeddings=8192,
     ),
     "gemma2": dict(_GEMMA, max_position_embeddings=8192, attn_logit_softcapping=50.0),
-    "gemma3_text": dict(_GEMMA, max_position_embeddings=131072, sliding_window_pattern=6),
-    "qwen2": _QWEN,
-    "qwen3": dict(_QWEN, head_dim=128),
+    "gemma3_text": dict(
+        _GEMMA,
+        max_position_embeddings=131072,
+        sliding_window_pattern=6,
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+    ),
+    "qwen2": _LAYERED_QWEN,
+    "qwen2_moe": dict(
+        _LAYERED_QWEN,
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        qkv_bias=True,
+    ),
+    "qwen3": dict(_LAYERED_QWEN, head_dim=128),
+    "qwen3_moe": dict(_QWEN, hidden_size=2048, num_hidden_layers=24, num_key_value_heads=4),
+    "phi3": dict(_LLAMA, hidden_size=3072, max_position_embeddings=4096, sliding_window=None),
+    "gpt_oss": dict(
+        _LLAMA,
+        hidden_size=2880,
+        num_hidden_layers=36,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        attention_bias=True,
+        sliding_window=128,
+        layer_types=None,
+        max_position_embeddings=131072,
+        rope_theta=1.5e5,
+        rope_parameters=dict(
+            rope_type="yarn",
+            factor=32.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=False,
+            original_max_position_embeddings=4096,
+        ),
+    ),
+    "granite": dict(_LLAMA, attention_multiplier=1.0),
+    "olmo2": dict(_LLAMA, rms_norm_eps=1e-5),
+    "smollm3": dict(
+        _LLAMA,
+        hidden_size=2048,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        rope_theta=2e6,
+        use_sliding_window=False,
+        sliding_window=None,
+        no_rope_layers=None,
+        no_rope_layer_interval=4,
+        layer_types=None,
+    ),
+    "glm4": dict(
+        _LLAMA,
+        num_hidden_layers=40,
+        num_key_value_heads=2,
+        head_dim=128,
+        attention_bias=True,
+        max_position_embeddings=131072,
+        partial_rotary_factor=0.5,
+    ),
     "falcon": dict(
+        _ALL,
         hidden_size=4544,
-        num_hidden_layers=32,
         num_attention_heads=71,
         num_kv_heads=None,
         multi_query=True,
         new_decoder_architecture=False,
         alibi=False,
         bias=False,
-        max_position_embeddings=2048,
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": dict(
@@ -199,23 +312,64 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _grouped(config: Config, **more: Any) -> dict[str, Any]:
-    """What most families have in common."""
-    heads = config["num_attention_heads"]
-    head_dim = config["head_dim"] or config["hidden_size"] // heads
+def _grouped(config: Config, *, rope: Mapping[str, Any] | None = None, **more: Any) -> dict:
+    """What most families have in common; ``rope`` are arguments of `rotary_embedding`."""
+    heads, head_dim = config["num_attention_heads"], config["head_dim"]
+    kv_heads = config["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise ValueError(
+            "num_attention_heads takes a multiple of num_key_value_heads (Falcon: num_kv_heads), "
+            f"got {heads} and {kv_heads}"
+        )
+    if head_dim is None:
+        if config["hidden_size"] % heads:
+            raise ValueError(
+                "hidden_size takes a multiple of num_attention_heads where there is no head_dim, "
+                f"got {config['hidden_size']} and {heads}"
+            )
+        head_dim = config["hidden_size"] // heads
     return {
         "num_heads": heads,
-        "num_kv_heads": config["num_key_value_heads"] or heads,
+        "num_kv_heads": kv_heads,
         "qkv_features": heads * head_dim,
         "use_bias": bool(config.get("attention_bias")),
-        "rope": rotary_embedding(config, head_dim),
+        "rope": rotary_embedding(config, head_dim, **(rope or {})),
         **more,
     }
 
 
 def _before(window: int | None) -> tuple[int, int] | None:
     """Hugging Face's window counts the token itself."""
+    if window == 0:
+        raise ValueError("sliding_window takes an integer of at least 1, or null, got 0")
     return None if window is None else (window - 1, 0)
+
+
+def _is_local(
+    config: Config,
+    layer: int,
+    otherwise: Callable[[int], bool],
+    local: str = "sliding_attention",
+) -> bool:
+    """Whether a layer is local: by ``layer_types``, where there are none by ``otherwise``."""
+    types, takes = config["layer_types"], ("full_attention", "attention", local)
+    if types is None:
+        return otherwise(layer)
+    return pick_layer("layer_types", types, layer, config["num_hidden_layers"], takes) == local
+
+
+def _has_rope(config: Config, layer: int) -> bool:
+    listed = config["no_rope_layers"]
+    if listed is None:
+        return bool((layer + 1) % config["no_rope_layer_interval"])
+    return bool(pick_layer("no_rope_layers", listed, layer, config["num_hidden_layers"], (0, 1)))
+
+
+def _refuse_both_directions(config: Config) -> None:
+    if config["use_bidirectional_attention"]:
+        raise NotImplementedError(
+            f"use_bidirectional_attention takes False for {config['model_type']}"
+        )
 
 
 def _llama(config: Config, layer: int) -> dict[str, Any]:
@@ -226,16 +380,21 @@ def _mistral(config: Config, layer: int) -> dict[str, Any]:
     return _grouped(config, use_bias=False, window=_before(config["sliding_window"]))
 
 
-def _slides(config: Config, layer: int, otherwise: Callable[[int], bool]) -> bool:
-    types = config.get("layer_types")
-    return types[layer] == "sliding_attention" if types else otherwise(layer)
+def _qwen_window(config: Config, layer: int, otherwise: Callable[[int], bool]) -> Any:
+    slides = _is_local(config, layer, otherwise) and config["use_sliding_window"]
+    return _before(config["sliding_window"]) if slides else None
 
 
 def _qwen2(config: Config, layer: int) -> dict[str, Any]:
-    first = config["max_window_layers"]
-    slides = config["use_sliding_window"] and _slides(config, layer, lambda i: i >= first)
-    window = _before(config["sliding_window"]) if slides else None
+    window = _qwen_window(config, layer, lambda i: i >= config["max_window_layers"])
     return _grouped(config, use_bias=True, out_use_bias=False, window=window)
+
+
+def _qwen2_moe(config: Config, layer: int) -> dict[str, Any]:
+    # Every other one of the first layers; the dense model's are all of the last.
+    window = _qwen_window(config, layer, lambda i: i % 2 == 0 and i < config["max_window_layers"])
+    bias = bool(config["qkv_bias"])
+    return _grouped(config, use_bias=bias, out_use_bias=False, window=window)
 
 
 def _qwen3(config: Config, layer: int) -> dict[str, Any]:
@@ -244,10 +403,19 @@ def _qwen3(config: Config, layer: int) -> dict[str, Any]:
     return {**_qwen2(config, layer), "use_bias": bias, "out_use_bias": bias, **norm}
 
 
+def _qwen3_moe(config: Config, layer: int) -> dict[str, Any]:
+    window = _before(config["sliding_window"]) if config["use_sliding_window"] else None
+    return _grouped(config, window=window, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
+
+
+def _gemma(config: Config, layer: int) -> dict[str, Any]:
+    _refuse_both_directions(config)
+    return _grouped(config)
+
+
 def _gemma2(config: Config, layer: int) -> dict[str, Any]:
-    if config["use_bidirectional_attention"]:
-        raise NotImplementedError("use_bidirectional_attention takes False for gemma2")
-    slides = _slides(config, layer, lambda i: i % 2 == 0)
+    _refuse_both_directions(config)
+    slides = _is_local(config, layer, lambda i: i % 2 == 0)
     return _grouped(
         config,
         window=_before(config["sliding_window"]) if slides else None,
@@ -257,14 +425,7 @@ def _gemma2(config: Config, layer: int) -> dict[str, Any]:
 
 
 def _gemma3(config: Config, layer: int) -> dict[str, Any]:
-    pattern = config["sliding_window_pattern"]
-    slides = _slides(config, layer, lambda i: bool((i + 1) % pattern))
-    rope = rotary_embedding(
-        config,
-        config["head_dim"],
-        layer_type="sliding_attention" if slides else "full_attention",
-        default_base=1e4 if slides else 1e6,
-    )
+    slides = _is_local(config, layer, lambda i: bool((i + 1) % config["sliding_window_pattern"]))
     window = config["sliding_window"] if slides else None
     around = _before(window)
     if window is not None and config["use_bidirectional_attention"]:
@@ -273,10 +434,78 @@ def _gemma3(config: Config, layer: int) -> dict[str, Any]:
         config,
         window=around,
         scale=config["query_pre_attn_scalar"] ** -0.5,
-        rope=rope,
+        rope=dict(layer_type="sliding_attention" if slides else "full_attention"),
         qk_norm="rms",
         qk_norm_epsilon=config["rms_norm_eps"],
     )
+
+
+def _phi3(config: Config, layer: int) -> dict[str, Any]:
+    window = _before(config["sliding_window"])
+    fields = _grouped(config, use_bias=False, window=window, rope=dict(partial=True))
+    if fields["rope"].scaling is not None:
+        raise NotImplementedError("rope_type takes default for phi3: longrope is not read here")
+    return fields
+
+
+def _gpt_oss(config: Config, layer: int) -> dict[str, Any]:
+    if config["rope_parameters"] is None:  # the same as nothing, in this family
+        config = {**config, "rope_parameters": DEFAULTS["gpt_oss"]["rope_parameters"]}
+    slides = _is_local(config, layer, lambda i: i % 2 == 0)
+    window = _before(config["sliding_window"]) if slides else None
+    return _grouped(config, window=window, sinks=True)
+
+
+def _granite(config: Config, layer: int) -> dict[str, Any]:
+    return _grouped(config, scale=float(config["attention_multiplier"]))
+
+
+def _olmo2(config: Config, layer: int) -> dict[str, Any]:
+    norm = dict(qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"], qk_norm_per_head=False)
+    return _grouped(config, **norm)
+
+
+def _smollm3(config: Config, layer: int) -> dict[str, Any]:
+    turned, window = _has_rope(config, layer), config["sliding_window"]
+    slides = _is_local(config, layer, lambda _: not turned) and config["use_sliding_window"]
+    fields = _grouped(config, window=_before(window) if slides else None)
+    return fields if turned else {**fields, "rope": None}
+
+
+def _glm4(config: Config, layer: int) -> dict[str, Any]:
+    return _grouped(config, out_use_bias=False, rope=dict(interleaved=True, partial=True))
+
+
+def _llama4(config: Config, layer: int) -> dict[str, Any]:
+    longest = config["max_position_embeddings"]
+    chunk, floor = config["attention_chunk_size"], config["floor_scale"]
+    listed = config["no_rope_layers"] or None  # an empty list is none, in this family
+    turned = _has_rope({**config, "no_rope_layers": listed}, layer)
+    if _is_local(config, layer, lambda _: turned, local="chunked_attention"):
+        if chunk is None:
+            raise ValueError("attention_chunk_size takes an integer of at least 1, got None")
+        if chunk < longest:
+            raise NotImplementedError(
+                f"attention_chunk_size takes at least max_position_embeddings={longest}, got "
+                f"{chunk}: there is no chunked attention here. For sequences of at most {chunk} "
+                "tokens, which are one chunk, set max_position_embeddings to that"
+            )
+    fields = _grouped(config, rope=dict(interleaved=True))
+    if turned:
+        if not config["use_qk_norm"]:
+            return fields
+        # The model divides by the length after the rotation, which does not change lengths.
+        if yarn_attention_factor(fields["rope"].scaling) != 1.0:
+            raise NotImplementedError("use_qk_norm takes false where rope_type is 'yarn', got true")
+        return {**fields, "qk_norm": "rms", "qk_norm_epsilon": config["rms_norm_eps"]}
+    if config["attn_temperature_tuning"] and config["attn_scale"] and floor <= longest:
+        raise NotImplementedError(
+            f"attn_temperature_tuning takes false, or a floor_scale of more than "
+            f"max_position_embeddings={longest}, got {floor}: logits have one scale for all "
+            f"positions here. For sequences of less than {floor} tokens, where it is 1, set "
+            "max_position_embeddings to their length"
+        )
+    return {**fields, "rope": None}
 
 
 def _falcon(config: Config, layer: int) -> dict[str, Any]:
@@ -312,11 +541,22 @@ def _deepseek(config: Config, layer: int) -> dict[str, Any]:
 
 FAMILIES: dict[str, Callable[[Config, int], dict[str, Any]]] = {
     "llama": _llama,
+    "llama4_text": _llama4,
     "mistral": _mistral,
+    "mixtral": _mistral,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "phi3": _phi3,
+    "gpt_oss": _gpt_oss,
+    "granite": _granite,
+    "olmo2": _olmo2,
+    "smollm3": _smollm3,
+    "glm4": _glm4,
     "falcon": _falcon,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from axattn.huggingface.spec import AttentionSpec, Config, attention_spec, text_config
+from axattn.huggingface.fields import COUNT, OBJECT, QUANTIZATION_KINDS, Config, checked
+from axattn.huggingface.spec import AttentionSpec, attention_spec, text_config
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -15,8 +16,13 @@ Tensors = Mapping[str, np.ndarray]
 BLOCK = (128, 128)
 
 # Where the layers of a language model stand in a checkpoint: alone, under a head, in a multimodal
-# model of one age or another.
-_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "transformer.")
+# model of one age or another, with its head or without.
+_PREFIXES = tuple(
+    f"{whole}{part}{trunk}"
+    for whole in ("", "model.")
+    for part in ("", "language_model.", "text_model.")
+    for trunk in ("model.", "", "transformer.")
+)
 
 
 def attention_params(
@@ -38,7 +44,9 @@ def attention_params(
 
     Raises:
       KeyError: a tensor is not there; the message has its name.
-      ValueError: a tensor's shape is not what the configuration says, or its scales' shape.
+      ValueError: a tensor's shape is not what the configuration says, or its scales' shape; and as
+        `attention_spec`.
+      TypeError: ``tensors`` is no mapping; and as `attention_spec`.
       NotImplementedError: as `attention_spec`; and weights in codes other than those above.
 
     Example:
@@ -58,10 +66,26 @@ def attention_params(
       >>> layer = huggingface.attention_spec(config).linen()  # layer.apply({"params": params}, x)
     """
     spec = attention_spec(config, layer)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors takes a mapping of names to arrays, got {type(tensors).__name__}")
     of = _Layer(tensors, spec, config, dtype)
     if spec.latent:
         return _latent(of, spec)
-    return (_falcon if spec.family == "falcon" else _grouped)(of, spec)
+    return _grouped(of, spec)
+
+
+def _quantization(config: Config) -> Config:
+    """What the configuration, or the whole of a multimodal one, says of codes."""
+    name = "quantization_config"
+    written = config.get(name) or text_config(config).get(name)
+    written = checked(OBJECT.or_null().check(name, written) or {}, QUANTIZATION_KINDS, name)
+    block = written.get("weight_block_size")
+    if block is not None:
+        if len(block) != 2:
+            raise ValueError(f"{name}.weight_block_size takes two integers, got {block!r}")
+        for size in block:
+            COUNT.check(f"{name}.weight_block_size", size)
+    return written
 
 
 class _Layer:
@@ -69,8 +93,7 @@ class _Layer:
 
     def __init__(self, tensors: Tensors, spec: AttentionSpec, config: Config, dtype: Any):
         self.tensors, self.dtype = tensors, dtype
-        quantization = config.get("quantization_config")  # of the whole of a multimodal model, too
-        self.quantization = quantization or text_config(config).get("quantization_config") or {}
+        self.quantization = _quantization(config)
         part, first = "layers.{}.self_attn.", "o_proj"
         if spec.family == "falcon":
             part, first = "h.{}.self_attention.", "dense"
@@ -79,7 +102,10 @@ class _Layer:
         self.prefix = next((p for p in wanted if f"{p}{first}.weight" in tensors), None)
         if self.prefix is None:
             self.refuse_codes(f"{wanted[0]}{first}.weight is not there")
-            raise KeyError(f"no tensor {wanted[0]}{first}.weight (nor with another of {_PREFIXES})")
+            raise KeyError(
+                f"no tensor {wanted[0]}{first}.weight (nor with another prefix: "
+                f"{', '.join(map(repr, _PREFIXES[1:]))})"
+            )
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """A tensor of this shape."""
@@ -110,7 +136,7 @@ class _Layer:
 
     def refuse_codes(self, why: str, always: bool = False) -> None:
         """Says that this is a quantized checkpoint of another kind, if it is one."""
-        method = self.quantization.get("quant_method", "unknown")
+        method = self.quantization.get("quant_method") or "unknown"
         if always or method not in ("fp8", "unknown"):
             raise NotImplementedError(
                 "of quantized weights those are read that have a tensor of scales, named as they "
@@ -139,41 +165,43 @@ class _Layer:
 def _grouped(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
     fields, features = spec.fields, spec.in_features
     heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], spec.head_dim
-    bias = fields["use_bias"]
-    params = {
-        "query": of.into_heads("q_proj", features, heads, size, bias),
-        "key": of.into_heads("k_proj", features, kv_heads, size, bias),
-        "value": of.into_heads("v_proj", features, kv_heads, size, bias),
-        "out": of.out_of_heads("o_proj", heads, size, features, fields.get("out_use_bias", bias)),
-    }
+    bias, out = fields["use_bias"], "o_proj"
+    if spec.family == "falcon":  # group by group, each with its keys and values
+        fused = of.into_heads("query_key_value", features, heads + 2 * kv_heads, size, bias)
+        params, out = _split(fused, heads, kv_heads, groups=kv_heads), "dense"
+    elif spec.family == "phi3":  # all queries, then all keys, then all values
+        fused = of.into_heads("qkv_proj", features, heads + 2 * kv_heads, size, bias)
+        params = _split(fused, heads, kv_heads, groups=1)
+    else:
+        params = {
+            "query": of.into_heads("q_proj", features, heads, size, bias),
+            "key": of.into_heads("k_proj", features, kv_heads, size, bias),
+            "value": of.into_heads("v_proj", features, kv_heads, size, bias),
+        }
+    params["out"] = of.out_of_heads(out, heads, size, features, fields.get("out_use_bias", bias))
+    if fields.get("sinks"):
+        params["sinks"] = of.array("sinks", heads)
     if fields.get("qk_norm"):
-        for name, theirs in (("query_ln", "q_norm"), ("key_ln", "k_norm")):
-            from_one = spec.family.startswith("gemma")
-            params[name] = {"scale": of.norm(f"{theirs}.weight", size, from_one)}
+        for name, theirs, count in (("query_ln", "q_norm", heads), ("key_ln", "k_norm", kv_heads)):
+            if spec.family == "llama4_text":  # whose norms have no scales
+                scale = np.ones(size, params["query"]["kernel"].dtype)
+            elif fields.get("qk_norm_per_head", True):
+                scale = of.norm(f"{theirs}.weight", size, spec.family.startswith("gemma"))
+            else:
+                scale = of.array(f"{theirs}.weight", count * size).reshape(count, size)
+            params[name] = {"scale": scale}
     return params
 
 
-def _falcon(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
-    """One tensor has queries, keys and values: group by group, each with its keys and values."""
-    fields, features = spec.fields, spec.in_features
-    heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], spec.head_dim
-    bias = fields["use_bias"]
-    fused = of.into_heads("query_key_value", features, heads + 2 * kv_heads, size, bias)
-
-    def split(array: np.ndarray) -> dict[str, np.ndarray]:
-        *lead, _, last = array.shape
-        groups = array.reshape(*lead, kv_heads, heads // kv_heads + 2, last)
-        return {
-            "query": groups[..., :-2, :].reshape(*lead, heads, last),
-            "key": groups[..., -2, :],
-            "value": groups[..., -1, :],
-        }
-
-    params: dict[str, Any] = {"query": {}, "key": {}, "value": {}}
+def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, dict]:
+    """One projection's heads as those of queries, keys and values, which lie so in each group."""
+    ends = (heads // groups, (heads + kv_heads) // groups)
+    params: dict[str, dict] = {"query": {}, "key": {}, "value": {}}
     for name, array in fused.items():
-        for projection, part in split(array).items():
-            params[projection][name] = part
-    params["out"] = of.out_of_heads("dense", heads, size, features, bias)
+        *lead, _, size = array.shape
+        parts = np.split(array.reshape(*lead, groups, -1, size), ends, axis=-2)
+        for projection, part in zip(params, parts, strict=True):
+            params[projection][name] = part.reshape(*lead, -1, size)
     return params
 
 

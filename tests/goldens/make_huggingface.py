@@ -59,6 +59,10 @@ LATENT = dict(
     n_routed_experts=4,
     num_experts_per_tok=2,
 )
+# For what came later: as small as still shows it.
+SMALL = dict(COMMON, hidden_size=16, intermediate_size=8, num_hidden_layers=1, batch=1, length=13)
+STEP = dict(LLAMA3, low_freq_factor=1.0, high_freq_factor=1.0)  # as in Llama 4
+FLAT = dict(YARN, truncate=False, mscale=None, mscale_all_dim=None)  # as in gpt-oss
 FALCON = dict(vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
 
 # What is particular of each: the head size is not E / N, windows are shorter than the sequence.
@@ -117,6 +121,78 @@ MODELS = {
             topk_group=1,
         ),
     ),
+    "mixtral": ("MixtralConfig", dict(SMALL, head_dim=6, sliding_window=5, num_local_experts=2)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        dict(
+            SMALL,
+            num_hidden_layers=2,
+            use_sliding_window=True,
+            sliding_window=5,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        dict(
+            SMALL,
+            head_dim=6,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=5,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+        ),
+    ),
+    "gemma": ("GemmaConfig", dict(SMALL, head_dim=6, num_key_value_heads=1)),
+    "phi3": (
+        "Phi3Config",
+        dict(SMALL, hidden_size=24, partial_rotary_factor=0.7, sliding_window=5, pad_token_id=0),
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(
+            SMALL,
+            num_hidden_layers=2,
+            head_dim=6,
+            sliding_window=5,
+            rope_parameters=FLAT,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        ),
+    ),
+    "granite": ("GraniteConfig", dict(SMALL, attention_multiplier=0.8, attention_bias=True)),
+    # Nothing normalizes its inputs, which are embeddings.
+    "olmo2": ("Olmo2Config", dict(SMALL, initializer_range=1.0)),
+    "smollm3": (
+        "SmolLM3Config",
+        dict(
+            SMALL,
+            num_hidden_layers=2,
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=5,
+            pad_token_id=0,
+        ),
+    ),
+    "glm4": ("Glm4Config", dict(SMALL, head_dim=8, pad_token_id=0)),
+    "llama4": (
+        "Llama4TextConfig",
+        dict(
+            SMALL,
+            num_hidden_layers=2,
+            head_dim=6,
+            intermediate_size_mlp=8,
+            no_rope_layer_interval=2,
+            attention_chunk_size=128,
+            rope_parameters=STEP,
+            num_local_experts=2,
+        ),
+    ),
 }
 
 
@@ -139,6 +215,8 @@ def randomize(module, generator):
 
 @torch.no_grad()
 def record(config_name, options, seed):
+    options = dict(options)
+    shape = options.pop("batch", BATCH), options.pop("length", LENGTH)
     config = getattr(transformers, config_name)(**options)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
@@ -160,7 +238,7 @@ def record(config_name, options, seed):
         module.register_forward_hook(after)
         for key, value in module.state_dict().items():
             found[f"{name}.{key}"] = value.numpy().copy()
-    tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH), generator=generator)
+    tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
     whole = model(tokens, use_cache=False).logits
     stepped = step_by_step(model, tokens)
     assert torch.allclose(whole, stepped, atol=2e-4), (whole - stepped).abs().max()

@@ -1,0 +1,146 @@
+"""What the fields of a configuration take, and the words for those that hold something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Values that a field takes: of these types, and such that ``fits`` says yes."""
+
+    words: str
+    types: tuple[type, ...]
+    fits: Callable[[Any], bool] = lambda value: True
+
+    def check(self, name: str, value: Any) -> Any:
+        """``value``; TypeError or ValueError with the field's name if it is another."""
+        is_type = isinstance(value, self.types)
+        if isinstance(value, bool) and bool not in self.types:  # which Python counts as an integer
+            is_type = False
+        if is_type and (value is None or self.fits(value)):
+            return value
+        error = ValueError if is_type else TypeError
+        raise error(f"{name} takes {self.words}, got {reprlib.repr(value)}")
+
+    def or_null(self) -> Kind:
+        return Kind(f"{self.words}, or null", (*self.types, NoneType), self.fits)
+
+
+# A number that float64 cannot hold is none, and NaN is not greater than anything.
+_MOST = sys.float_info.max
+
+COUNT = Kind("a 64-bit integer of at least 1", (numbers.Integral,), lambda n: 1 <= n < 2**63)
+COUNT_OR_0 = Kind("a 64-bit integer of at least 0", (numbers.Integral,), lambda n: 0 <= n < 2**63)
+POSITIVE = Kind("a finite number greater than 0", (numbers.Real,), lambda x: 0 < x <= _MOST)
+NOT_NEGATIVE = Kind("a finite number of at least 0", (numbers.Real,), lambda x: 0 <= x <= _MOST)
+SHARE = Kind("a number greater than 0 and at most 1", (numbers.Real,), lambda x: 0 < x <= 1)
+FLAG = Kind("true or false", (bool, NoneType))  # null: false, as in transformers
+TEXT = Kind("a string", (str,))
+OBJECT = Kind("an object", (Mapping,))
+LIST = Kind("a list", (list, tuple))
+
+KINDS: dict[str, Kind] = {
+    "alibi": FLAG,
+    "attention_bias": FLAG,
+    "attention_chunk_size": COUNT.or_null(),
+    "attention_multiplier": POSITIVE,
+    "attn_logit_softcapping": POSITIVE.or_null(),
+    "attn_scale": NOT_NEGATIVE,
+    "attn_temperature_tuning": Kind("true, false or a number", (bool, numbers.Real, NoneType)),
+    "bias": FLAG,
+    "floor_scale": COUNT,
+    "head_dim": COUNT.or_null(),
+    "hidden_size": COUNT,
+    "is_causal": Kind("true or false", (bool,)),
+    "kv_lora_rank": COUNT,
+    "layer_types": LIST.or_null(),
+    "max_position_embeddings": COUNT,
+    "max_window_layers": COUNT_OR_0,
+    "multi_query": FLAG,
+    "new_decoder_architecture": FLAG,
+    "no_rope_layer_interval": COUNT,
+    "no_rope_layers": LIST.or_null(),
+    "num_attention_heads": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_key_value_heads": COUNT.or_null(),
+    "num_kv_heads": COUNT.or_null(),
+    "original_max_position_embeddings": COUNT.or_null(),
+    "partial_rotary_factor": SHARE.or_null(),
+    "q_lora_rank": COUNT.or_null(),
+    "qk_nope_head_dim": COUNT,
+    "qk_rope_head_dim": COUNT,
+    "qkv_bias": FLAG,
+    "query_pre_attn_scalar": POSITIVE,
+    "rms_norm_eps": NOT_NEGATIVE,
+    "rope_interleave": FLAG,
+    "rope_local_base_freq": POSITIVE,
+    "rope_parameters": OBJECT.or_null(),
+    "rope_scaling": OBJECT.or_null(),
+    "rope_theta": POSITIVE,
+    "sliding_window": COUNT_OR_0.or_null(),
+    "sliding_window_pattern": COUNT,
+    "use_bidirectional_attention": FLAG,
+    "use_qk_norm": FLAG,
+    "use_sliding_window": FLAG,
+    "v_head_dim": COUNT,
+}
+
+# Of rope_parameters and rope_scaling. Which of them have to be there their rope_type says.
+ROPE_KINDS: dict[str, Kind] = {
+    "attention_factor": POSITIVE.or_null(),
+    "beta_fast": POSITIVE.or_null(),
+    "beta_slow": POSITIVE.or_null(),
+    "factor": POSITIVE.or_null(),
+    "high_freq_factor": POSITIVE.or_null(),
+    "low_freq_factor": POSITIVE.or_null(),
+    "mscale": NOT_NEGATIVE.or_null(),
+    "mscale_all_dim": NOT_NEGATIVE.or_null(),
+    "original_max_position_embeddings": COUNT.or_null(),
+    "partial_rotary_factor": SHARE.or_null(),
+    "rope_theta": POSITIVE,
+    "rope_type": TEXT.or_null(),
+    "truncate": FLAG,
+    "type": TEXT.or_null(),
+}
+
+QUANTIZATION_KINDS: dict[str, Kind] = {
+    "quant_method": TEXT.or_null(),
+    "weight_block_size": LIST.or_null(),
+}
+
+
+def checked(values: Any, kinds: Mapping[str, Kind], where: str = "") -> Config:
+    """``values``, in which every field of these names is of its kind.
+
+    ``where`` is the name of the field that holds them, if one does.
+    """
+    for name, kind in kinds.items():
+        if name in values:
+            kind.check(f"{where}.{name}" if where else name, values[name])
+    return values
+
+
+def pick_layer(
+    name: str, values: Sequence[Any], layer: int, count: int, takes: Sequence[Any]
+) -> Any:
+    """A layer's entry of a list that has one of ``takes`` for each of ``count`` layers."""
+    if len(values) < count:
+        raise ValueError(
+            f"{name} takes an entry for each of num_hidden_layers={count}, got {len(values)}"
+        )
+    for i, value in enumerate(values[:count]):
+        if value not in takes:
+            raise ValueError(
+                f"{name} takes {' or '.join(map(repr, takes))}, got {reprlib.repr(value)} for "
+                f"layer {i}"
+            )
+    return values[layer]
