@@ -111,9 +111,8 @@ def _step(
     new = softmax.update(
         scores, state.top, state.total, dots, kv_slot, tiles, scales, partial=partial
     )
-    Tiles.release(smem, n)
-    if cut.source.scaled:
-        smem["key"].release(n)
+    # Codes of keys have been read, and now their scales, by threads.
+    Tiles.release(smem, n, *(["key"] if cut.source.scaled else []))
     values = state.values * device.spread(new.decay, state.values.shape, 0)
     weights = new.weights.astype(cut.problem.dtype)
     value = _value_operand(work, part, value, n, kv_slot, partial=partial)

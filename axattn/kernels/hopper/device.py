@@ -239,7 +239,9 @@ def unknown(index: jax.Array) -> jax.Array:
 class Turns:
     """Two warpgroups taking turns at the tensor core: one multiplies while the other exponentiates.
 
-    The second one starts a turn late. With another number of warpgroups nobody waits.
+    The second one starts a turn late. With another number of warpgroups nobody waits. The turns are
+    an mbarrier, which orders memory and products and not arithmetic in registers: ptxas moves an
+    arrival up past it. (A named barrier would stay where it is; Pallas has none.)
     """
 
     def __init__(self, barrier, warpgroups: int, warpgroup: jax.Array):

@@ -142,7 +142,8 @@ def _step(
     values, weights, top, total = lax.optimization_barrier(
         _softmax(work, scores, n, state, dots, partial=partial)
     )
-    # Not before all of the above is done: the other warpgroup's exponentials are next.
+    # By the program after the exponentials. ptxas arrives before them (`device.Turns`): products
+    # alternate all the same, but the exponentials of the two warpgroups may overlap.
     turns.leave()
     block = block if scaled else smem["value"].wait(n)
     value = _operand(work, "value", block, n, partial=partial)

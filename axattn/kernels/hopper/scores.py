@@ -51,8 +51,9 @@ class Tiles(NamedTuple):
         return cls(**{name: ring.wait(n).at[part] for name, ring in rings.items()})
 
     @classmethod
-    def release(cls, smem: Mapping[str, Any], n: jax.Array) -> None:
-        rings = [smem[name] for name in cls._fields if smem[name] is not None]
+    def release(cls, smem: Mapping[str, Any], n: jax.Array, *others: str) -> None:
+        """Gives them back, and ``others`` that threads have read."""
+        rings = [smem[name] for name in (*cls._fields, *others) if smem[name] is not None]
         if rings:
             # Threads have read these, and TMA writes them next.
             plgpu.commit_smem()
