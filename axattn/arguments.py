@@ -80,7 +80,7 @@ def normalize(
         ),
         sinks=_per_head("sinks", sinks, heads),
         traced_scale=traced_scale,
-        alibi_slopes=_constant(_per_head("alibi_slopes", alibi_slopes, heads)),
+        alibi_slopes=_slopes(alibi_slopes, lead, heads),
         q_positions=q_positions,
         kv_positions=kv_positions,
         dropout_key=drop_key,
@@ -253,16 +253,28 @@ def _dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:
 def _per_head(name: str, values: Any, heads: int) -> jax.Array | None:
     if values is None:
         return None
-    values = _as_array(name, values, "[N]")
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f"{name} takes floating-point values [N], got dtype {values.dtype}")
+    values = _wide_floats(name, values, "[N]")
     if values.shape != (heads,):
         raise ValueError(f"{name} takes [N] = [{heads}], got shape {values.shape}")
+    return values
+
+
+def _slopes(values: Any, lead: tuple[int, ...], heads: int) -> jax.Array | None:
+    if values is None:
+        return None
+    values = _wide_floats("alibi_slopes", values, "[N] or [..., N]")
+    if values.ndim < 1 or values.shape[-1] != heads:
+        raise ValueError(
+            f"alibi_slopes takes [N] = [{heads}] or [..., N], got shape {values.shape}"
+        )
+    return lax.stop_gradient(flatten_lead("alibi_slopes", values, lead, 1, (heads,)))
+
+
+def _wide_floats(name: str, values: Any, takes: str) -> jax.Array:
+    values = _as_array(name, values, takes)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floating-point values {takes}, got dtype {values.dtype}")
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
-def _constant(values: jax.Array | None) -> jax.Array | None:
-    return None if values is None else lax.stop_gradient(values)
 
 
 def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:

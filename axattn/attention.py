@@ -92,8 +92,9 @@ def dot_product_attention(
         The pattern depends on the key and the indices alone, not on the implementation; in
         ``shard_map`` or ``vmap`` fold the index of the shard into the key.
       broadcast_dropout: one ``[T, S]`` pattern for all batch rows and heads (Flax's default).
-      alibi_slopes: ``[N]``: adds -slope * abs(query position - key position)
-        (https://arxiv.org/abs/2108.12409). Taken as constants: no gradient.
+      alibi_slopes: ``[N]``, or ``[..., N]`` where batch rows have their own: adds -slope *
+        abs(query position - key position) (https://arxiv.org/abs/2108.12409). Taken as constants:
+        no gradient.
       q_offset: int, or int ``[...]``, one per batch row: position of the first query. It moves
         causal masks, windows, prefixes and ALiBi.
       q_positions, kv_positions: int ``[T]`` or ``[..., T]`` (``[S]``, ``[..., S]``): positions of

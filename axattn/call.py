@@ -64,7 +64,7 @@ class AttentionCall:
     mask: Mask = Mask()  # normalized
     sinks: jax.Array | None = None  # float32 [N]
     traced_scale: jax.Array | None = None  # float32 [], a factor besides ``scale``
-    alibi_slopes: jax.Array | None = None  # float32 [N]
+    alibi_slopes: jax.Array | None = None  # float32 [B or 1, N]
     q_positions: jax.Array | None = None  # int32 [B or 1, T]
     kv_positions: jax.Array | None = None  # int32 [B or 1, S]
     dropout_key: jax.Array | None = None  # uint32 [2]
@@ -170,6 +170,7 @@ class AttentionCall:
             stored=None if self.stored is None else self.stored.row(b),
             bias=take(self.bias),
             mask=self.mask.row(b),
+            alibi_slopes=take(self.alibi_slopes),
             q_positions=take(self.q_positions),
             kv_positions=take(self.kv_positions),
             first_row=self.first_row + b,

@@ -244,7 +244,7 @@ def alibi(rng, s, call):
 
 @case(WIDE)
 def alibi_causal_rows(rng, s, call):
-    slopes = (2.0 ** -np.arange(1, s.N + 1)).astype(np.float32)
+    slopes = (2.0 ** -np.arange(1, s.N + 1)).astype(np.float32) * np.float32([[1], [0.3]])
     return dict(alibi_slopes=slopes, q_offset=np.array([3, 90]), is_causal=True)
 
 

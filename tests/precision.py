@@ -174,7 +174,7 @@ def plain_results(call: Call) -> dict[str, np.ndarray]:
             *shape[-2:], *(options.get(n) for n in ("q_offset", "q_positions", "kv_positions"))
         )
         distance = np.abs(positions[0][..., :, None] - positions[1][..., None, :])
-        slopes = np.asarray(options["alibi_slopes"])[:, None, None]
+        slopes = np.asarray(options["alibi_slopes"])[..., None, None]
         added = added - (slopes * distance[..., None, :, :]).astype(np.float32)
     if "bias" in call.inputs:
         added = added + np.asarray(call.inputs["bias"]).astype(np.float32)

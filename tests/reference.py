@@ -128,7 +128,7 @@ def attend(
         scores = scores + bias
     if alibi_slopes is not None:
         distance = np.abs(positions[0][..., :, None] - positions[1][..., None, :])
-        scores = scores - f64(alibi_slopes)[:, None, None] * distance[..., None, :, :]
+        scores = scores - f64(alibi_slopes)[..., None, None] * distance[..., None, :, :]
     allowed = np.broadcast_to(
         visible(q_len, kv_len, positions=positions, mask=mask, **visibility), scores.shape
     )

@@ -117,6 +117,8 @@ TABLE = [
     bad("sinks_rank", ValueError, ["sinks", "[4]", "(2, 4)"], sinks=zeros(B, N)),
     bad("sinks_int", TypeError, ["sinks", "floating", "int"], sinks=np.zeros(N, np.int32)),
     bad("slopes_length", ValueError, ["alibi_slopes", "[4]", "(8,)"], alibi_slopes=zeros(8)),
+    bad("slopes_batch", ValueError, ["alibi_slopes", "(2,)", "(3, 4)"], alibi_slopes=zeros(3, N)),
+    bad("slopes_scalar", ValueError, ["alibi_slopes", "[4]", "()"], alibi_slopes=np.float32(0.5)),
     bad("slopes_int", TypeError, ["alibi_slopes", "floating", "int"], alibi_slopes=np.zeros(N, np.int32)),
     # ---- dropout
     bad("dropout_no_key", ValueError, ["dropout_rng", "0.1", "None"], dropout_rate=0.1),

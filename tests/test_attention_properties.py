@@ -75,7 +75,8 @@ def calls(draw, dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)):
     if some():
         options["scale"] = draw(st.sampled_from([0.0, -0.3, 1.0, np.float32(0.2)]))
     if some():
-        options["alibi_slopes"] = rng.random(shape.N).astype(np.float32)
+        size = (*draw(st.sampled_from([(), lead])), shape.N)
+        options["alibi_slopes"] = rng.random(size, np.float32)
     if some():
         options["dropout_rate"] = draw(st.sampled_from([0.1, 0.9]))
         options["dropout_rng"] = jax.random.key(draw(st.integers(0, 100)))

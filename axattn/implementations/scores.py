@@ -34,7 +34,7 @@ def bias_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
     if call.alibi_slopes is not None:
         # Press et al., arXiv 2108.12409, symmetric for non-causal use: -slope * |i - j|.
         distance = jnp.abs(q.positions[:, :, None] - kv.positions[:, None, :]).astype(dtype)
-        slopes = call.alibi_slopes.astype(dtype).reshape(1, call.num_kv_heads, call.group, 1, 1)
+        slopes = heads_apart(call.alibi_slopes[:, :, None, None].astype(dtype), call)
         alibi = -slopes * distance[:, None, None]
         total = alibi if total is None else total + alibi
     return total

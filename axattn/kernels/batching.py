@@ -17,10 +17,10 @@ from axattn.call import AttentionCall
 from axattn.stored import Stored
 
 # What has a row for each row of the batch, or one for all of them.
-_OF_ROWS = ("query", "key", "value", "bias", "q_positions", "kv_positions")
+_OF_ROWS = ("query", "key", "value", "bias", "alibi_slopes", "q_positions", "kv_positions")
 
 # What is the same for all rows: calls that differ in these are made one after another.
-_OF_ALL = ("sinks", "traced_scale", "alibi_slopes", "dropout_key", "first_row")
+_OF_ALL = ("sinks", "traced_scale", "dropout_key", "first_row")
 
 
 def in_one_batch(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:
         mask=of_mask(call.mask, axes),
         sinks=spec(call.sinks, axes.heads),
         traced_scale=spec(call.traced_scale),
-        alibi_slopes=spec(call.alibi_slopes, axes.heads),
+        alibi_slopes=spec(call.alibi_slopes, axes.batch, axes.heads),
         q_positions=spec(call.q_positions, *tokens),
         kv_positions=spec(call.kv_positions, *tokens),
         dropout_key=spec(call.dropout_key),

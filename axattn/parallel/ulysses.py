@@ -71,7 +71,7 @@ def attend(
             value=of_keys(call.value),
             bias=like_scores(call.bias),
             sinks=own(call.sinks),
-            alibi_slopes=own(call.alibi_slopes),
+            alibi_slopes=own(call.alibi_slopes, 1),
             mask=Mask(tuple(map(part, call.mask.parts))),
         )
     )

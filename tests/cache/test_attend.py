@@ -57,7 +57,7 @@ def check(query, lengths, cache, out, lse=None, *, first=0, **options):
     if options.get("alibi_slopes") is not None:
         q = np.broadcast_to(first, (cache.batch,))[:, None] + np.arange(query.shape[1])
         distance = np.abs(q[:, :, None] - np.arange(key.shape[1])).astype(np.float32)
-        bias = bias - np.asarray(options["alibi_slopes"])[:, None, None] * distance[:, None]
+        bias = bias - np.asarray(options["alibi_slopes"])[..., None, None] * distance[:, None]
     if options.get("bias") is not None:
         bias = bias + np.asarray(options["bias"], np.float32)
     sinks = options.get("sinks")
@@ -135,7 +135,7 @@ FEATURES = {
     "window": dict(local_window_size=(5, 0)),
     "soft_cap": dict(logits_soft_cap=2.0),
     "sinks": dict(sinks=np.linspace(-1, 2, N).astype(np.float32)),
-    "alibi": dict(alibi_slopes=np.linspace(0.1, 1, N).astype(np.float32)),
+    "alibi": dict(alibi_slopes=np.linspace(0.1, 1, B * N, dtype=np.float32).reshape(B, N)),
     "scale": dict(scale=0.7),
     "mask": dict(mask=np.random.default_rng(1).random((B, N, 4, 48)) < 0.7),
     "bias": dict(bias=np.random.default_rng(2).normal(size=(1, N, 4, 48)).astype(np.float32)),

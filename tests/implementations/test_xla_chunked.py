@@ -17,7 +17,10 @@ from tests import cases, precision
 
 @pytest.mark.parametrize(
     "name",
-    ["lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"],
+    [
+        *("lengths", "offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "everything"),
+        "alibi_causal_rows",
+    ],
 )
 def test_batch_rows_together(force_blocks, name):
     """These sizes would take the rows one at a time by themselves."""

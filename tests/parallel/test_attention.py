@@ -40,7 +40,7 @@ MASKS = {
         mask=rng.random((2, 8, T, T)) < 0.5,
         bias=rng.normal(size=(1, 8, T, T)),
         sinks=rng.normal(size=8),
-        alibi_slopes=np.linspace(0.01, 0.3, 8).astype(np.float32),
+        alibi_slopes=np.linspace(0.01, 0.3, 16, dtype=np.float32).reshape(2, 8),
     ),
 }
 

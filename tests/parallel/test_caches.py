@@ -97,6 +97,7 @@ FEATURES = {
     "soft cap": dict(logits_soft_cap=2.0),
     "sinks": dict(sinks=np.linspace(-1, 2, N).astype(np.float32)),
     "alibi": dict(alibi_slopes=np.linspace(0.1, 1, N).astype(np.float32)),
+    "alibi of rows": dict(alibi_slopes=np.linspace(0.1, 1, B * N, dtype=np.float32).reshape(B, N)),
     "scale": dict(scale=np.float32(0.7)),
     "array scale": dict(scale=jnp.float32(0.7)),
     "mask": dict(mask=np.random.default_rng(1).random((B, N, 4, 48)) < 0.7),

@@ -37,7 +37,8 @@ class Operands:
     key_bias, row_bias    float32 [B or 1, N or 1, S'], [B or 1, N or 1, T']
     row_shift             float32 [B, N, T']: products with the center of stored keys
     allowed               int8 [B or 1, N or 1, T, S]
-    sinks, slopes         float32 [N]
+    sinks                 float32 [N]
+    slopes                float32 [B or 1, N]
     dropout               int32 [3]: the key's words and the first row's counter
     """
 

@@ -98,8 +98,8 @@ def of(call: AttentionCall) -> Operands:
         bias = arrays.pop("key_bias")[:, :, None, : call.kv_len]
         arrays["bias"] = operands.aligned(jnp.repeat(bias, call.q_len, axis=2))
     if "slopes" in arrays:
-        slopes = jnp.broadcast_to(arrays.pop("slopes")[:, None], (call.num_heads, call.q_len))
-        arrays["row_slopes"] = slopes[None]
+        slopes = arrays.pop("slopes")[:, :, None]
+        arrays["row_slopes"] = jnp.broadcast_to(slopes, (*slopes.shape[:2], call.q_len))
     for name in set(arrays):
         if name in ("low", "high", "q_positions", "q_segments"):
             arrays[name] = packing.tokens(arrays[name], -operands.NEVER if name == "high" else 0)

@@ -188,17 +188,15 @@ class Scores:
 
     # ---- places -------------------------------------------------------------------------------
 
-    def of_head(self, name: str) -> jax.Array:
-        """A number per head, as a scalar or (several heads in the tile) as a tile."""
-        ref, rows = self.gmem[name], self.rows
-        if rows.heads == 1:
-            return ref[rows.head]
-        return self._over_queries(head_vector(ref, rows, self.shape[self.q_axis]))
-
     def _slopes(self) -> jax.Array:
+        """Of the tile's head a scalar; of its heads or rows a tile."""
         if "row_slopes" in self.gmem:
             return self._over_queries(self._of_rows("row_slopes"))
-        return self.of_head("slopes")
+        rows = self.rows
+        slopes = self.gmem["slopes"].at[_own(self.gmem["slopes"], 0, rows.batch)]
+        if rows.heads == 1:
+            return slopes[rows.head]
+        return self._over_queries(head_vector(slopes, rows, self.shape[self.q_axis]))
 
     def _kv_positions(self, kv_slot: jax.Array) -> jax.Array:
         if "kv_positions" in self.gmem:

@@ -44,7 +44,7 @@ def row_vectors(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
     if call.alibi_slopes is not None:
         positions = call.spans()[0].positions
         found["q_positions"] = _vector(positions[:, None], cut)
-        found["slopes"] = _vector(call.alibi_slopes.astype(jnp.float32)[None, :, None], cut)
+        found["slopes"] = _vector(call.alibi_slopes.astype(jnp.float32)[:, :, None], cut)
     if call.sinks is not None:
         sinks = call.sinks.astype(jnp.float32)[None, :, None] * LOG2E
         found["sinks"] = _vector(sinks, cut)

@@ -71,7 +71,7 @@ def of(call: AttentionCall, cut: Cut) -> dict[str, Operand]:
     if call.alibi_slopes is not None:
         positions = call.spans()[0].positions
         found["q_positions"] = over_rows(cut, positions[:, None], 0)
-        found["slopes"] = over_rows(cut, call.alibi_slopes.astype(jnp.float32)[None, :, None])
+        found["slopes"] = over_rows(cut, call.alibi_slopes.astype(jnp.float32)[:, :, None])
     if call.dropout_key is not None:
         found["dropout_rows"] = over_rows(cut, dropout_rows(call))
     allowed = masks.dense_mask(call)

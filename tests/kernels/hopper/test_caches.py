@@ -58,7 +58,9 @@ def test_kinds(interpreted, kind, dtype, tokens):
 FEATURES = {
     "window": dict(local_window_size=(70, 0)),
     "cap_and_sinks": dict(logits_soft_cap=2.0, sinks=np.linspace(-1, 2, 6).astype(np.float32)),
-    "alibi": dict(alibi_slopes=np.linspace(0.1, 1, 6).astype(np.float32), scale=0.2),
+    "alibi": dict(
+        alibi_slopes=np.linspace(0.1, 1, B * 6, dtype=np.float32).reshape(B, 6), scale=0.2
+    ),
     "tree": dict(mask=np.random.default_rng(1).random((B, 1, 4, CAPACITY)) < 0.7),
     "bias": dict(bias=np.random.default_rng(2).normal(size=(1, 6, 4, CAPACITY)).astype(np.float32)),
     "bias_of_keys": dict(

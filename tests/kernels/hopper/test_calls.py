@@ -53,6 +53,13 @@ def test_several_tiles_of_rows_and_keys(interpreted, name):
     precision.check(call, ("mosaic_gpu",))
 
 
+def test_slopes_of_rows_and_heads(interpreted):
+    """Few query rows: a tile has those of several heads, each with its batch row's slope."""
+    q, k, v = arrays(B=2, T=20, S=40, N=2, K=1, H=16)
+    options = dict(is_causal=True, q_offset=20, alibi_slopes=np.float32([[0.1, 0.5], [1.0, 0.2]]))
+    precision.check(Call(dict(query=q, key=k, value=v), options), ("mosaic_gpu",))
+
+
 def test_sinks_that_are_off(interpreted):
     """A sink of -inf is none, also in rows without keys."""
     q, k, v = arrays(T=24, S=40)

@@ -19,7 +19,7 @@ def test_rows(T, N, K):
     S, B, G = 40, 2, N // K
     rng = np.random.default_rng(0)
     bias = rng.normal(size=(B, N, T, S)).astype(np.float32)
-    slopes = rng.random(N).astype(np.float32)
+    slopes = rng.random((B, N)).astype(np.float32)
     call = make_call(
         B, T, S, N, K, 16, bias=bias, alibi_slopes=slopes, is_causal=True, q_offset=np.array([3, 9])
     )
@@ -33,7 +33,7 @@ def test_rows(T, N, K):
                 t, n = row // G, k * G + row % G
                 np.testing.assert_array_equal(query[b, k, row], np.float32(call.query[b, t, n]))
                 np.testing.assert_array_equal(arrays["bias"][b, k, row, :S], bias[b, n, t])
-                assert arrays["row_slopes"][0, k, row] == slopes[n]
+                assert arrays["row_slopes"][b, k, row] == slopes[b, n]
                 assert arrays["high"][b, row] == [3, 9][b] + t + 1
                 assert arrays["q_positions"][b, row] == [3, 9][b] + t
     # Rows behind attend to nothing.

@@ -103,7 +103,9 @@ def test_slots_that_would_be_copied_are_refused():
 FEATURES = {
     "window": dict(local_window_size=(70, 0)),
     "cap_and_sinks": dict(logits_soft_cap=2.0, sinks=np.linspace(-1, 2, 6).astype(np.float32)),
-    "alibi": dict(alibi_slopes=np.linspace(0.1, 1, 6).astype(np.float32), scale=0.2),
+    "alibi": dict(
+        alibi_slopes=np.linspace(0.1, 1, B * 6, dtype=np.float32).reshape(B, 6), scale=0.2
+    ),
     "tree": dict(mask=np.random.default_rng(1).random((B, 1, 4, CAPACITY)) < 0.7),
     "heads_mask": dict(mask=np.random.default_rng(1).random((1, 6, 4, CAPACITY)) < 0.7),
     "keys_mask": dict(mask=np.random.default_rng(1).random((B, 1, 1, CAPACITY)) < 0.7),

@@ -118,16 +118,18 @@ def test_masks_that_are_traced(interpreted):
 
 
 def test_vmap_over_what_differs_by_row(interpreted):
-    """Lengths and offsets of two batches, one query for both."""
+    """Lengths, offsets and slopes of two batches, one query for both."""
     q, k, v = arrays(B=2)
     ks, vs = jnp.stack([k, -k]), jnp.stack([v, v + 1])
     lengths, offsets = jnp.asarray([[72, 10], [0, 33]]), jnp.asarray([3, 30])
+    slopes = jnp.linspace(0.1, 1, 2 * q.shape[2]).reshape(2, -1)
 
     def run(attend):
-        def one(k, v, lengths, offset):
-            return attend(q, k, v, is_causal=True, key_value_seq_lengths=lengths, q_offset=offset)
+        def one(k, v, lengths, offset, slopes):
+            options = dict(key_value_seq_lengths=lengths, q_offset=offset, alibi_slopes=slopes)
+            return attend(q, k, v, is_causal=True, **options)
 
-        return jax.jit(jax.vmap(one))(ks, vs, lengths, offsets)
+        return jax.jit(jax.vmap(one))(ks, vs, lengths, offsets, slopes)
 
     close(run(attend), run(plain_attend))
 
