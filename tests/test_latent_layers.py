@@ -179,6 +179,97 @@ def test_caches(form):
     np.testing.assert_allclose(jnp.concatenate(others, 1), want, atol=1e-5)
 
 
+class Instead(nnx.Module):
+    """What stands in the place of a projection: ``make(base(x), x)``, with the base's kernel."""
+
+    def __init__(self, base, make):
+        self.base, self.make = base, make
+        self.kernel = base.kernel
+
+    def __call__(self, x):
+        return self.make(self.base(x), x)
+
+
+def with_instead(api, made, makes, **fields):
+    """A call of the layer whose ups are replaced: in Linen by an interceptor, in NNX by modules."""
+    if api == "nnx":
+        layer = nnx_of(made, **fields)
+        for name, make in makes.items():
+            setattr(layer, name, Instead(getattr(layer, name), make))
+        return layer
+
+    def interceptor(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        make = makes.get(context.module.name)
+        return make(out, *args) if make else out
+
+    def call(*args, **kwargs):
+        with nn.intercept_methods(interceptor):
+            return linen(**fields).apply(made, *args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("where", ["naive", "absorbed", "cache"])
+def test_adapters_of_ups_are_called(api, where):
+    """The outputs and gradients are those of kernels with the adapter merged into them."""
+    made, x = variables(linen()), inputs()
+    ups = ("key_up", "value_up")
+    added = {
+        name: 0.5 * jax.random.normal(jax.random.key(i), made["params"][name]["kernel"].shape)
+        for i, name in enumerate(ups)
+    }
+    fields = dict(form=None if where == "cache" else where, implementation="xla")
+    cache = DenseCache.create(2, T, **linen().cache_sizes, dtype="float32")
+
+    def outputs(call):
+        if where != "cache":
+            return call(x, is_causal=True)
+        first, filled = call(x[:, :5], cache=cache)
+        return jnp.concatenate([first, call(x[:, 5:], cache=filled)[0]], 1)
+
+    def adapted(added):
+        makes = {n: lambda y, x, n=n: y + jnp.einsum("...r,rnd->...nd", x, added[n]) for n in ups}
+        return outputs(with_instead(api, made, makes, **fields))
+
+    def merged(added):
+        params = {n: {"kernel": made["params"][n]["kernel"] + added[n]} for n in ups}
+        params = {"params": {**made["params"], **params}}
+        return outputs(lambda x, **call: linen(**fields).apply(params, x, **call))
+
+    results = []
+    for f in (adapted, merged):
+        out, transpose = jax.vjp(jax.jit(f), added)
+        results.append((out, *transpose(jnp.cos(jnp.arange(out.size)).reshape(out.shape))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *results)
+    assert all(np.abs(g).max() > 1e-2 for g in results[0][1].values())
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_only_linear_ups_are_absorbed(api):
+    made, x = variables(linen()), inputs()
+    cache = DenseCache.create(2, T, **linen().cache_sizes, dtype="float32")
+    for name, make in (
+        ("value_up", lambda y, x: jax.nn.relu(y)),
+        ("key_up", lambda y, x: jnp.tanh(y)),
+        ("value_up", lambda y, x: y + 1),
+        ("key_up", lambda y, x: y * jnp.cumsum(x, -2).sum(-1)[..., None, None]),
+    ):
+        for call in (dict(), dict(cache=cache)):
+            refused = with_instead(api, made, {name: make}, form="absorbed")
+            with pytest.raises(ValueError, match=f"{name} is .* linear map"):
+                refused(x, **call)
+    got = jax.jit(with_instead(api, made, {"value_up": lambda y, x: y + 1}, form="absorbed"))(x)
+    assert np.isnan(got).all()
+    # Of all others the kernel is not asked for: weights sum to one, so that values gain one.
+    plus = with_instead(api, made, {"value_up": lambda y, x: y + 1})(x)
+    out = made["params"]["out"]["kernel"].sum((0, 1))
+    np.testing.assert_allclose(plus, linen().apply(made, x) + out, atol=1e-5)
+    zero = with_instead(api, made, {"value_up": lambda y, x: 0 * y}, form="absorbed")
+    assert not zero(x).any()
+
+
 def test_dtypes():
     layer = linen(dtype=jnp.bfloat16)
     made = variables(layer)

@@ -309,6 +309,38 @@ def test_fused_qkv_is_one_product_per_input(inputs_k, products):
     assert len(seen) == products
 
 
+def test_fused_qkv_stands_back_for_interceptors():
+    """Those that change what goes in, what comes out, or nothing; with the layer's dot_general."""
+    x, seen = inputs(), []
+
+    def dot_general(*args, **kwargs):
+        seen.append(args)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    layer = MultiHeadAttention(N, qkv_dot_general=dot_general)
+    variables = layer.init(jax.random.key(0), x)
+
+    def run(layer, before, after):
+        def interceptor(call, args, kwargs, context):
+            if isinstance(context.module, nn.DenseGeneral):
+                return after * call(before * args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            return layer.apply(variables, x)
+
+    fused = layer.clone(fused_qkv=True)
+    for factors in ((0.5, 1), (1, 0.5), (1, 1)):
+        seen.clear()
+        got = run(fused, *factors)
+        assert len(seen) == 3
+        np.testing.assert_allclose(got, run(layer, *factors), atol=1e-6)
+        assert (factors == (1, 1)) == (np.abs(got - layer.apply(variables, x)).max() < 1e-5)
+    grads = [jax.grad(lambda s, m=m: (run(m, 1, s) ** 2).sum())(0.5) for m in (fused, layer)]
+    np.testing.assert_allclose(*grads, rtol=1e-5)
+    assert abs(grads[0]) > 1
+
+
 DECODING = {
     "plain": dict(),
     "rope": dict(rope=RotaryEmbedding()),

@@ -92,6 +92,60 @@ def test_fused_qkv_gives_the_same_numbers(which):
     np.testing.assert_allclose(made(fused_qkv=True)(*args), made()(*args), atol=1e-5)
 
 
+class Doubled(nnx.LinearGeneral):
+    """A subclass with its own call."""
+
+    def __call__(self, x, out_sharding=None):
+        return 2 * super().__call__(x, out_sharding=out_sharding)
+
+
+class Scaled(nnx.Module):
+    """An adapter that has a kernel, and a parameter of its own."""
+
+    def __init__(self, base):
+        self.base, self.scale = base, nnx.Param(jnp.full((), 0.5))
+        self.kernel, self.bias = base.kernel, base.bias
+
+    def __call__(self, x):
+        return self.scale[...] * self.base(x)
+
+
+def doubled(layer):
+    kernel, bias = layer.value.kernel, layer.value.bias
+    layer.value = Doubled(E, (K, H), rngs=nnx.Rngs(0))
+    layer.value.kernel, layer.value.bias = kernel, bias
+
+
+CHANGES = {
+    "adapter": lambda layer: setattr(layer, "query", Scaled(layer.query)),
+    "subclass": doubled,
+    "dot_general": lambda layer: setattr(
+        layer.key, "dot_general", lambda *args, **kwargs: 3 * jax.lax.dot_general(*args, **kwargs)
+    ),
+    "no bias": lambda layer: setattr(layer.value, "bias", None),
+    "dtype": lambda layer: setattr(layer.query, "dtype", jnp.bfloat16),
+    "method": lambda layer: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_projections_are_called_where_qkv_is_fused(change, monkeypatch):
+    fused, apart = made(fused_qkv=True), made()
+    plain = apart(inputs())
+    if change == "method":  # as nnx.capture has it
+        call = nnx.LinearGeneral.__call__
+        monkeypatch.setattr(
+            nnx.LinearGeneral, "__call__", lambda self, *args, **kw: 2 * call(self, *args, **kw)
+        )
+    for layer in (fused, apart):
+        CHANGES[change](layer)
+    np.testing.assert_allclose(fused(inputs()), apart(inputs()), atol=1e-5)
+    assert np.abs(fused(inputs()) - plain).max() > 1e-3
+    if change == "adapter":
+        grads = nnx.grad(lambda layer: (layer(inputs()) ** 2).sum())(fused)
+        assert abs(grads["query"]["scale"][...]) > 1e-2
+
+
 def test_rms_norm_parameters():
     layer = made(qk_norm="rms")
     assert isinstance(layer.query_ln, nnx.RMSNorm)

@@ -21,7 +21,7 @@ from axattn.layers.options import head_layout, qk_norm_kind, requested
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
 from axattn.linen.function import dot_product_attention
-from axattn.linen.parameters import named, parameters
+from axattn.linen.parameters import may_read_kernels, named, parameters
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -83,6 +83,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       fused_qkv: one matrix product for those of query, key and value that project the same array.
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
         over devices this can cost a reshard; ``capture_intermediates`` does not see projections.
+        Inside ``nn.intercept_methods`` each projection is called by itself.
       implementation: of `axattn.dot_product_attention`.
       logical_axes: box the parameters with names of their axes (``nn.with_logical_partitioning``),
         those of ``axattn.layers.axes``: embed, heads, kv_heads, head_dim.
@@ -337,14 +338,20 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         kv_heads, head_dim = head_layout(
             self.num_heads, self.num_kv_heads, self.qkv_features or inputs_q.shape[-1]
         )
+        if self.fused_qkv and self.qkv_dot_general_cls is not None:
+            raise ValueError(
+                "fused_qkv=True has one product and cannot make one per projection with "
+                f"qkv_dot_general_cls={self.qkv_dot_general_cls}; use qkv_dot_general"
+            )
+        fused = self.fused_qkv and may_read_kernels()
         dense = functools.partial(
             nn.DenseGeneral,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             precision=self.precision,
-            dot_general=None if self.fused_qkv else self.qkv_dot_general,
-            dot_general_cls=None if self.fused_qkv else self.qkv_dot_general_cls,
+            dot_general=None if fused else self.qkv_dot_general,
+            dot_general_cls=self.qkv_dot_general_cls,
         )
         heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
         layers = {
@@ -357,14 +364,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             for name, n in heads.items()
         }
         inputs = {"query": inputs_q, "key": inputs_k, "value": inputs_v}
-        if not self.fused_qkv:
+        if not fused:
             return tuple(layers[name](inputs[name]) for name in layers)
-
-        if self.qkv_dot_general_cls is not None:
-            raise ValueError(
-                "fused_qkv=True has one product and cannot make one per projection with "
-                f"qkv_dot_general_cls={self.qkv_dot_general_cls}; use qkv_dot_general"
-            )
         arrays = [parameters(layers[name], inputs[name]) for name in layers]
         return fused_projections(
             list(inputs.values()),

@@ -15,7 +15,7 @@ from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend
 from axattn.layers.options import requested
-from axattn.linen.parameters import named, parameters
+from axattn.linen.parameters import may_read_kernels, named, parameters
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -45,6 +45,9 @@ class MultiHeadLatentAttention(nn.Module):
       implementation: of `axattn.dot_product_attention`.
       form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
+        Inside ``nn.intercept_methods`` ``key_up`` and ``value_up`` are called: None is then the
+        naive form, and "absorbed" and caches take the kernel of a linear map from its outputs for
+        the R unit vectors, and refuse any other (under jit: NaN). To generate much, merge adapters.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
       dropout_rate: share of the weights that is dropped.
@@ -223,9 +226,11 @@ class MultiHeadLatentAttention(nn.Module):
         down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
         down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
         down = norm("kv_norm")(down)
-        key_up, value_up = (
-            parameters(self._dense((self.num_heads, size), use_bias=False, name=name), down)[0]
+        ups = (
+            self._dense((self.num_heads, size), use_bias=False, name=name)
             for name, size in (("key_up", self.qk_nope_head_dim), ("value_up", self.v_head_dim))
         )
-        arrays = promote_dtype(query, down, key_rope, key_up, value_up, dtype=self.dtype)
-        return Projected(*arrays)
+        if may_read_kernels():
+            ups = (parameters(up, down)[0] for up in ups)
+        projected = Projected(query, down, key_rope, *ups)
+        return projected.promoted(lambda arrays: promote_dtype(*arrays, dtype=self.dtype))

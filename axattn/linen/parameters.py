@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
+from flax.linen import module as flax_module
 
 from axattn._typing import Array, Float
 from axattn.layers.axes import LOGICAL_AXES
+
+_DENSE, _CALL = nn.DenseGeneral, nn.DenseGeneral.__call__
+
+
+def may_read_kernels() -> bool:
+    """Whether a call of ``nn.DenseGeneral`` is Flax's product with its kernel, and nothing more.
+
+    It is more where ``nn.intercept_methods`` is in force: an interceptor may change what goes in
+    and what comes out (adapters do). Flax has no public word for that; were its private stack of
+    interceptors to move, all projections would be called, which is slower and never wrong.
+    """
+    intercepted = getattr(flax_module, "_global_interceptor_stack", True)
+    return nn.DenseGeneral is _DENSE and _DENSE.__call__ is _CALL and not intercepted
 
 
 def parameters(
     layer: nn.DenseGeneral, inputs: Float[Array, "*batch T E"]
 ) -> tuple[Array, Array | None]:
-    """Kernel and bias of a layer that would be called with ``inputs``, made by its own rules."""
+    """Kernel and bias of a layer that would be called with ``inputs``, made by its own rules.
+
+    Only where one `may_read_kernels`.
+    """
     layer(inputs[..., :0, :])  # no tokens, no work
     params = nn.meta.unbox(layer.variables["params"])
     return params["kernel"], params.get("bias")

@@ -24,6 +24,7 @@ from axattn.layers.projection import fused_projections
 from axattn.masks import Mask
 from axattn.nnx.function import dot_product_attention
 from axattn.nnx.metadata import name_axes
+from axattn.nnx.parameters import is_plain
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
 
@@ -97,7 +98,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         parameter ``sinks`` ``[N]``, zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
-        over devices this can cost a reshard.
+        over devices this can cost a reshard. Where one of the three is no longer what the layer put
+        there (an adapter, a subclass, another ``dot_general``) each is called by itself.
       implementation: of `axattn.dot_product_attention`.
       logical_axes: name the parameters' axes in their metadata (``out_sharding``), by the names of
         ``axattn.layers.axes``: embed, heads, kv_heads, head_dim. Arrays are not moved; where they
@@ -386,7 +388,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                     ),
                 },
             )
-            return self.out(x, out_sharding=out_sharding), cache
+            return self.out(x, **requested(out_sharding=out_sharding)), cache
         if lengths is not None:
             raise ValueError("lengths takes None without a cache: use a mask")
         x = call_attention(
@@ -399,12 +401,15 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             is_causal=is_causal,
             decode_index=index,
         )
-        return self.out(x, out_sharding=out_sharding)
+        return self.out(x, **requested(out_sharding=out_sharding))
 
     def _project(self, inputs, sharding):
         layers = (self.query, self.key, self.value)
-        if not self.fused_qkv:
-            return tuple(f(x, out_sharding=sharding) for f, x in zip(layers, inputs, strict=True))
+        if not (self.fused_qkv and all(self._is_plain(f) for f in layers)):
+            return tuple(
+                f(x, **requested(out_sharding=sharding))
+                for f, x in zip(layers, inputs, strict=True)
+            )
         return fused_projections(
             inputs,
             [f.kernel[...] for f in layers],
@@ -413,6 +418,16 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dot_general=self.qkv_dot_general,
             precision=self.precision,
             out_sharding=sharding,
+        )
+
+    def _is_plain(self, projection) -> bool:
+        return is_plain(
+            projection,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            precision=self.precision,
+            promote_dtype=self.qkv_promote_dtype,
+            dot_general=self.qkv_dot_general,
         )
 
 

@@ -18,6 +18,7 @@ from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
 from axattn.layers.options import requested, static
 from axattn.masks import Mask
 from axattn.nnx.metadata import name_axes
+from axattn.nnx.parameters import is_plain
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
 
@@ -45,6 +46,10 @@ class MultiHeadLatentAttention(nnx.Module):
       window, logits_soft_cap, implementation: as in `MultiHeadAttention`.
       form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
+        A ``key_up`` or ``value_up`` that is no longer what the layer put there (an adapter, a
+        subclass) is called: None is then the naive form, and "absorbed" and caches take the kernel
+        of a linear map from its outputs for the R unit vectors, and refuse any other (under jit:
+        NaN). To generate much, merge adapters.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
       dropout_rate, broadcast_dropout, deterministic, rngs, keep_rngs: as in Flax's layers.
@@ -257,6 +262,12 @@ class MultiHeadLatentAttention(nnx.Module):
         else:
             query = self.query_up(self.query_norm(self.query_down(inputs)))
         down, key_rope = jnp.split(self.kv_down(inputs), [self.kv_lora_rank], axis=-1)
-        up = (self.key_up.kernel[...], self.value_up.kernel[...])
-        arrays = (query, self.kv_norm(down), key_rope, *up)
-        return Projected(*promote_dtype(arrays, dtype=self.dtype))
+        made_with = dict(
+            use_bias=False, dtype=self.dtype, precision=self.precision, promote_dtype=promote_dtype
+        )
+        ups = (
+            up.kernel[...] if is_plain(up, **made_with) else up
+            for up in (self.key_up, self.value_up)
+        )
+        projected = Projected(query, self.kv_norm(down), key_rope, *ups)
+        return projected.promoted(lambda arrays: promote_dtype(arrays, dtype=self.dtype))
