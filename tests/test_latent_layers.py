@@ -338,6 +338,7 @@ def test_errors_over_caches():
     ids = np.zeros((2, T), int)
     for match, options in (
         ("segment_ids does not go with cache", dict(segment_ids=ids, cache=cache)),
+        ("is_causal=False .* cache", dict(is_causal=False, cache=cache)),
         ("B = 2 for this cache", dict(cache=cache)),
         ("see cache_sizes", dict(cache=DenseCache.create(2, T, 1, 16, dtype="float32"))),
     ):

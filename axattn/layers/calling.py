@@ -6,10 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from axattn._typing import Array, Float, Integer
-from axattn.layers.masking import as_array
+from axattn.layers.masking import as_array, as_given
 from axattn.masks import Mask
 
 # The option of the layers, where its name is another than that of the function's argument.
@@ -81,7 +79,7 @@ def call_attention(
                 q_positions=positions,
             )
             with_mask = not (mask is None or isinstance(mask, Mask))
-            flax_kwargs["mask"] = jnp.logical_and(mask, array) if with_mask else array
+            flax_kwargs["mask"] = as_given(mask) & array if with_mask else array
     if is_causal:
         options["is_causal"] = True
 

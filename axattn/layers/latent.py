@@ -189,7 +189,7 @@ def attend(
     positions: Integer[Array, "*leading T"] | None,
     form: latent.Form | None,
     mask: Array | Mask | None,
-    is_causal: bool,
+    is_causal: bool | None,
     cache: Cache | None,
     lengths: ArrayLike | None,
     options: Mapping[str, Any],
@@ -212,12 +212,14 @@ def attend(
         if lengths is not None:
             raise ValueError("lengths takes None without a cache: use a mask")
         projected = projected.rotated(rope, positions)
-        options.update(mask=mask, is_causal=is_causal)
+        options.update(mask=mask, is_causal=bool(is_causal))
         if projected.called and form != "absorbed":
             # Called with the latents themselves: right whatever stands there.
             attend_to = options.pop("attend", dot_product_attention)
             return attend_to(*projected.written_out(options.get("precision")), **options), None
         return latent.latent_attention(*projected.with_kernels(), form=form, **options), None
+    not_causal = is_causal is not None and not is_causal
+    excluded = {**excluded, "is_causal=False (over a cache tokens attend causally)": not_causal}
     check_step("inputs", cache, projected.query, excluded)
     if positions is None:
         positions = cache.next_positions(projected.query.shape[1])

@@ -135,7 +135,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         positions: Integer[Array, "*batch T"] | None = None,
         kv_positions: Integer[Array, "*batch S"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
@@ -150,10 +150,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             is the one before it.
           inputs_kv: ``[..., S, E]``, Flax's former name for both of the latter.
           mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
+            One of other numbers than 0 and 1 is a bias, and refused where its numbers are known:
+            not under jit.
           deterministic: no dropout; to be given here or as a field if ``dropout_rate`` > 0.
           dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
           sow_weights: sow the weights ``[..., N, T, S]`` in ``intermediates``.
-          is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
+          is_causal: no query sees a later key; False by default. Over a cache none ever does, and
+            False is refused; without effect on a step of ``decode``, whose one query is the last.
           positions, kv_positions: for ``rope``: integers ``[T]`` or ``[..., T]`` and ``[S]`` or
             ``[..., S]``. By default tokens are counted from 0, or from the cache's index. The keys'
             are the queries' where T == S. They do not move masks.
@@ -248,6 +251,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             implementation=self.implementation,
             module=self if sow_weights else None,
         )
+        not_causal = is_causal is not None and not is_causal
         if cache is not None:
             x, cache = attend_over_cache(
                 cache,
@@ -261,6 +265,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
                 options={**options, **requested(precision=self.precision)},
                 excluded={
                     "decode=True": self.decode,
+                    "is_causal=False (over a cache tokens attend causally)": not_causal,
                     "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
                     "kv_positions": kv_positions is not None,
                     "segment_ids": segment_ids is not None or kv_segment_ids is not None,
@@ -279,7 +284,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
                 value,
                 flax_kwargs,
                 options,
-                is_causal=is_causal,
+                is_causal=bool(is_causal),
                 decode_index=index,
                 only_known=True,
             )
@@ -423,7 +428,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
         *,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         positions: Integer[Array, "*batch T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         cache: Cache | None = None,
@@ -437,7 +442,8 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
           deterministic: no dropout.
           dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
           sow_weights: sow the weights ``[..., N, T, T]`` in ``intermediates``.
-          is_causal: no token sees a later one.
+          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
+            False is refused.
           positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
           segment_ids: int ``[..., T]``.
           cache: one of `axattn.cache`.

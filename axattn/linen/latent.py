@@ -120,7 +120,7 @@ class MultiHeadLatentAttention(nn.Module):
         *,
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         positions: Integer[Array, "*leading T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         cache: Cache | None = None,
@@ -131,9 +131,12 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
           inputs: ``[..., T, E]``.
           mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
+            One of other numbers than 0 and 1 is a bias, and refused where its numbers are known:
+            not under jit.
           deterministic: no dropout; to be given here or as a field if ``dropout_rate`` > 0.
           dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
-          is_causal: no query sees a later token; with a cache none ever does.
+          is_causal: no query sees a later token; False by default. Over a cache none ever does,
+            and False is refused.
           positions: of the tokens, integers ``[T]`` or ``[..., T]``; counted from 0 by default, or
             from where each row of the cache ends. They do not move masks.
           segment_ids: int ``[..., T]``: tokens attend to those of the same segment only.

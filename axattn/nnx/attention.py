@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.module import first_from
 
@@ -27,6 +28,9 @@ from axattn.nnx.metadata import name_axes
 from axattn.nnx.parameters import is_plain
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
+
+# Flax's default is False, and stays: numpy's is equal to it, and is not the one that is given.
+_NOT_GIVEN: Any = np.False_
 
 
 def _extends(base: Callable[..., None]):
@@ -237,7 +241,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
         decode: bool | None = None,
-        is_causal: bool = False,
+        is_causal: bool = _NOT_GIVEN,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         input_positions: Integer[Array, "*batch T"] | None = None,
@@ -254,11 +258,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
           inputs_q, inputs_k, inputs_v: ``[..., T, E]`` and twice ``[..., S, F]``, F being
             ``in_kv_features``; what is left out is the one before it.
           mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, S]``; nonzero: attend.
+            One of other numbers than 0 and 1 is a bias, and refused where its numbers are known:
+            not under jit.
           deterministic: no dropout; to be given here or before if ``dropout_rate`` > 0.
           rngs: for dropout, in place of those of the constructor.
           sow_weights: sow the weights ``[..., N, T, S]`` as ``nnx.Intermediate``.
           decode: one token at a time, with the cache of ``init_cache``; to be given here or before.
-          is_causal: no query sees a later key. Without effect on a decoding step, which is causal.
+          is_causal: no query sees a later key; False by default. Over a cache none ever does, and
+            False is refused; without effect on a step of ``decode``, whose one query is the last.
           out_sharding, qkv_sharding: of the results of the projections.
           input_positions: ``[..., T]``, Flax's name (since 0.12.9) for ``positions``; without a
             ``rope`` they are handed to ``attention_fn``.
@@ -365,6 +372,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             key_value_segment_ids=kv_segment_ids,
             implementation=self.implementation,
         )
+        not_causal = is_causal is not _NOT_GIVEN and not is_causal
         if cache is not None:
             x, cache = attend_over_cache(
                 cache,
@@ -378,6 +386,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 options={**options, **requested(precision=self.precision)},
                 excluded={
                     "decode=True": bool(asked_to_decode),
+                    "is_causal=False (over a cache tokens attend causally)": not_causal,
                     "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
                     "kv_positions": kv_positions is not None,
                     "segment_ids": segment_ids is not None or kv_segment_ids is not None,
@@ -398,7 +407,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             value,
             flax_kwargs,
             options,
-            is_causal=is_causal,
+            is_causal=bool(is_causal),
             decode_index=index,
         )
         return self.out(x, **requested(out_sharding=out_sharding))
@@ -456,7 +465,7 @@ class SelfAttention(MultiHeadAttention):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
         decode: bool | None = None,
-        is_causal: bool = False,
+        is_causal: bool = _NOT_GIVEN,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         positions: Integer[Array, "*batch T"] | None = None,
@@ -472,7 +481,8 @@ class SelfAttention(MultiHeadAttention):
           deterministic, rngs: no dropout, or where its random numbers come from.
           sow_weights: sow the weights ``[..., N, T, T]`` as ``nnx.Intermediate``.
           decode: one token at a time, with the cache of ``init_cache``.
-          is_causal: no token sees a later one.
+          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
+            False is refused.
           out_sharding, qkv_sharding: of the results of the projections.
           positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
           segment_ids: int ``[..., T]``.

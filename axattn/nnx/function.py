@@ -53,7 +53,8 @@ def dot_product_attention(
       query, key, value: ``[..., T, N, H]``, ``[..., S, K, H]`` and ``[..., S, K, h]``.
       bias: added to the logits, broadcastable to ``[..., N, T, S]``.
       mask: an `axattn.Mask`, or an array of any dtype (nonzero: attend) broadcastable to
-        ``[..., N, T, S]``.
+        ``[..., N, T, S]``. One of other numbers than 0 and 1 is a bias, and refused where its
+        numbers are known: not under jit.
       broadcast_dropout: one T x S dropout pattern for all batches and heads.
       dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``; needed where something is dropped.
       dropout_rate: share of the weights that is dropped, in [0, 1).
