@@ -12,7 +12,9 @@ from flax.core import freeze
 
 import axattn.linen
 import axattn.nnx
-from axattn.checkpoints import mha_to_gqa, mha_to_mqa
+from axattn.cache import DenseCache
+from axattn.checkpoints import mha_to_gqa, mha_to_mqa, stack_layers, unstack_layers
+from axattn.rotary import RotaryEmbedding
 
 N, E = 8, 32
 
@@ -147,3 +149,148 @@ def test_errors_name_the_layer():
         mha_to_gqa({"params": {"dense": {"kernel": jnp.ones((2, 2))}}}, 1)
     with pytest.raises(TypeError, match=r"params/\w+/key/bias must be floating-point, got int32"):
         mha_to_gqa(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), variables), 2)
+
+
+class LinenBlock(nn.Module):
+    logical_axes: bool = False
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        layer = axattn.linen.GroupedQueryAttention(
+            N, num_kv_heads=2, rope=RotaryEmbedding(), logical_axes=self.logical_axes
+        )
+        y = layer(nn.LayerNorm()(x), is_causal=True, cache=cache)
+        y, cache = (y, None) if cache is None else y
+        return x + y, cache
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(E, rngs=rngs)
+        self.attention = axattn.nnx.GroupedQueryAttention(
+            N, E, num_kv_heads=2, rope=RotaryEmbedding(), decode=False, rngs=rngs, logical_axes=True
+        )
+
+    def __call__(self, x, cache=None):
+        y = self.attention(self.norm(x), is_causal=True, cache=cache)
+        y, cache = (y, None) if cache is None else y
+        return x + y, cache
+
+
+DEPTH = 3
+
+
+def scanned_linen():
+    scan = nn.scan(
+        LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
+    )
+    variables = jax.jit(scan().init)(jax.random.key(0), x(), None)
+    apply = [
+        lambda x, cache, p=p: LinenBlock().apply({"params": p}, x, cache)
+        for p in unstack_layers(variables["params"])
+    ]
+    return variables["params"], jax.jit(scan().apply)(variables, x(), None)[0], apply
+
+
+def scanned_nnx():
+    @nnx.split_rngs(splits=DEPTH)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs):
+        return NNXBlock(rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(block, x):
+        return block(x)[0]
+
+    stacked = create(nnx.Rngs(0))
+    return stacked, run(stacked, x()), unstack_layers(stacked)
+
+
+@pytest.mark.parametrize("scanned", [scanned_linen, scanned_nnx])
+def test_scanned_layers_generate_apart(scanned):
+    params, want, layers = scanned()
+    assert len(layers) == DEPTH
+    caches = [DenseCache.create(2, 5, 2, E // N, dtype="float32") for _ in layers]
+    outs = []
+    for first, last in ((0, 3), (3, 5)):
+        y = x()[:, first:last]
+        for i, layer in enumerate(layers):
+            y, caches[i] = layer(y, caches[i])
+        outs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=1e-5)
+    again = stack_layers(unstack_layers(params), axis_name="layers")
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_names_of_axes_of_layers():
+    """Those of a layer that was never stacked; and stacked, those that Flax's transforms give."""
+    scan = nn.scan(
+        LinenBlock,
+        variable_axes={"params": 1},
+        split_rngs={"params": True},
+        length=DEPTH,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    stacked = jax.jit(scan(True).init)(jax.random.key(0), x(), None)["params"]
+    layer = jax.eval_shape(LinenBlock(True).init, jax.random.key(0), x())["params"]
+    layers = unstack_layers(stacked, axis=1)
+    assert jax.tree.structure(layers[0]) == jax.tree.structure(layer)
+    again = stack_layers(layers, axis=1, axis_name="layers")
+    assert jax.tree.structure(again) == jax.tree.structure(stacked)
+
+    module, _, (first, *_) = scanned_nnx()
+    kernels = [m.attention.key.kernel for m in (module, first)]
+    assert [k.get_metadata()["out_sharding"] for k in kernels] == [
+        ("layers", "embed", "kv_heads", "head_dim"),
+        ("embed", "kv_heads", "head_dim"),
+    ]
+    state = nnx.state(module)
+    states = unstack_layers(state)
+    nnx.update(first, states[1])
+    np.testing.assert_array_equal(first.attention.key.kernel[...], kernels[0][...][1])
+    assert jax.tree.structure(stack_layers(states, axis_name="layers")) == jax.tree.structure(state)
+
+
+def test_layers_on_the_host_and_along_other_axes():
+    tree = {"a": np.arange(24).reshape(2, 3, 4), "b": jnp.arange(6).reshape(2, 3)}
+    layers = unstack_layers(tree, axis=1)
+    assert [layer["a"].shape for layer in layers] == [(2, 4)] * 3
+    assert isinstance(layers[2]["a"], np.ndarray) and np.shares_memory(layers[2]["a"], tree["a"])
+    np.testing.assert_array_equal(layers[2]["b"], [2, 5])
+    jax.tree.map(np.testing.assert_array_equal, stack_layers(layers, 1), tree)
+    np.testing.assert_array_equal(stack_layers(unstack_layers(tree["a"], -1), -1), tree["a"])
+
+
+@pytest.mark.parametrize(
+    "error, match, call",
+    [
+        (
+            ValueError,
+            "got 3 in a/k and 2 in b",
+            lambda: unstack_layers({"a": {"k": np.ones(3)}, "b": np.ones((2, 3))}),
+        ),
+        (
+            ValueError,
+            r"b takes an axis 0 of layers, got shape \(\)",
+            lambda: unstack_layers({"a": np.ones(3), "b": 1.0}),
+        ),
+        (ValueError, "got no arrays", lambda: unstack_layers({})),
+        (TypeError, "axis takes an integer, got 'x'", lambda: unstack_layers({}, "x")),
+        (ValueError, "layers takes at least one", lambda: stack_layers([])),
+        (
+            ValueError,
+            "one structure, got in layer 1",
+            lambda: stack_layers([{"a": np.ones(3)}, {}]),
+        ),
+        (
+            ValueError,
+            "one shape and dtype, got in layer 1 .*3.* for a",
+            lambda: stack_layers([{"a": np.ones(2)}, {"a": np.ones(3)}]),
+        ),
+        (ValueError, "axis=2 is none of a", lambda: stack_layers([{"a": np.ones(2)}], 2)),
+    ],
+)
+def test_errors_of_layers(error, match, call):
+    with pytest.raises(error, match=match):
+        call()

@@ -89,7 +89,15 @@ def test_fused_qkv_gives_the_same_numbers(which):
         "shared kv": (x, inputs(seed=2)),
         "all different": (x, inputs(seed=2), inputs(seed=3)),
     }[which]
-    np.testing.assert_allclose(made(fused_qkv=True)(*args), made()(*args), atol=1e-5)
+    seen = []
+
+    def dot_general(*args, **kwargs):
+        seen.append(args)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    fused = made(fused_qkv=True, qkv_dot_general=dot_general)
+    np.testing.assert_allclose(fused(*args), made()(*args), atol=1e-5)
+    assert len(seen) == len(args)
 
 
 class Doubled(nnx.LinearGeneral):
