@@ -10,7 +10,7 @@ are scanned into one whose layers are apart, as generation wants them, and back.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -246,7 +246,7 @@ def _with(names: tuple, axis: int, name: str | None) -> tuple:
     return names[:axis] + (name,) + names[axis:]
 
 
-def _renamed(tree: Any, rename: Any) -> Any:
+def _renamed(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
     """``tree`` with ``rename(names, rank)`` of names of axes, where arrays carry them."""
 
     def is_named(x: Any) -> bool:  # Flax's boxes, and its NNX variables; without importing Flax
