@@ -185,11 +185,13 @@ def scanned_linen():
         LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
     )
     variables = jax.jit(scan().init)(jax.random.key(0), x(), None)
-    apply = [
-        lambda x, cache, p=p: LinenBlock().apply({"params": p}, x, cache)
-        for p in unstack_layers(variables["params"])
-    ]
-    return variables["params"], jax.jit(scan().apply)(variables, x(), None)[0], apply
+    want, _ = jax.jit(scan().apply)(variables, x(), None)
+
+    @jax.jit
+    def step(params, x, cache):
+        return LinenBlock().apply({"params": params}, x, cache)
+
+    return variables["params"], want, step
 
 
 def scanned_nnx():
@@ -203,22 +205,23 @@ def scanned_nnx():
         return block(x)[0]
 
     stacked = create(nnx.Rngs(0))
-    return stacked, run(stacked, x()), unstack_layers(stacked)
+    return stacked, run(stacked, x()), nnx.jit(lambda block, x, cache: block(x, cache))
 
 
 @pytest.mark.parametrize("scanned", [scanned_linen, scanned_nnx])
 def test_scanned_layers_generate_apart(scanned):
-    params, want, layers = scanned()
+    params, want, step = scanned()
+    layers = unstack_layers(params)
     assert len(layers) == DEPTH
     caches = [DenseCache.create(2, 5, 2, E // N, dtype="float32") for _ in layers]
     outs = []
     for first, last in ((0, 3), (3, 5)):
         y = x()[:, first:last]
         for i, layer in enumerate(layers):
-            y, caches[i] = layer(y, caches[i])
+            y, caches[i] = step(layer, y, caches[i])
         outs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=1e-5)
-    again = stack_layers(unstack_layers(params), axis_name="layers")
+    again = stack_layers(layers, axis_name="layers")
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -239,7 +242,8 @@ def test_names_of_axes_of_layers():
     again = stack_layers(layers, axis=1, axis_name="layers")
     assert jax.tree.structure(again) == jax.tree.structure(stacked)
 
-    module, _, (first, *_) = scanned_nnx()
+    module = scanned_nnx()[0]
+    first = unstack_layers(module)[0]
     kernels = [m.attention.key.kernel for m in (module, first)]
     assert [k.get_metadata()["out_sharding"] for k in kernels] == [
         ("layers", "embed", "kv_heads", "head_dim"),
