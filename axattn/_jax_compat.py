@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex_core
 import jax.extend.random as jex_random
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import ad, batching, mlir
 
 
 def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
@@ -86,6 +89,22 @@ def placed(tree, specs, mesh):
         return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree, specs)
+
+
+def platform_of_mesh(mesh) -> str | None:
+    """What programs over ``mesh`` are lowered for; None where its devices are not known."""
+    abstract = mesh if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.abstract_mesh
+    if abstract.abstract_device is None:
+        return None
+    return lowering_platform(abstract.abstract_device.platform)
+
+
+def lowering_platform(backend: str) -> str:
+    """The name by which JAX lowers for a backend: that of GPUs says whose they are."""
+    if backend != "gpu":
+        return backend
+    rocm = jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version
+    return "rocm" if rocm else "cuda"
 
 
 def automatic_axes(array) -> tuple[str, ...]:
@@ -175,6 +194,272 @@ def debug_check(ok: jax.Array, message: str) -> None:
     from jax.experimental import checkify
 
     checkify.debug_check(ok, message)
+
+
+# --- what is traced when it is lowered, for the platform that it is lowered for ---
+
+
+def staged(branches, results, *args, refusal: str):
+    """``function(*args)`` of the platform that the program is lowered for.
+
+    ``lax.platform_dependent`` traces the functions of all platforms; here the one that is needed is
+    traced, when it is lowered, and finds itself on the device that it is lowered for if JAX knows
+    it (`use_abstract_device`). No derivative is known to JAX: callers define it.
+
+    Args:
+      branches: (platform, function) pairs; the functions are compared and hashed.
+      results: a tree of arrays or ShapeDtypeStructs, whose shapes and dtypes the results have.
+      *args: trees of arrays.
+      refusal: of a NotImplementedError where the program is lowered for another platform.
+    """
+    args = vary_over(args, varying_axes(*jax.tree.leaves(args)))
+    leaves, structure = jax.tree.flatten(args)
+    shapes, results_structure = jax.tree.flatten(results)
+    found = _staged.bind(
+        *leaves,
+        branches=tuple((platform, _Flat(function, structure)) for platform, function in branches),
+        results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
+        refusal=refusal,
+    )
+    return jax.tree.unflatten(results_structure, found)
+
+
+def linear(transpose: Callable | None, results, residuals, tangents, *, refusal: str):
+    """Tangents like ``results`` that depend linearly on ``tangents``, for reverse mode alone.
+
+    ``transpose(residuals, cotangents)``, compared and hashed, gives cotangents of ``tangents``, a
+    tree of arrays. To compute the tangents themselves, and where ``transpose`` is None their
+    cotangents, or to differentiate once more, is a NotImplementedError with ``refusal``; like what
+    `staged` does, when the program is lowered.
+    """
+    args = vary_over((residuals, tangents), varying_axes(*jax.tree.leaves((residuals, tangents))))
+    leaves, structure = jax.tree.flatten(args)
+    shapes, results_structure = jax.tree.flatten(results)
+    if transpose is not None:
+        transpose = _Transpose(transpose, structure.children()[0], results_structure)
+    found = _linear.bind(
+        *leaves,
+        transpose=transpose,
+        num_residuals=structure.children()[0].num_leaves,
+        results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
+        refusal=refusal,
+    )
+    return jax.tree.unflatten(results_structure, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """A function of trees as one of their leaves."""
+
+    function: Callable
+    structure: Any
+
+    def __call__(self, *leaves):
+        return jax.tree.leaves(self.function(*jax.tree.unflatten(self.structure, leaves)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+    """``function(residuals, cotangents)`` as a function of the leaves of both."""
+
+    function: Callable
+    residuals: Any
+    cotangents: Any
+
+    def __call__(self, residuals, cotangents):
+        given = jax.tree.unflatten(self.residuals, residuals)
+        return jax.tree.leaves(
+            self.function(given, jax.tree.unflatten(self.cotangents, cotangents))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """``function`` under ``vmap``; ``axes`` of its arguments."""
+
+    function: Callable
+    axes: tuple
+
+    def __call__(self, *args):
+        return jax.vmap(self.function, in_axes=self.axes)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InContext:
+    """``function``, traced in the context of a device."""
+
+    function: Callable
+    device: tuple | None
+
+    def __call__(self, *args):
+        if self.device is None:
+            return self.function(*args)
+        # Inside of shard_map the axes of the mesh stay.
+        mesh = jax.sharding.get_abstract_mesh().update(
+            abstract_device=_abstract_device(*self.device)
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            return self.function(*args)
+
+
+_staged = jex_core.Primitive("axattn_staged")
+_linear = jex_core.Primitive("axattn_linear")
+
+
+def _results_like(*avals, results, **_):
+    # All arguments vary over the same manual mesh axes, and so do the results.
+    mesh, kind = avals[0].sharding.mesh, avals[0].manual_axis_type
+
+    def result(shape, dtype):
+        spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=kind)
+
+    return [result(*each) for each in results]
+
+
+def _apply(primitive, *args, **params):
+    from jax._src import dispatch
+
+    return dispatch.apply_primitive(primitive, *args, **params)
+
+
+for _primitive in (_staged, _linear):
+    _primitive.multiple_results = True
+    _primitive.def_abstract_eval(_results_like)
+    _primitive.def_impl(functools.partial(_apply, _primitive))
+
+
+def _lower_staged(ctx, *values, branches, results, refusal):
+    from jax._src.interpreters import mlir as jax_mlir
+
+    functions, rules = dict(branches), {}
+    for platform in jax_mlir._platforms_for_eqn(ctx):
+        # A platform of a plugin takes what a CPU does, where all that we know have something.
+        function = functions.get(platform, functions.get("cpu") if len(functions) > 1 else None)
+        if function is None:
+            raise NotImplementedError(f"{refusal} (lowered for {platform})")
+        context = _lowering_context(ctx.module_context.backend, platform)
+        rules[platform] = mlir.lower_fun(_InContext(function, context), multiple_results=True)
+    # Not lax.platform_dependent, in whose branches kernels would be lowered for all platforms.
+    return jax_mlir.lower_per_platform(ctx, "axattn_staged", rules, None, frozenset(), *values)
+
+
+def _lowering_context(backend, platform: str) -> tuple | None:
+    """The device that is lowered for, for `use_abstract_device`, if the context lacks it."""
+    there = jax.sharding.get_abstract_mesh().abstract_device
+    if there is not None and _is_of(there.platform, platform):
+        return None
+    device = None
+    if backend is not None and _is_of(backend.platform, platform):
+        device = backend.devices()[0]
+    if platform == "cuda" and device is not None:
+        return device.device_kind, device.core_count, "gpu", device.compute_capability
+    if platform == "tpu":
+        # Pallas asks for the kind of TPU. What it makes for the oldest runs on the others.
+        known = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
+        return *known, "tpu", None
+    return None
+
+
+def _is_of(name: str, platform: str) -> bool:
+    """Whether a device or a backend of that name is of the platform; both GPUs are "gpu", too."""
+    return name == platform or (name == "gpu" and platform in ("cuda", "rocm"))
+
+
+mlir.register_lowering(_staged, _lower_staged)
+
+
+def _batch_staged(args, axes, *, branches, results, refusal):
+    size = _batch_size(args, axes)
+    found = _staged.bind(
+        *args,
+        branches=tuple((platform, _Batched(f, tuple(axes))) for platform, f in branches),
+        results=tuple(((size, *shape), dtype) for shape, dtype in results),
+        refusal=refusal,
+    )
+    return found, (0,) * len(found)
+
+
+batching.primitive_batchers[_staged] = _batch_staged
+
+
+def _batch_size(args, axes) -> int:
+    return next(x.shape[i] for x, i in zip(args, axes, strict=True) if i is not None)
+
+
+def _refuse_linear(ctx, *values, refusal, **_):
+    raise NotImplementedError(refusal)
+
+
+mlir.register_lowering(_linear, _refuse_linear)
+
+
+def _batch_linear(args, axes, *, transpose, num_residuals, results, refusal):
+    size = _batch_size(args, axes)
+
+    def batched(x, i):
+        return jnp.broadcast_to(x, (size, *jnp.shape(x))) if i is None else jnp.moveaxis(x, i, 0)
+
+    residuals, own = args[:num_residuals], tuple(axes[:num_residuals])
+    tangents = map(batched, args[num_residuals:], axes[num_residuals:])
+    found = _linear.bind(
+        *residuals,
+        *tangents,
+        transpose=transpose and _Batched(transpose, (own, 0)),
+        num_residuals=num_residuals,
+        results=tuple(((size, *shape), dtype) for shape, dtype in results),
+        refusal=refusal,
+    )
+    return found, (0,) * len(found)
+
+
+batching.primitive_batchers[_linear] = _batch_linear
+
+
+def _jvp_linear(primals, tangents, *, num_residuals, transpose, **params):
+    results = _linear.bind(*primals, num_residuals=num_residuals, transpose=transpose, **params)
+    varied = [x for x in tangents[:num_residuals] if not isinstance(x, ad.Zero)]
+    own = [ad.instantiate_zeros(x) for x in tangents[num_residuals:]]
+    if varied:
+        found = _linear.bind(*varied, *own, num_residuals=0, transpose=None, **params)
+    else:
+        found = _linear.bind(
+            *primals[:num_residuals],
+            *own,
+            num_residuals=num_residuals,
+            transpose=transpose,
+            **params,
+        )
+    return results, found
+
+
+ad.primitive_jvps[_linear] = _jvp_linear
+
+
+def _transpose_linear(cotangents, *args, num_residuals, transpose, refusal, **_):
+    residuals, tangents = args[:num_residuals], args[num_residuals:]
+    cotangents = [ad.instantiate_zeros(x) for x in cotangents]
+    if transpose is None:
+        found = _linear.bind(
+            *cotangents,
+            num_residuals=0,
+            transpose=None,
+            results=tuple((x.shape, x.dtype) for x in map(_aval, tangents)),
+            refusal=refusal,
+        )
+    else:
+        found = transpose(tuple(residuals), tuple(cotangents))
+    wanted = zip(tangents, found, strict=True)
+    own = [x if ad.is_undefined_primal(tangent) else None for tangent, x in wanted]
+    return [None] * num_residuals + own
+
+
+def _aval(tangent):
+    return tangent.aval if ad.is_undefined_primal(tangent) else jax.typeof(tangent)
+
+
+ad.primitive_transposes[_linear] = _transpose_linear
 
 
 # --- ahead-of-time compilation for absent devices (axattn.aot) ---
@@ -285,12 +570,14 @@ def use_abstract_device(kind: str, num_cores: int, platform: str, capability: st
     there = jax.sharding.get_abstract_mesh()
     if not there.empty and getattr(there.abstract_device, "device_kind", None) == kind:
         return contextlib.nullcontext()
+    device = _abstract_device(kind, num_cores, platform, capability)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def _abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
     if capability is None:
-        device = jax.sharding.AbstractDevice(kind, num_cores, platform)
-    else:
-        device = _abstract_device_with_capability()(kind, num_cores, platform, capability)
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+        return jax.sharding.AbstractDevice(kind, num_cores, platform)
+    return _abstract_device_with_capability()(kind, num_cores, platform, capability)
 
 
 def einsum_by(dot_general, *, precision=None):
@@ -301,16 +588,32 @@ def einsum_by(dot_general, *, precision=None):
     return functools.partial(jnp.einsum, precision=precision, _dot_general=dot_general)
 
 
+def traced_device(platform: str | None = None) -> str | None:
+    """The kind of the device that is traced for, if it is of ``platform`` ("tpu" or "gpu").
+
+    That is the device of the context (`use_abstract_device`), else the first accelerator of this
+    process. None without one: the program may be lowered for any device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() != "cpu":
+        device = jax.devices()[0]
+    if device is None or (platform is None and device.platform == "cpu"):
+        return None
+    return device.device_kind if platform in (None, device.platform) else None
+
+
 def gpu_capability() -> str | None:
-    """Compute capability ("9.0") of the NVIDIA GPU that is traced for, or None without one.
+    """Compute capability ("9.0") of the NVIDIA GPU that is traced for, or None if it is not known.
 
     That is the device of the context (`use_abstract_device`), else the first one of this process.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        # JAX's own AbstractDevice has no capability; Mosaic GPU then takes 9.0.
-        capability = getattr(device, "compute_capability", "9.0")
-        return capability if device.platform == "gpu" else None
+        if device.platform != "gpu":
+            return None
+        # JAX's own AbstractDevice has no capability, only the kind; that of an H200 says Hopper.
+        hopper = "9.0" if re.search(r"\bG?H(20|[128]00)\b", device.device_kind) else None
+        return getattr(device, "compute_capability", hopper)
     if jax.default_backend() != "gpu":
         return None
     return getattr(jax.devices()[0], "compute_capability", None)
@@ -341,6 +644,10 @@ def gpu_interpreter():
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(detect_races=True)
+
+
+# The kernels' TPU with the least VMEM, and no instruction that later ones have not.
+LEAST_TPU = "TPU v4"
 
 
 class TpuChip(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from axattn import _jax_compat
 from axattn._jax_compat import explicit_sharding
 from axattn._typing import Array, ArrayLike
 from axattn.arguments import normalize
@@ -154,15 +155,19 @@ class Explanation(dict):
     Printed, it is a table.
 
     Attributes:
-      by_platform: platform -> the implementation that the call would take there.
+      by_platform: platform -> the implementation that the call would take there. Of an NVIDIA GPU
+        that is not known it is what every GPU takes; a program that is lowered for the devices of a
+        Hopper GPU's topology takes the kernels all the same.
+      platform: that of the target, or of this process's default backend.
     """
 
     by_platform: dict[str, str]
+    platform: str
 
     @property
     def chosen(self) -> str:
-        """The implementation that the call would take on this process's default backend."""
-        return self.by_platform[_default_platform()]
+        """The implementation that the call would take on the target, or else here."""
+        return self.by_platform[self.platform]
 
     def __str__(self) -> str:
         taken = {}
@@ -175,7 +180,7 @@ class Explanation(dict):
         return "\n".join(lines)
 
 
-def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
+def explain_implementations(*args: Any, target: str | None = None, **kwargs: Any) -> Explanation:
     """Which implementations take a call, why the others do not, and which one ``None`` would take.
 
     Nothing is computed.
@@ -183,15 +188,19 @@ def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
     Args:
       *args: the arguments of `dot_product_attention`: arrays, or ``jax.ShapeDtypeStruct`` in their
         place.
-      **kwargs: likewise, by name.
+      target: the chip that is asked about, a name in ``axattn.aot.TARGETS`` (its compiler need not
+        be installed); None for this process's devices.
+      **kwargs: the arguments of `dot_product_attention` by name.
 
     Returns:
       A dict, name of every implementation -> None where it takes the call, else the reason why not.
-      Its ``chosen`` is the one that ``implementation=None`` takes here, ``by_platform`` says it of
-      every platform, and printed it is a table.
+      Its ``chosen`` is the one that ``implementation=None`` takes on the target or here,
+      ``by_platform`` says it of every platform that the program may be lowered for, and printed it
+      is a table.
 
     Raises:
-      ValueError, TypeError: what the call itself would raise for these arguments.
+      ValueError, TypeError: what the call itself would raise for these arguments; an unknown
+        target.
 
     Example:
       >>> import axattn, jax
@@ -202,6 +211,8 @@ def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
       (True, 'needs float16 or bfloat16, got float32')
       >>> why.by_platform["cpu"]
       'xla_chunked'
+      >>> axattn.explain_implementations(q, kv, kv, is_causal=True, target="v5p").chosen
+      'mosaic_tpu'
     """
     bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -212,19 +223,21 @@ def explain_implementations(*args: Any, **kwargs: Any) -> Explanation:
     def explain(structs):
         call, _ = normalize(**{**arguments, **structs})
         explanation.update(registry.refusals(call))
-        explanation.by_platform = dict(registry.plan(call, None))
+        explanation.by_platform = registry.by_platform(registry.plan(call, None))
 
     structs = {
         name: value
         for name, value in arguments.items()
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
     }
-    jax.eval_shape(explain, structs)
+    explanation.platform = _jax_compat.lowering_platform(jax.default_backend())
+    if target is None:
+        jax.eval_shape(explain, structs)
+        return explanation
+    from axattn.aot import targets  # the table; nothing that compiles
+
+    chip = targets.target(target)
+    explanation.platform = chip.platform
+    with _jax_compat.use_abstract_device(*targets.traced_as(chip)):
+        jax.eval_shape(explain, structs)
     return explanation
-
-
-def _default_platform() -> str:
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return backend
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"

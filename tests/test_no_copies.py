@@ -50,6 +50,9 @@ def arrays_of(jaxpr):
         for variable in equation.outvars:
             if hasattr(variable.aval, "shape"):
                 yield str(equation.primitive), variable.aval
+        if equation.primitive.name == "axattn_staged":  # traced when it is lowered
+            shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+            yield from arrays_of(jax.make_jaxpr(dict(equation.params["branches"])["cpu"])(*shapes))
         for parameter in equation.params.values():
             for item in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
                 item = getattr(item, "jaxpr", item)

@@ -55,7 +55,8 @@ class Target:
       ici_links: how many links these are, a neighbour at each; 1 where a switch is between them,
         and a neighbour may have it all.
       slices: topologies of several devices, by how many.
-      description: the name the device reports for itself, where we have to say it (GPU).
+      description: the name that the device reports for itself.
+      cores: of one JAX device; 0 for the CPU.
       gpu: limits of the chip; None unless the platform is ``"cuda"``.
 
     Example:
@@ -78,6 +79,7 @@ class Target:
     ici_links: int = 1
     slices: Mapping[int, str] = dataclasses.field(default_factory=dict, hash=False)
     description: str = ""
+    cores: int = 0
     gpu: GpuLimits | None = None
 
     def config(self) -> str:
@@ -141,7 +143,7 @@ _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 def _tpu(
     name: str, shapes: tuple[str, ...], hbm: int, flops: float, bandwidth: float, ici: float,
-    devices_per_chip: int = 1, **options: str,
+    description: str, cores: int, devices_per_chip: int = 1, **options: str,
 ) -> Target:  # fmt: skip
     slices = {
         devices_per_chip * math.prod(map(int, shape.split("x"))): f"{name}:{shape}"
@@ -149,7 +151,7 @@ def _tpu(
     }
     return Target(
         name, "tpu", f"{name}:{shapes[0]}", options, hbm, flops, bandwidth, ici,
-        2 * (shapes[0].count("x") + 1), slices,
+        2 * (shapes[0].count("x") + 1), slices, description, cores,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _gpu(
 ) -> Target:  # fmt: skip
     return Target(
         name, "cuda", "1x1x1", {}, hbm, flops, bandwidth, nvlink, description=description,
-        gpu=limits,
+        cores=limits.multiprocessors, gpu=limits,
     )  # fmt: skip
 
 
@@ -169,19 +171,29 @@ TARGETS: Mapping[str, Target] = {
     for t in (
         # JAX runs a v4 chip as one device with both cores ("megacore"); the bare topology would
         # describe two devices of half a chip each.
-        _tpu("v4", _CUBES, 32 * _GIB, 275e12, 1.228e12, 3e11, chip_config_name="megacore"),
-        _tpu("v5e", _SQUARES, 16 * _GIB, 197e12, 0.819e12, 2e11),
+        _tpu(
+            "v4",
+            _CUBES,
+            32 * _GIB,
+            275e12,
+            1.228e12,
+            3e11,
+            "TPU v4",
+            2,
+            chip_config_name="megacore",
+        ),  # fmt: skip
+        _tpu("v5e", _SQUARES, 16 * _GIB, 197e12, 0.819e12, 2e11, "TPU v5 lite", 1),
         # Sold as 95 GB; the compiler offers 95.73 GiB of 96.
-        _tpu("v5p", _CUBES, 96 * _GIB, 459e12, 2.765e12, 6e11),
-        _tpu("v6e", _SQUARES, 32 * _GIB, 918e12, 1.64e12, 4e11),
+        _tpu("v5p", _CUBES, 96 * _GIB, 459e12, 2.765e12, 6e11, "TPU v5", 2),
+        _tpu("v6e", _SQUARES, 32 * _GIB, 918e12, 1.64e12, 4e11, "TPU v6 lite", 1),
         # One JAX device is one of the chip's two cores: half of 192 GiB, 2307 TFLOP/s, 7.38 TB/s
         # and 600 GB/s to other chips.
-        _tpu("tpu7x", _CUBES, 96 * _GIB, 1153.5e12, 3.69e12, 3e11, devices_per_chip=2),
+        _tpu("tpu7x", _CUBES, 96 * _GIB, 1153.5e12, 3.69e12, 3e11, "TPU7x", 1, devices_per_chip=2),
         _gpu("a100", 85_100_068_864, 312e12, 2.039e12, 3e11, "NVIDIA A100-SXM4-80GB", _AMPERE),
         _gpu("h100", 84_942_979_072, 989e12, 3.35e12, 4.5e11, "NVIDIA H100 80GB HBM3", _HOPPER),
         _gpu("h200", 150_754_820_096, 989e12, 4.8e12, 4.5e11, "NVIDIA H200", _HOPPER),
         _gpu("b200", 191_514_411_008, 2250e12, 8.0e12, 9e11, "NVIDIA B200", _BLACKWELL),
-        Target("cpu", "cpu"),
+        Target("cpu", "cpu", description="cpu"),
     )
 }
 
@@ -207,3 +219,13 @@ def target(name: str | Target) -> Target:
     except (KeyError, AttributeError):
         known = ", ".join(TARGETS)
         raise ValueError(f"target={name!r} is unknown; it takes one of {known}") from None
+
+
+def traced_as(chip: Target) -> tuple[str, int, str, str | None]:
+    """Kind, cores, platform and compute capability of its device, as code that is traced asks.
+
+    Known without a compiler.
+    """
+    if chip.gpu is None:
+        return chip.description, chip.cores, chip.platform, None
+    return chip.description, chip.cores, "gpu", "{}.{}".format(*chip.gpu.compute_capability)

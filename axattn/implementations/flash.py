@@ -4,21 +4,23 @@ They share a custom VJP: forward passes with the same results (output and LSE), 
 the same residuals (the inputs and these results). So a call that takes a kernel on one platform and
 the chunked path on the others keeps one set of residuals, whatever it is lowered for.
 
-Forward mode (``jax.jvp``) raises JAX's error for custom VJPs, second derivatives one of ours: both
-are for ``"xla"``.
+Where several platforms have ways of their own, none of them is traced before the program is lowered
+for one. So it costs nothing that a call may be lowered for chips that are not there.
+
+Forward mode (``jax.jvp``) and second derivatives are refused, when they are lowered: both are for
+``"xla"``.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import linear, staged, vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.implementations import (
     blocks,
@@ -26,6 +28,7 @@ from axattn.implementations import (
     chunked_forward,
     mosaic_gpu,
     mosaic_tpu,
+    xla,
 )
 from axattn.implementations.chunked_backward import Gradients
 
@@ -39,41 +42,82 @@ _INPUTS = Gradients._fields
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to compute both passes: an implementation, and what its code depends on."""
+    """One way to compute both passes: an implementation, and what its code depends on.
+
+    ``otherwise`` is the way where the device, which may be known only when the program is lowered
+    for it, does not take the kernels.
+    """
 
     name: str
     blocks: blocks.Blocks | None = None
     interpret: bool = False
     whole: bool = True  # the backward pass is given the output of all keys that the call has
+    otherwise: Way | None = None
 
     def forward(self, call: AttentionCall):
-        if self.name in _KERNELS:
-            return _KERNELS[self.name].forward(call, interpret=self.interpret)
-        return chunked_forward.forward(call, self.blocks)
+        way = self._on_device(call)
+        if way.name in _KERNELS:
+            return _KERNELS[way.name].forward(call, interpret=way.interpret)
+        if way.name == "xla":
+            out, lse = xla.attend(call)
+            return out, lse.astype(call.accumulator_dtype)
+        return chunked_forward.forward(call, way.blocks)
 
     def backward(self, call: AttentionCall, *arrays: jax.Array) -> Gradients:
-        if self.name in _KERNELS:
-            return _KERNELS[self.name].backward(
-                call, *arrays, interpret=self.interpret, whole=self.whole
+        way = self._on_device(call)
+        if way.name in _KERNELS:
+            return _KERNELS[way.name].backward(
+                call, *arrays, interpret=way.interpret, whole=way.whole
             )
-        return chunked_backward.backward(call, self.blocks, *arrays, whole=self.whole)
+        if way.name == "xla":
+            return _xla_backward(call, *arrays)
+        return chunked_backward.backward(call, way.blocks, *arrays, whole=way.whole)
+
+    def _on_device(self, call: AttentionCall) -> Way:
+        """This way, or the other one; refused where there is none."""
+        if self.name not in _KERNELS or self.interpret:
+            return self
+        reason = _KERNELS[self.name].device_refusal(call, strict=self.otherwise is not None)
+        if reason is None:
+            return self
+        if self.otherwise is None:
+            raise NotImplementedError(f'implementation "{self.name}" {reason}')
+        return self.otherwise
+
+
+def _xla_backward(call: AttentionCall, out, lse, dout, dlse) -> Gradients:
+    """For a call that may take a kernel, whose residuals are those of kernels."""
+    inputs = Gradients(*(getattr(call, name) for name in _INPUTS))
+    _, pull = jax.vjp(lambda inputs: xla.attend(_with_inputs(call, inputs)), inputs)
+    return pull((dout.astype(out.dtype), dlse.astype(jnp.float32)))[0]
 
 
 # The implementations that are ways of this function.
 NAMES = ("xla_chunked", *_KERNELS)
 
-# (platform, way) for each platform that the call may be lowered for; hashable.
-Ways = tuple[tuple[str, Way], ...]
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """The way of each platform that the call may be lowered for, and why of no other; hashable."""
+
+    per_platform: tuple[tuple[str, Way], ...]
+    refusal: str = ""
 
 
-def ways(call: AttentionCall, plan: tuple[tuple[str, str], ...], *, whole: bool = True) -> Ways:
-    """How ``plan``, (platform, implementation name) pairs, is carried out."""
+def ways(
+    call: AttentionCall,
+    names: tuple[tuple[str, tuple[str, ...]], ...],
+    refusal: str = "",
+    *,
+    whole: bool = True,
+) -> Ways:
+    """How ``names``, the implementations that a platform may take, are carried out."""
 
-    def way(platform, name):
+    def way(platform, name, *others):
         cut = blocks.choose(call, platform) if name == "xla_chunked" else None
-        return Way(name, cut, whole=whole)
+        return Way(name, cut, whole=whole, otherwise=way(platform, *others) if others else None)
 
-    return tuple((platform, way(platform, name)) for platform, name in plan)
+    return Ways(tuple((platform, way(platform, *own)) for platform, own in names), refusal)
 
 
 def attend(call: AttentionCall, ways: Ways) -> tuple[jax.Array, jax.Array]:
@@ -101,19 +145,38 @@ def _no_derivative(ways, primals, tangents):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _flash(ways: Ways, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
     return _per_platform(ways, "forward", _with_inputs(rest, inputs))
 
 
-def _flash_forward(ways: Ways, inputs: Gradients, rest: AttentionCall):
-    out, lse = _flash(ways, inputs, rest)
-    return (out, lse), (inputs, rest, out, lse)
+@functools.partial(_flash.defjvp, symbolic_zeros=True)
+def _flash_tangents(ways: Ways, primals, tangents):
+    inputs, rest = primals
+    results = _flash(ways, inputs, rest)
+    varied = {
+        name: tangent
+        for name, tangent in zip(_INPUTS, tangents[0], strict=True)
+        if not (tangent is None or isinstance(tangent, SymbolicZero))
+    }
+    if not varied:
+        return results, jax.tree.map(jnp.zeros_like, results)
+    residuals = (_with_inputs(rest, inputs), *results)
+    transpose = _Transpose(ways, tuple(varied))
+    refusal = _no_second_derivative(ways)
+    return results, linear(transpose, results, residuals, varied, refusal=refusal)
 
 
-def _flash_backward(ways: Ways, residuals, cotangents):
-    inputs, rest, out, lse = residuals
-    return gradients(ways, _with_inputs(rest, inputs), out, lse, *cotangents), None
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+    """From cotangents of the results to those of the inputs that are named."""
+
+    ways: Ways
+    names: tuple[str, ...]
+
+    def __call__(self, residuals, cotangents) -> dict[str, jax.Array]:
+        found = gradients(self.ways, *residuals, *cotangents)
+        return {name: getattr(found, name) for name in self.names}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -125,32 +188,59 @@ def gradients(ways: Ways, call: AttentionCall, *arrays: jax.Array) -> Gradients:
     return _per_platform(ways, "backward", call, *arrays)
 
 
-@gradients.defjvp
-def _no_second_derivative(ways, primals, tangents):
-    raise NotImplementedError(
+@functools.partial(gradients.defjvp, symbolic_zeros=True)
+def _second_tangents(ways: Ways, primals, tangents):
+    results = gradients(ways, *primals)
+    varied = [x for x in jax.tree.leaves(tangents) if not isinstance(x, SymbolicZero)]
+    refusal = _no_second_derivative(ways)
+    return results, linear(None, results, (), varied, refusal=refusal)
+
+
+def _no_second_derivative(ways: Ways) -> str:
+    return (
         f'implementation {_names(ways)} has no second derivative and no forward mode: ask for "xla"'
     )
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
-
-
 def _names(ways: Ways) -> str:
-    return " or ".join(dict.fromkeys(f'"{way.name}"' for _, way in ways))
+    return " or ".join(dict.fromkeys(f'"{way.name}"' for _, way in ways.per_platform))
 
 
-def _per_platform(ways: Ways, method: str, *arrays):
-    """``way.method(*arrays)`` with the way of the platform that this is lowered for."""
-    methods = {platform: getattr(way, method) for platform, way in ways}
-    if len(ways) == len(PLATFORMS):
-        # A way that several platforms share is traced once.
-        count = collections.Counter(way for _, way in ways)
-        common = max(count, key=count.__getitem__)
-        methods = {platform: getattr(way, method) for platform, way in ways if way != common}
-        methods["default"] = getattr(common, method)
-        if len(methods) == 1:
-            return methods["default"](*arrays)
-    return lax.platform_dependent(*arrays, **methods)
+def _per_platform(ways: Ways, method: str, call: AttentionCall, *arrays: jax.Array):
+    """``way.method(call, *arrays)`` with the way of the platform that this is lowered for."""
+    different = {way for _, way in ways.per_platform}
+    if len(ways.per_platform) == len(PLATFORMS) and len(different) == 1:
+        return getattr(different.pop(), method)(call, *arrays)
+    return staged(
+        tuple((platform, _Pass(way, method)) for platform, way in ways.per_platform),
+        _results(call) if method == "forward" else _gradients_like(call),
+        call,
+        *arrays,
+        refusal=ways.refusal,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A method of a way as a function that can be compared."""
+
+    way: Way
+    method: str
+
+    def __call__(self, *args):
+        return getattr(self.way, self.method)(*args)
+
+
+def _results(call: AttentionCall) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    rows = call.query.shape[:3]
+    return (
+        jax.ShapeDtypeStruct((*rows, call.value_head_dim), call.query.dtype),
+        jax.ShapeDtypeStruct(rows, call.accumulator_dtype),
+    )
+
+
+def _gradients_like(call: AttentionCall) -> Gradients:
+    return Gradients(*(getattr(call, name) for name in _INPUTS))
 
 
 def _without_inputs(call: AttentionCall) -> AttentionCall:

@@ -16,7 +16,10 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
     """Why no kernel takes the call, whatever its sizes; queries are of ``dtypes``."""
     if call.query.dtype.name not in dtypes:
         return f"needs {' or '.join(dtypes)}, got {call.query.dtype}"
-    if 0 in (call.batch, call.q_len, call.kv_len):
+    sizes = (call.batch, call.q_len, call.kv_len)
+    if not all(isinstance(size, int) for size in sizes):
+        return f"needs sizes that are known, got {', '.join(map(str, sizes))}"
+    if 0 in sizes:
         return "does not support arrays of no elements"
     if call.traced_scale is not None:
         return "does not support a traced scale"

@@ -23,9 +23,22 @@ MAX_LATENT_ROWS = 2048
 DECODE_TOKENS = 16
 
 
+# What it needs of a device, for errors.
+NEEDS = "a Hopper GPU (H100, H200)"
+
+
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels, or None."""
-    return call_refusal(call) or _device_refusal()
+    """Why this call cannot go to the kernels here, or None."""
+    refusal = refuses_lowered(call)
+    if refusal is not None or device_known():
+        return refusal
+    there = _jax_compat.traced_device()
+    return f"needs {NEEDS}, " + ("and none is attached" if there is None else f"got {there}")
+
+
+def refuses_lowered(call: AttentionCall) -> str | None:
+    """Why it cannot even where the program is lowered for a GPU that is not here, or None."""
+    return call_refusal(call) or device_refusal(call)
 
 
 def call_refusal(call: AttentionCall) -> str | None:
@@ -93,13 +106,22 @@ def kernel(call: AttentionCall) -> str:
     return "decode" if few else "forward"
 
 
-def _device_refusal() -> str | None:
+def device_known() -> bool:
+    """Whether code that is traced now is for a GPU of which the compute capability is known."""
+    return _jax_compat.gpu_capability() is not None
+
+
+def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+    """Why the GPU that is traced for does not take the kernels, or None.
+
+    One that is not known does, as Mosaic GPU has it, unless ``strict``: it need not be a Hopper.
+    """
     if jax.__version_info__ < (0, 11):
         return f"needs jax >= 0.11 (Python >= 3.12), got jax {jax.__version__}"
     capability = _jax_compat.gpu_capability()
-    if capability is None:
-        return "needs a Hopper GPU (H100, H200), and none is attached"
-    if capability != "9.0":
+    if capability is None and strict:
+        return f"needs {NEEDS}, and the GPU is not known"
+    if capability not in (None, "9.0"):
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
     version = _jax_compat.cuda_runtime_version()
     if version is not None and 12080 <= version < 12091:

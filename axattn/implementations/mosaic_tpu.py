@@ -20,12 +20,25 @@ MAX_HEAD_DIM = 256
 FIRST_GENERATION = 4
 
 
+# What it needs of a device, for errors.
+NEEDS = "a TPU (v4 or later)"
+
+
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels, or None."""
-    # Pallas is imported where there is a TPU to say no to.
-    return (
-        _plain_refusal(call) or _device_refusal() or _cache_refusal(call) or _memory_refusal(call)
-    )
+    """Why this call cannot go to the kernels here, or None."""
+    refusal = call_refusal(call)
+    if refusal is not None:
+        return refusal
+    if not device_known():
+        there = _jax_compat.traced_device()
+        return f"needs {NEEDS}, " + ("and none is attached" if there is None else f"got {there}")
+    return device_refusal(call)
+
+
+def refuses_lowered(call: AttentionCall) -> str | None:
+    """Why it cannot even where the program is lowered for a TPU that is not here, or None."""
+    # Whether the memory of that TPU will do is asked when its kind is known.
+    return call_refusal(call) or (device_refusal(call) if device_known() else None)
 
 
 def call_refusal(call: AttentionCall) -> str | None:
@@ -53,13 +66,17 @@ def _cache_refusal(call: AttentionCall) -> str | None:
     return cached_tiles.refuses(call)
 
 
-def _device_refusal() -> str | None:
+def device_known() -> bool:
+    """Whether code that is traced now is for a TPU, and JAX may or may not know its kind."""
+    return _jax_compat.traced_device("tpu") is not None
+
+
+def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+    """Why the TPU that is traced for does not take the call, or None. ``strict`` says nothing."""
     chip = _jax_compat.tpu_chip()
-    if chip is None:
-        return "needs a TPU (v4 or later), and none is attached"
-    if chip.generation < FIRST_GENERATION:
-        return f"needs a TPU v4 or later, got {chip.kind}"
-    return None
+    if chip is None or chip.generation < FIRST_GENERATION:
+        return f"needs a TPU v4 or later, got {_jax_compat.traced_device('tpu')}"
+    return _memory_refusal(call)
 
 
 def _memory_refusal(call: AttentionCall) -> str | None:
@@ -78,7 +95,7 @@ def _memory_refusal(call: AttentionCall) -> str | None:
 def _chip() -> TpuChip:
     chip = _jax_compat.tpu_chip()
     if chip is None:
-        raise NotImplementedError('implementation "mosaic_tpu" ' + _device_refusal())
+        raise NotImplementedError(f'implementation "mosaic_tpu" needs {NEEDS}')
     return chip
 
 

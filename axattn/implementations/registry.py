@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
 from axattn.implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
 from axattn.implementations.flash import PLATFORMS
@@ -21,12 +22,15 @@ class Implementation:
     """One way to attend: ``refuses(call)`` is a reason or None.
 
     ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
+    ``refuses_lowered(call)`` is why it cannot even be lowered for devices that are not here, where
+    that is another question.
     """
 
     name: str
     attend: Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]] | None
     refuses: Callable[[AttentionCall], str | None]
     platforms: tuple[str, ...]
+    refuses_lowered: Callable[[AttentionCall], str | None] | None = None
 
 
 def _takes_all(_: AttentionCall) -> None:
@@ -38,8 +42,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for implementation in (
         Implementation("xla", xla.attend, _takes_all, PLATFORMS),
         Implementation("xla_chunked", None, _takes_all, PLATFORMS),
-        Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",)),
-        Implementation("mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",)),
+        Implementation(
+            "mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.refuses_lowered
+        ),
+        Implementation(
+            "mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",), mosaic_tpu.refuses_lowered
+        ),
         Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
     )
 }
@@ -49,12 +57,36 @@ MOSAIC = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 NAMES = (*IMPLEMENTATIONS, "mosaic")
 
-Plan = tuple[tuple[str, str], ...]  # (platform, implementation name), hashable
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is taken where; hashable.
+
+    ``names`` has pairs of a platform and names: the first of them that the device takes, which may
+    be known only when the program is lowered for it. ``refusal`` is why other platforms are left
+    out.
+    """
+
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+    refusal: str = ""
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
-    """For every name: None where it takes the call, else the reason why not."""
-    reasons = {name: impl.refuses(call) for name, impl in IMPLEMENTATIONS.items()}
+    """For every name: None where it takes the call here, else the reason why not."""
+    return _with_mosaic({name: impl.refuses(call) for name, impl in IMPLEMENTATIONS.items()})
+
+
+def _refusals_lowered(call: AttentionCall) -> dict[str, str | None]:
+    """The same where the program is lowered for any device."""
+    return _with_mosaic(
+        {
+            name: (impl.refuses_lowered or impl.refuses)(call)
+            for name, impl in IMPLEMENTATIONS.items()
+        }
+    )
+
+
+def _with_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
     fitting = {name: reasons[name] for name in MOSAIC.values()}
     taken = any(reason is None for reason in fitting.values())
     reasons["mosaic"] = None if taken else "; ".join(f"{n} {r}" for n, r in fitting.items())
@@ -75,57 +107,84 @@ def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] |
 
 
 def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Plan:
-    """The implementation for every platform that the call may be lowered for.
+    """The implementations for every platform that the call may be lowered for.
 
     Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
     """
     names = check_names(implementation)
     if call.is_empty:
         # There is nothing to compute, and so no kernel to ask for: zeros, and an LSE of -inf.
-        return tuple((platform, "xla") for platform in PLATFORMS)
-    reasons = refusals(call)
+        return Plan(tuple((platform, ("xla",)) for platform in PLATFORMS))
+    reasons, lowered = refusals(call), _refusals_lowered(call)
     if names is None:
-        return tuple(
-            (platform, preference.choose(call, platform, reasons)) for platform in PLATFORMS
-        )
+        return Plan(tuple((p, _choice(call, p, reasons, lowered)) for p in PLATFORMS))
     chosen = {}
     for platform in PLATFORMS:
-        for name in names:
-            name = MOSAIC.get(platform) if name == "mosaic" else name
-            if name is None:
-                continue
-            if reasons[name] is None and platform in IMPLEMENTATIONS[name].platforms:
-                chosen[platform] = name
-                break
+        own = (MOSAIC.get(platform) if name == "mosaic" else name for name in names)
+        own = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
+        if found := _until_sure([name for name in own if lowered[name] is None]):
+            chosen[platform] = found
+    refusal = "; ".join(
+        f'implementation "{name}" {lowered[name] or reasons[name] or "is for other platforms"}'
+        for name in names
+    )
     if not chosen:
-        raise NotImplementedError(
-            "; ".join(f'implementation "{name}" {reasons[name]}' for name in names)
-        )
-    return tuple(chosen.items())
+        raise NotImplementedError(refusal)
+    return Plan(tuple(chosen.items()), refusal)
+
+
+def _choice(call: AttentionCall, platform: str, reasons: dict, lowered: dict) -> tuple[str, ...]:
+    """What ``None`` means: the kernels of the platform may be for a device that is not here."""
+    kernels = MOSAIC.get(platform)
+    here = preference.choose(call, platform, reasons)
+    if kernels is None or lowered[kernels] is not None or reasons[kernels] is None:
+        return (here,)
+    there = preference.choose(call, platform, {**reasons, kernels: None})
+    return tuple(dict.fromkeys((there, here)))
+
+
+def _until_sure(names: list[str]) -> tuple[str, ...]:
+    """Up to the first that any device of the platform takes; all are XLA's or kernels."""
+    for i, name in enumerate(names):
+        if name not in MOSAIC.values() or name == names[-1]:
+            return tuple(names[: i + 1])
+    return ()
+
+
+def by_platform(plan: Plan) -> dict[str, str]:
+    """The name that is taken on each platform, as far as its device is known."""
+    # An NVIDIA GPU that is not known need not be a Hopper, while all TPUs take the kernels.
+    return {
+        platform: names[-1] if platform == "cuda" else names[0] for platform, names in plan.names
+    }
 
 
 def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
     """Run the plan: one implementation everywhere, or one per platform, resolved when lowered.
 
-    Lowering for a platform that the plan leaves out is an error of JAX's: a named implementation
-    never becomes another one.
+    Lowering for a platform that the plan leaves out is an error: a named implementation never
+    becomes another one.
     """
-    names = {name for _, name in plan}
-    if names <= set(flash.NAMES):
-        return _with_lse(call, *flash.attend(call, flash.ways(call, plan)))
-    if len(names) == 1 and len(plan) == len(PLATFORMS):
-        return _attend_with(names.pop(), plan, call)
-    attends = {
-        platform: functools.partial(_attend_with, name, ((platform, name),))
-        for platform, name in plan
-    }
-    return jax.lax.platform_dependent(call, **attends)
+    own = {platform: names[0] for platform, names in plan.names if names[0] not in flash.NAMES}
+    if not own:
+        return _flash(call, plan)
+    if len(set(own.values())) == 1 and len(own) == len(PLATFORMS):
+        return _attend_with(own["cpu"], call)
+    # What derivatives of XLA's own paths need is saved next to what those of the kernels need.
+    attends = {name: functools.partial(_attend_with, name) for name in own.values()}
+    kernels = functools.partial(_flash, plan=plan)
+    return jax.lax.platform_dependent(
+        call, **{platform: attends[name] for platform, name in own.items()}, default=kernels
+    )
 
 
-def _attend_with(name: str, plan: Plan, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
-    if name in flash.NAMES:
-        return _with_lse(call, *flash.attend(call, flash.ways(call, plan)))
-    return _with_lse(call, *IMPLEMENTATIONS[name].attend(call))
+def _flash(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+    return _with_lse(call, *flash.attend(call, flash.ways(call, plan.names, plan.refusal)))
+
+
+def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
+    axes = varying_axes(*jax.tree.leaves(call))
+    return vary_over(_with_lse(call, *IMPLEMENTATIONS[name].attend(call)), axes)
 
 
 def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from axattn._jax_compat import placed, resharded
+from axattn._jax_compat import placed, platform_of_mesh, resharded
 from axattn.call import AttentionCall
 from axattn.implementations import flash, registry
 from axattn.mask_parts import Dense
@@ -34,6 +34,7 @@ class Plan:
       layout: where tokens are.
       hops: at which distances shards need each other's keys.
       implementation: of what one device does, as the user asked for it.
+      platform: where one of these must take what one device does; None where that is not asked.
     """
 
     axes: Axes
@@ -44,6 +45,7 @@ class Plan:
     layout: str
     hops: tuple[int, ...]
     implementation: tuple[str, ...] | None
+    platform: str | None = None
 
 
 def plan(
@@ -94,6 +96,7 @@ def _takes(plan: Plan, call: AttentionCall) -> bool:
     """Whether the implementations that were named, if any, take what one device does."""
     if plan.implementation is None:
         return True
+    plan = dataclasses.replace(plan, platform=platform_of_mesh(plan.mesh))
     try:
         jax.eval_shape(functools.partial(run, plan), call)
     except NotImplementedError:
@@ -204,7 +207,9 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     call = heads.own(call, axes, plan.mesh, plan.kv_axes)
 
     def attend(call: AttentionCall) -> Results:
-        return registry.attend(call, registry.plan(call, plan.implementation))
+        chosen = registry.plan(call, plan.implementation)
+        _check_platform(chosen, plan.platform)
+        return registry.attend(call, chosen)
 
     if plan.strategy is None:
         return attend(call)
@@ -216,7 +221,9 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     # Of one hop: a dense mask has the columns of all shards, and a hop is given its own.
     here = lax.axis_index(axes.sequence)
     hop_call = hop.call_of(call, hop.moving(call), here, here, first=True)
-    ways = flash.ways(hop_call, _flash_plan(hop_call, plan.implementation), whole=False)
+    chosen = _flash_plan(hop_call, plan.implementation)
+    _check_platform(chosen, plan.platform)
+    ways = flash.ways(hop_call, chosen.names, chosen.refusal, whole=False)
     return ring.attend(ring.Ring(axes.sequence, plan.shards, plan.hops, ways), call)
 
 
@@ -240,13 +247,22 @@ def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, **changes)
 
 
-def _flash_plan(call: AttentionCall, implementation) -> tuple[tuple[str, str], ...]:
+def _flash_plan(call: AttentionCall, implementation) -> registry.Plan:
     """The ring needs forward and backward passes that it can merge itself: those of `flash`."""
     if implementation is None:
-        chosen = registry.plan(call, None)
-        return tuple((p, name if name in flash.NAMES else "xla_chunked") for p, name in chosen)
+        return registry.Plan(
+            tuple(
+                (platform, tuple(n if n in flash.NAMES else "xla_chunked" for n in chosen))
+                for platform, chosen in registry.plan(call, None).names
+            )
+        )
     names = tuple(n for n in implementation if n in ("mosaic", *flash.NAMES))
     return registry.plan(call, names)
+
+
+def _check_platform(chosen: registry.Plan, platform: str | None) -> None:
+    if platform is not None and platform not in dict(chosen.names):
+        raise NotImplementedError(chosen.refusal)
 
 
 def _with_own_bits(plan: Plan, call: AttentionCall) -> AttentionCall:

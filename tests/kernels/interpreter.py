@@ -14,9 +14,10 @@ def behind_the_door(monkeypatch, name, call_refusal):
     """``implementation=name`` runs on the CPU, with the name's own rules about calls."""
     ways_on_devices = flash.ways
 
-    def ways(call, plan):
-        found = ways_on_devices(call, plan)
-        return tuple((platform, replace(way, interpret=True)) for platform, way in found)
+    def ways(*args):
+        found = ways_on_devices(*args)
+        own = tuple((p, replace(way, interpret=True)) for p, way in found.per_platform)
+        return replace(found, per_platform=own)
 
     entry = registry.Implementation(name, None, call_refusal, registry.PLATFORMS)
     monkeypatch.setitem(registry.IMPLEMENTATIONS, name, entry)
