@@ -284,24 +284,6 @@ class _Batched:
         return jax.vmap(self.function, in_axes=self.axes)(*args)
 
 
-@dataclasses.dataclass(frozen=True)
-class _InContext:
-    """``function``, traced in the context of a device."""
-
-    function: Callable
-    device: tuple | None
-
-    def __call__(self, *args):
-        if self.device is None:
-            return self.function(*args)
-        # Inside of shard_map the axes of the mesh stay.
-        mesh = jax.sharding.get_abstract_mesh().update(
-            abstract_device=_abstract_device(*self.device)
-        )
-        with jax.sharding.use_abstract_mesh(mesh):
-            return self.function(*args)
-
-
 _staged = jex_core.Primitive("axattn_staged")
 _linear = jex_core.Primitive("axattn_linear")
 
@@ -339,14 +321,33 @@ def _lower_staged(ctx, *values, branches, results, refusal):
         function = functions.get(platform, functions.get("cpu") if len(functions) > 1 else None)
         if function is None:
             raise NotImplementedError(f"{refusal} (lowered for {platform})")
-        context = _lowering_context(ctx.module_context.backend, platform)
-        rules[platform] = mlir.lower_fun(_InContext(function, context), multiple_results=True)
+        device = _lowering_device(ctx.module_context.backend, platform)
+        rules[platform] = functools.partial(_lower_for, device, function)
     # Not lax.platform_dependent, in whose branches kernels would be lowered for all platforms.
     return jax_mlir.lower_per_platform(ctx, "axattn_staged", rules, None, frozenset(), *values)
 
 
-def _lowering_context(backend, platform: str) -> tuple | None:
-    """The device that is lowered for, for `use_abstract_device`, if the context lacks it."""
+def _lower_for(device, function: Callable, ctx, *values):
+    """Lowers ``function``, traced in the context of a device (or None)."""
+    if device is None:
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *values)
+    # Inside of shard_map the axes of the mesh stay.
+    there = jax.sharding.get_abstract_mesh()
+    mesh = there.update(abstract_device=device)
+
+    def moved(aval):
+        if there.empty or aval.sharding.mesh.axis_names != there.axis_names:
+            return aval
+        types = aval.sharding.mesh.update(abstract_device=device)
+        return aval.update(sharding=jax.sharding.NamedSharding(types, aval.sharding.spec))
+
+    ctx = ctx.replace(avals_in=[moved(aval) for aval in ctx.avals_in])
+    with jax.sharding.use_abstract_mesh(mesh):
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *values)
+
+
+def _lowering_device(backend, platform: str):
+    """The device that is lowered for, as meshes have it, if the context lacks it."""
     there = jax.sharding.get_abstract_mesh().abstract_device
     if there is not None and _is_of(there.platform, platform):
         return None
@@ -354,11 +355,13 @@ def _lowering_context(backend, platform: str) -> tuple | None:
     if backend is not None and _is_of(backend.platform, platform):
         device = backend.devices()[0]
     if platform == "cuda" and device is not None:
-        return device.device_kind, device.core_count, "gpu", device.compute_capability
+        return _abstract_device(
+            device.device_kind, device.core_count, "gpu", device.compute_capability
+        )
     if platform == "tpu":
         # Pallas asks for the kind of TPU. What it makes for the oldest runs on the others.
         known = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
-        return *known, "tpu", None
+        return _abstract_device(*known, "tpu", None)
     return None
 
 

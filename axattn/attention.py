@@ -115,6 +115,8 @@ def dot_product_attention(
       ValueError, TypeError: an argument that cannot be, with its name, what it got and what it
         takes.
       NotImplementedError: the named implementation cannot take the call; the message says why.
+        What the call is enough to refuse is refused at once, what the device is asked for when the
+        program is lowered: a kernel that is named lowers for its platform, and for no other.
 
     Example:
       >>> import axattn

@@ -1,6 +1,6 @@
 """One differentiable function over all flash implementations, one of them per platform.
 
-They share a custom VJP: forward passes with the same results (output and LSE), backward passes from
+They share their derivative: forward passes with the same results (output and LSE), backward passes from
 the same residuals (the inputs and these results). So a call that takes a kernel on one platform and
 the chunked path on the others keeps one set of residuals, whatever it is lowered for.
 
@@ -36,7 +36,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 _KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
-# What has a gradient: the fields of the call that the VJP answers for.
+# What has a gradient: the fields of the call that the derivative answers for.
 _INPUTS = Gradients._fields
 
 
@@ -122,7 +122,7 @@ def ways(
 
 def attend(call: AttentionCall, ways: Ways) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
-    # Inside shard_map all inputs of the custom VJP must vary alike: marking them here, outside,
+    # Inside shard_map all inputs of the derivative must vary alike: marking them here, outside,
     # lets JAX sum the gradients of those that are shared.
     call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
     if call.stored is not None:

@@ -1,7 +1,9 @@
 """What ``implementation=None`` takes: the measured crossovers, in one place.
 
 Training shapes are chosen by shape and mask alone, the same for every platform: a choice by
-platform would have JAX save the residuals of both paths for the backward pass.
+platform would have JAX save the residuals of both paths for the backward pass. Only for short calls
+in a process without accelerators, which may be lowered for one, the einsum stands beside the
+kernels; XLA drops the residuals of the other path.
 """
 
 from __future__ import annotations
