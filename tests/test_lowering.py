@@ -131,6 +131,11 @@ def test_a_named_kernel_is_refused_where_it_is_not_lowered_for_its_platform(name
     for platform in ("cpu", "rocm", {"mosaic_tpu": "cuda", "mosaic_gpu": "tpu"}.get(name, "cpu")):
         with pytest.raises(NotImplementedError, match=words):
             lowered(attend, structs(), platform, implementation=name)
+    (length,) = jax.export.symbolic_shape("t")
+    with pytest.raises(
+        NotImplementedError, match=f'"{name}" .*needs sizes that are known, got 1, t'
+    ):
+        jax.export.export(jax.jit(lambda *x: attend(*x, implementation=name)))(*structs(T=length))
     with pytest.raises(NotImplementedError, match="MiB of VMEM for its smallest blocks"):
         lowered(attend, structs(N=1021, K=1021, H=256), "tpu", implementation="mosaic_tpu")
 

@@ -1,8 +1,8 @@
 """One differentiable function over all flash implementations, one of them per platform.
 
 They share their derivative: forward passes with the same results (output and LSE), backward passes
-from the same residuals (the inputs and these results). So a call that takes a kernel on one platform
-and the chunked path on the others keeps one set of residuals, whatever it is lowered for.
+from the same residuals (the inputs and these results). So a call that takes a kernel on one
+platform and the chunked path on the others keeps one set of residuals, whatever it is lowered for.
 
 Where several platforms have ways of their own, none of them is traced before the program is lowered
 for one. So it costs nothing that a call may be lowered for chips that are not there.
