@@ -224,13 +224,15 @@ def staged(branches, results, *args, refusal: str):
     return jax.tree.unflatten(results_structure, found)
 
 
-def linear(transpose: Callable | None, results, residuals, tangents, *, refusal: str):
-    """Tangents like ``results`` that depend linearly on ``tangents``, for reverse mode alone.
+def linear(
+    forward: Callable, transpose: Callable | None, results, residuals, tangents, *, refusal: str
+):
+    """Tangents like ``results``: ``forward(residuals, tangents)``, linear in the ``tangents``.
 
-    ``transpose(residuals, cotangents)``, compared and hashed, gives cotangents of ``tangents``, a
-    tree of arrays. To compute the tangents themselves, and where ``transpose`` is None their
-    cotangents, or to differentiate once more, is a NotImplementedError with ``refusal``; like what
-    `staged` does, when the program is lowered.
+    Both are trees of arrays. In reverse mode, ``transpose(residuals, cotangents)`` gives the
+    cotangents of ``tangents``; where it is None, that is a NotImplementedError with ``refusal``,
+    when the program is lowered. The functions are compared and hashed, and ``forward`` is
+    differentiated where tangents of tangents are asked for.
     """
     args = vary_over((residuals, tangents), varying_axes(*jax.tree.leaves((residuals, tangents))))
     leaves, structure = jax.tree.flatten(args)
@@ -239,6 +241,7 @@ def linear(transpose: Callable | None, results, residuals, tangents, *, refusal:
         transpose = _Transpose(transpose, structure.children()[0], results_structure)
     found = _linear.bind(
         *leaves,
+        forward=_Flat(forward, structure),
         transpose=transpose,
         num_residuals=structure.children()[0].num_leaves,
         results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
@@ -282,6 +285,25 @@ class _Batched:
 
     def __call__(self, *args):
         return jax.vmap(self.function, in_axes=self.axes)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tangents:
+    """Tangents of ``function``, whose arguments are followed by those of the ``varied`` ones."""
+
+    function: Callable
+    varied: tuple[int, ...]
+
+    def __call__(self, *args):
+        count = len(args) - len(self.varied)
+        primals, tangents = args[:count], args[count:]
+
+        def along(*some):
+            replaced = dict(zip(self.varied, some, strict=True))
+            return self.function(*(replaced.get(i, x) for i, x in enumerate(primals)))
+
+        some = tuple(primals[i] for i in self.varied)
+        return jax.jvp(along, some, tuple(tangents))[1]
 
 
 _staged = jex_core.Primitive("axattn_staged")
@@ -391,14 +413,16 @@ def _batch_size(args, axes) -> int:
     return next(x.shape[i] for x, i in zip(args, axes, strict=True) if i is not None)
 
 
-def _refuse_linear(ctx, *values, refusal, **_):
-    raise NotImplementedError(refusal)
+def _lower_linear(ctx, *values, forward, refusal, **_):
+    if forward is None:
+        raise NotImplementedError(refusal)
+    return mlir.lower_fun(forward, multiple_results=True)(ctx, *values)
 
 
-mlir.register_lowering(_linear, _refuse_linear)
+mlir.register_lowering(_linear, _lower_linear)
 
 
-def _batch_linear(args, axes, *, transpose, num_residuals, results, refusal):
+def _batch_linear(args, axes, *, forward, transpose, num_residuals, results, refusal):
     size = _batch_size(args, axes)
 
     def batched(x, i):
@@ -409,6 +433,7 @@ def _batch_linear(args, axes, *, transpose, num_residuals, results, refusal):
     found = _linear.bind(
         *residuals,
         *tangents,
+        forward=forward and _Batched(forward, (*own, *(0 for _ in args[num_residuals:]))),
         transpose=transpose and _Batched(transpose, (own, 0)),
         num_residuals=num_residuals,
         results=tuple(((size, *shape), dtype) for shape, dtype in results),
@@ -420,34 +445,36 @@ def _batch_linear(args, axes, *, transpose, num_residuals, results, refusal):
 batching.primitive_batchers[_linear] = _batch_linear
 
 
-def _jvp_linear(primals, tangents, *, num_residuals, transpose, **params):
-    results = _linear.bind(*primals, num_residuals=num_residuals, transpose=transpose, **params)
-    varied = [x for x in tangents[:num_residuals] if not isinstance(x, ad.Zero)]
-    own = [ad.instantiate_zeros(x) for x in tangents[num_residuals:]]
-    if varied:
-        found = _linear.bind(*varied, *own, num_residuals=0, transpose=None, **params)
-    else:
-        found = _linear.bind(
-            *primals[:num_residuals],
-            *own,
-            num_residuals=num_residuals,
-            transpose=transpose,
-            **params,
-        )
+def _jvp_linear(primals, tangents, *, forward, num_residuals, transpose, **params):
+    given = dict(forward=forward, transpose=transpose, num_residuals=num_residuals, **params)
+    results = _linear.bind(*primals, **given)
+    if all(isinstance(x, ad.Zero) for x in tangents[:num_residuals]):
+        own = map(ad.instantiate_zeros, tangents[num_residuals:])
+        return results, _linear.bind(*primals[:num_residuals], *own, **given)
+    varied = tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero))
+    found = _linear.bind(
+        *primals,
+        *(tangents[i] for i in varied),
+        forward=forward and _Tangents(forward, varied),
+        transpose=None,
+        num_residuals=len(primals),
+        **params,
+    )
     return results, found
 
 
 ad.primitive_jvps[_linear] = _jvp_linear
 
 
-def _transpose_linear(cotangents, *args, num_residuals, transpose, refusal, **_):
+def _transpose_linear(cotangents, *args, forward, num_residuals, transpose, refusal, **_):
     residuals, tangents = args[:num_residuals], args[num_residuals:]
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
     if transpose is None:
         found = _linear.bind(
             *cotangents,
-            num_residuals=0,
+            forward=None,
             transpose=None,
+            num_residuals=0,
             results=tuple((x.shape, x.dtype) for x in map(_aval, tangents)),
             refusal=refusal,
         )

@@ -55,8 +55,9 @@ def dot_product_attention(
     with the softmax and its sums in float32 (float64 for float64 inputs). It takes what
     ``jax.nn.dot_product_attention`` takes, with the same meanings and defaults, and more,
     keyword-only. K and V are never copied per query head, forward or backward. Differentiable
-    in query, key, value, bias, sinks and an array ``scale``, and in the LSE; forward mode and
-    second derivatives need ``implementation="xla"``. On CPU and GPU a decode step (T * N <= 64)
+    in query, key, value, bias, sinks and an array ``scale``, and in the LSE, in forward mode,
+    reverse mode and forward mode over either (``jax.hessian``); a gradient of gradients needs
+    ``implementation="xla"``. On CPU and GPU a decode step (T * N <= 64)
     multiplies all key/value heads at once: an infinity or NaN in one head (in a slot that is in
     use) reaches the others.
 

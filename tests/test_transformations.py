@@ -335,12 +335,35 @@ class TestForwardMode:
         numeric = (jax.grad(loss)(q + step) - jax.grad(loss)(q - step)) / (2 * step)
         np.testing.assert_allclose(product, numeric, atol=2e-3)
 
-    def test_chunked_refuses_clearly(self):
-        loss = loss_of(
-            functools.partial(axattn.dot_product_attention, implementation="xla_chunked")
-        )
-        with pytest.raises(NotImplementedError, match='no forward mode: ask for "xla"'):
-            jax.jvp(loss, tuple(inputs()), tuple(self.TANGENTS))
+    @pytest.mark.parametrize("implementation", [None, "xla_chunked"])
+    @pytest.mark.parametrize("heads", [2, 4])  # of few rows None takes the one path or the other
+    def test_all_that_varies(self, small_blocks, implementation, heads):
+        """Tangents of a value, of a gradient and of tangents are those of the einsum."""
+        rng = np.random.default_rng(0)
+        shapes = ((2, 24, heads, 8), (2, 40, 2, 8), (2, 40, 2, 6), (1, heads, 24, 40), (heads,))
+        x = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+        tangents = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+        def results(name):
+            def loss(query, key, value, bias, sinks):
+                out, lse = axattn.dot_product_attention(
+                    query, key, value, bias, is_causal=True, q_offset=-3, sinks=sinks,
+                    logits_soft_cap=3.0, dropout_rate=0.2, dropout_rng=jax.random.key(0),
+                    implementation=name, return_residual=True,
+                )  # fmt: skip
+                lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+                return (out * out).sum() + jnp.sin(lse).sum()
+
+            def slope(*x):
+                return jax.jvp(loss, x, tangents)[1]
+
+            slopes = jax.vmap(lambda q: slope(q, *x[1:]))(jnp.stack([x[0], -x[0]]))
+            product = jax.jvp(jax.grad(loss, range(5)), x, tangents)[1]
+            return slopes, product, jax.jvp(slope, x, tangents)[1]
+
+        found, want = (quick_jit(lambda name=n: results(name))() for n in (implementation, "xla"))
+        for got, exact in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5 * np.abs(exact).max())
 
 
 class TestStaging:

@@ -77,10 +77,11 @@ def _initial(call: AttentionCall, blocks: Blocks) -> _State:
     total = jnp.zeros((*shape, 1), dtype)
     if call.sinks is not None:
         # A sink is a key with its own logit and no value: the softmax starts with it.
-        top = jnp.broadcast_to(
+        sinks = jnp.broadcast_to(
             heads_apart(call.sinks[None, :, None, None].astype(dtype), call), top.shape
         )
-        total = jnp.ones_like(total)
+        top = lax.stop_gradient(sinks)
+        total = jnp.exp(sinks - top)
     return _State(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
 
 
@@ -101,7 +102,8 @@ def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool
         allowed = cut.allowed(i, j, q, kv, fresh_rows=False)
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
-    top = jnp.maximum(state.top, scores.max(-1, keepdims=True))
+    # The top only shifts: in forward mode it has no derivative.
+    top = lax.stop_gradient(jnp.maximum(state.top, scores.max(-1, keepdims=True)))
     # While a row has seen nothing, its maximum is -inf and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(scores - shift)

@@ -7,7 +7,8 @@ platform and the chunked path on the others keeps one set of residuals, whatever
 Where several platforms have ways of their own, none of them is traced before the program is lowered
 for one. So it costs nothing that a call may be lowered for chips that are not there.
 
-Forward mode (``jax.jvp``) and second derivatives are refused, when they are lowered: both are for
+Forward mode (``jax.jvp``), also of gradients (Hessians), differentiates the loops of the chunked
+path, whatever the ways are. Gradients of gradients are refused, when they are lowered: ask for
 ``"xla"``.
 """
 
@@ -162,9 +163,26 @@ def _flash_tangents(ways: Ways, primals, tangents):
     if not varied:
         return results, jax.tree.map(jnp.zeros_like, results)
     residuals = (_with_inputs(rest, inputs), *results)
-    transpose = _Transpose(ways, tuple(varied))
-    refusal = _no_second_derivative(ways)
-    return results, linear(transpose, results, residuals, varied, refusal=refusal)
+    forward, transpose = _Forward(tuple(varied)), _Transpose(ways, tuple(varied))
+    refusal = _no_second_gradient(ways)
+    return results, linear(forward, transpose, results, residuals, varied, refusal=refusal)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """From tangents of the inputs that are named to those of the results, in the chunked path."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, residuals, tangents) -> tuple[jax.Array, jax.Array]:
+        call, *_ = residuals
+
+        def results(inputs):
+            changed = dataclasses.replace(call, **inputs)
+            return chunked_forward.forward(changed, blocks.choose(call, "cpu"))
+
+        inputs = {name: getattr(call, name) for name in self.names}
+        return jax.jvp(results, (inputs,), (tangents,))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +209,38 @@ def gradients(ways: Ways, call: AttentionCall, *arrays: jax.Array) -> Gradients:
 @functools.partial(gradients.defjvp, symbolic_zeros=True)
 def _second_tangents(ways: Ways, primals, tangents):
     results = gradients(ways, *primals)
-    varied = [x for x in jax.tree.leaves(tangents) if not isinstance(x, SymbolicZero)]
-    refusal = _no_second_derivative(ways)
-    return results, linear(None, results, (), varied, refusal=refusal)
+    found = jax.tree.leaves(tangents)  # symbolic zeros are leaves, too
+    varied = {i: x for i, x in enumerate(found) if not isinstance(x, SymbolicZero)}
+    whole = all(way.whole for _, way in ways.per_platform)
+    forward = _ForwardOfGradients(tuple(varied), whole)
+    refusal = _no_second_gradient(ways)
+    return results, linear(forward, None, results, primals, varied, refusal=refusal)
 
 
-def _no_second_derivative(ways: Ways) -> str:
+@dataclasses.dataclass(frozen=True)
+class _ForwardOfGradients:
+    """From tangents of the leaves that are named to those of the gradients, in the chunked path."""
+
+    varied: tuple[int, ...]
+    whole: bool
+
+    def __call__(self, residuals, tangents) -> Gradients:
+        leaves, structure = jax.tree.flatten(residuals)
+
+        def results(some):
+            changed = [some.get(i, x) for i, x in enumerate(leaves)]
+            call, *arrays = jax.tree.unflatten(structure, changed)
+            cut = blocks.choose(call, "cpu")
+            return chunked_backward.backward(call, cut, *arrays, whole=self.whole)
+
+        some = {i: leaves[i] for i in self.varied}
+        return jax.jvp(results, (some,), (tangents,))[1]
+
+
+def _no_second_gradient(ways: Ways) -> str:
     return (
-        f'implementation {_names(ways)} has no second derivative and no forward mode: ask for "xla"'
+        f"implementation {_names(ways)} has no gradient of gradients (forward mode of gradients it "
+        'has, as in jax.hessian): ask for "xla"'
     )
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import axattn
 from axattn.implementations import blocks
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests import cases, precision
@@ -87,18 +86,6 @@ def test_visits():
     full, partial = blocks.visits(jnp.asarray(row, jnp.int8), 6, True)
     assert full.order[: full.count].tolist() == [0]
     assert partial.order[: partial.count].tolist() == [2, 3, 5]
-
-
-def test_two_orders_of_differentiation_say_no():
-    """Its own VJP is not differentiable again; a wrong second derivative would be silent."""
-    q = jnp.ones((1, 4, 2, 8))
-
-    def loss(q):
-        return (axattn.dot_product_attention(q, q, q, implementation="xla_chunked") ** 2).sum()
-
-    for second in (jax.hessian(loss), jax.grad(lambda q: jax.grad(loss)(q).sum())):
-        with pytest.raises(NotImplementedError, match='no second derivative.* ask for "xla"'):
-            second(q)
 
 
 def test_choice_is_hashable_and_replaceable():
