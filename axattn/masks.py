@@ -371,7 +371,7 @@ class Mask:
           The ``matplotlib.axes.Axes``.
 
         Raises:
-          ImportError: matplotlib is not installed: ``pip install 'axattn[plot]'``.
+          ImportError: matplotlib is not installed; the message says how it is.
 
         Example:
           >>> from axattn import Mask

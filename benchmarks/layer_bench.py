@@ -152,7 +152,7 @@ def run(bench: layer_report.Bench, platform: str) -> None:
     def none_for(what: str) -> None:
         bench.out.print(
             f"\n{what}: not run on a CPU, and no compiler for {' or '.join(DEFAULT_TARGETS)} "
-            "is installed (pip install 'axattn[aot]')"
+            "is installed (pip install -e '.[aot]')"
         )
 
     of_models = []

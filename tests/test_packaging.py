@@ -59,15 +59,32 @@ def test_import_needs_jax_and_numpy_only():
     )
 
 
-def test_pictures_say_what_to_install():
+def test_errors_say_what_to_install():
     run_without_optional(
         "import axattn, axattn.plotting\n"
-        "try:\n"
-        "    axattn.Mask.causal().plot(4, 4)\n"
-        "except ImportError as error:\n"
-        "    message = str(error)\n"
-        "assert \"pip install 'axattn[plot]'\" in message, message\n"
+        "from axattn.huggingface.files import SafeTensors\n"
+        "calls = {'plot': lambda: axattn.Mask.causal().plot(4, 4)}\n"
+        "calls['huggingface'] = lambda: SafeTensors('.')\n"
+        "for extra, call in calls.items():\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ImportError as error:\n"
+        "        message = str(error)\n"
+        "    assert f\"in a checkout of axattn, pip install -e '.[{extra}]'\" in message, message\n"
     )
+
+
+def test_nothing_is_installed_from_an_index_that_has_no_axattn():
+    """What a reader or an error is told to install comes from a checkout."""
+    root = PACKAGE.parent
+    files = [path for name in ("README.md", "WORKSPACE.md", "setup.py") for path in root.glob(name)]
+    for folder in ("axattn", "benchmarks", "docs", "examples"):
+        files += [*(root / folder).rglob("*.py"), *(root / folder).rglob("*.md")]
+    named = re.compile(r"""pip\s+install\s+(?:-\S+\s+)*["'`]*axattn\b|axattn\[[a-z]""")
+    found = {str(path) for path in files if named.search(path.read_text("utf-8"))}
+    assert len(files) > 100 and not found
+    for command in ("pip install axattn", "pip install -U\n'axattn[plot]'", 'extra: "axattn[aot]"'):
+        assert named.search(command)
 
 
 def test_version_has_one_home():

@@ -8,8 +8,8 @@
     report.hlo_text()                 # the optimized program
 
 The real compilers do the work: libtpu for TPUs and XLA's CUDA compiler for NVIDIA GPUs, both from
-``pip install 'axattn[aot]'``, neither needing a device or a driver. They say what a program needs
-and whether it fits; they say nothing of how fast it runs.
+the extra ``aot`` (in a checkout, ``pip install -e '.[aot]'``), neither needing a device or a
+driver. They say what a program needs and whether it fits; they say nothing of how fast it runs.
 
 ``TARGETS`` has the chips by name, each a `Target`: v4, v5e, v5p, v6e and tpu7x, a100, h100, h200
 and b200, and cpu, which needs no extra and whose bytes are host memory.

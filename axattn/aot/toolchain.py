@@ -17,7 +17,7 @@ import jax
 from axattn import _jax_compat
 from axattn.aot.targets import Target
 
-_INSTALL = 'pip install "axattn[aot]"'
+_INSTALL = "in a checkout of axattn, pip install -e '.[aot]'"
 
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server who we are

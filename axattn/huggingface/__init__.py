@@ -10,8 +10,8 @@
     params = huggingface.load(path, layers=[0])[0]         # from its .safetensors
     y = layer.apply({"params": params}, x, is_causal=spec.is_causal)
 
-`load` needs safetensors (``pip install axattn[huggingface]``); `attention_params` takes any mapping
-of names to arrays. Nothing is downloaded.
+`load` needs safetensors (``pip install safetensors``, or the extra ``huggingface``);
+`attention_params` takes any mapping of names to arrays. Nothing is downloaded.
 
 Llama (4 for sequences of one chunk), Mistral and Mixtral, Gemma 1 to 3, Qwen 2 and 3 and their MoE,
 Phi-3 (without LongRoPE), gpt-oss, Granite, OLMo 2, SmolLM3, GLM-4, Falcon (without ALiBi), DeepSeek

@@ -121,7 +121,10 @@ class SafeTensors(Mapping[str, np.ndarray]):
         try:
             import safetensors
         except ImportError as error:
-            raise ImportError("to read checkpoints: pip install 'axattn[huggingface]'") from error
+            raise ImportError(
+                f"reading checkpoints needs safetensors ({error}): pip install safetensors, "
+                "or, in a checkout of axattn, pip install -e '.[huggingface]'"
+            ) from error
 
         self._library = safetensors
         self._folder = pathlib.Path(path)

@@ -1,9 +1,10 @@
 """Pictures of masks, attention maps, benchmark results and rooflines, with matplotlib.
 
-Matplotlib comes with ``pip install 'axattn[plot]'`` and is imported when a function is called, not
-before. The colours are told apart with any colour vision; see ``axattn.plotting.style``. Figures
-are made by ``matplotlib.pyplot``: ``savefig``, ``show`` and notebooks work as ever. A notebook
-shows a ``Figure`` that ends a cell twice; give it a name, ``figure = plot_curves(...)``.
+Matplotlib comes with the extra ``plot`` (in a checkout, ``pip install -e '.[plot]'``) and is
+imported when a function is called, not before. The colours are told apart with any colour vision;
+see ``axattn.plotting.style``. Figures are made by ``matplotlib.pyplot``: ``savefig``, ``show`` and
+notebooks work as ever. A notebook shows a ``Figure`` that ends a cell twice; give it a name,
+``figure = plot_curves(...)``.
 """
 
 from axattn.plotting.attention import plot_attention, sown_weights

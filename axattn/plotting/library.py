@@ -15,6 +15,7 @@ def pyplot() -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            f"pictures need matplotlib ({error}): pip install 'axattn[plot]'"
+            f"pictures need matplotlib ({error}): pip install matplotlib, "
+            "or, in a checkout of axattn, pip install -e '.[plot]'"
         ) from error
     return plt

@@ -37,7 +37,8 @@ def test_missing_libtpu(installed, name):
         aot.analyze(jnp.sin, jnp.ones(3), target=name)
     assert isinstance(caught.value, ImportError)
     assert str(caught.value) == (
-        f'compiling for {name} needs libtpu, not installed here: pip install "axattn[aot]"'
+        f"compiling for {name} needs libtpu, not installed here: "
+        "in a checkout of axattn, pip install -e '.[aot]'"
     )
 
 
@@ -47,7 +48,7 @@ def test_missing_cuda_wheels_are_all_named(installed):
     message = str(caught.value)
     for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"):
         assert wheel in message
-    assert message.endswith('pip install "axattn[aot]"')
+    assert message.endswith(": in a checkout of axattn, pip install -e '.[aot]'")
     assert "\n" not in message
 
 
@@ -84,7 +85,7 @@ def test_a_plugin_of_another_version_is_named(installed):
         aot.check_installed(aot.target("h200"))
     assert str(caught.value) == (
         "compiling for h200 needs jax-cuda13-plugin of the version of jaxlib (0.12.0), "
-        'but 0.10.2 is installed: pip install "axattn[aot]"'
+        "but 0.10.2 is installed: in a checkout of axattn, pip install -e '.[aot]'"
     )
 
 

@@ -54,5 +54,5 @@ def test_bad_paths(path):
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"--plot: .*pip install 'axattn\[plot\]'"):
+    with pytest.raises(ImportError, match=r"--plot: .*pip install -e '\.\[plot\]'"):
         plotting.check_path(str(tmp_path / "plot.png"))
