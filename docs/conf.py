@@ -36,6 +36,7 @@ copybutton_exclude = ".linenos, .gp, .go"  # neither prompts nor outputs
 
 # Notebooks come with their outputs; the tests execute them.
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # outputs have tables, which CommonMark has not
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 

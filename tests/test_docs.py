@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import shlex
@@ -51,6 +52,29 @@ def test_every_public_module_has_a_page():
         for module in re.findall(r"automodule:: (\S+)", path.read_text("utf-8"))
     }
     assert pages == set(public.MODULES)
+
+
+def test_tables_of_notebooks_are_tables(tmp_path):
+    """A page of all Markdown that notebooks put out, built as the documentation is."""
+    sphinx = pytest.importorskip("sphinx.cmd.build")
+    notebooks = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+    contents = [json.loads(path.read_text("utf-8")) for path in notebooks]
+    cells = [
+        cell
+        for content in contents
+        for cell in content["cells"]
+        if any("text/markdown" in output.get("data", {}) for output in cell.get("outputs", ()))
+    ]
+    tables = re.findall(r"\| :-- \|", json.dumps(cells))
+    assert len(tables) >= 6
+    title = {"cell_type": "markdown", "metadata": {}, "source": "# Tables", "id": "title"}
+    page = tmp_path / "page" / "index.ipynb"
+    page.parent.mkdir()
+    page.write_text(json.dumps(contents[0] | {"cells": [title, *cells]}), "utf-8")
+    html = tmp_path / "html"
+    assert sphinx.main(["-q", "-W", "-c", str(DOCS), str(page.parent), str(html)]) == 0
+    text = (html / "index.html").read_text("utf-8")
+    assert text.count("<table") == len(tables) and "--: |" not in text
 
 
 # ---- commands ---------------------------------------------------------------------------------
