@@ -60,20 +60,25 @@ def sample(face: str, dash: str) -> Any:
     )
 
 
+def below(ax: Axes, transform: Any, points: float) -> Any:
+    """The transform, so many points further down."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return transform + ScaledTranslation(0, -points * _POINT, ax.figure.dpi_scale_trans)
+
+
 def legend_below(ax: Axes, handles: Mapping[str, Any]) -> None:
     """A legend under the axes and their labels."""
     from matplotlib.legend_handler import HandlerTuple
-    from matplotlib.transforms import ScaledTranslation
 
     alone = len(ax.figure.axes) == 1
-    below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
     ax.legend(
         handles.values(),
         handles.keys(),
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
-        bbox_transform=below,
+        bbox_transform=below(ax, ax.transAxes, 36),
         borderaxespad=0,
         frameon=False,
         fontsize=_LABEL,
@@ -127,6 +132,8 @@ def size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
     """
     ax.set_xscale("log", base=2)
     span = math.log2(sizes[-1] / sizes[0])
+    rim = 2 ** (0.08 * span or 0.5)
+    ax.set_xlim(sizes[0] / rim, sizes[-1] * rim)  # whatever is drawn of them
     # From the largest down, which is the one that is looked for.
     shown = [sizes[-1]]
     for size in reversed(sizes[:-1]):

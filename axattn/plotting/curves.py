@@ -87,7 +87,7 @@ def plot_curves(
     median of ``mqa_bench.py``, the mean of ``layer_bench.py``), with their standard deviation where
     the rows have it. White markers on a line are lower bounds. Refusals are hollow,
     without a line: at what was asked for, where memory ran out, with a dotted line at what there
-    is; at the foot, where the reason is another one.
+    is; under the axes, where the reason is another one.
 
     Args:
       results: the path of a JSON file that ``mqa_bench.py``, ``layer_bench.py`` or
@@ -262,7 +262,7 @@ class _Picture:
                 0.5, 0.5, "not measured" if self.field == "time" else "not known",
                 transform=self.axis.transAxes, ha="center", color=style.TEXT, fontsize=9,
             )  # fmt: skip
-        self._foot(refused, looks, names)
+        self._below(refused, looks, names)
 
     def _label(self, quantity: _Quantity) -> str:
         if self.field != "memory_bytes":
@@ -305,26 +305,27 @@ class _Picture:
             )
             self.handles.setdefault("memory there is", rule)
 
-    def _foot(
+    def _below(
         self, refused: Sequence[tuple[str, Row]], looks: Mapping[str, style.Style],
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
-        rows = list(dict.fromkeys(name for name, _ in refused))
-        if rows and self.axis.get_yscale() == "log":
-            # Room for them under the lines.
-            low, high = map(math.log, self.axis.get_ylim())
-            room = 0.07 * len(rows) + 0.02
-            self.axis.set_ylim(math.exp(low - (high - low) * room / (1 - room)), math.exp(high))
+        """A row of markers for each implementation, between the frame and the names of sizes."""
+        lines = list(dict.fromkeys(name for name, _ in refused))
+        if not lines:
+            return
+        frame = self.axis.get_xaxis_transform()
         for name, row in refused:
             drawn = self._hollow(
                 row[self.panel.x],
-                0.05 + 0.07 * rows.index(name),
+                0,
                 looks[name],
-                transform=self.axis.get_xaxis_transform(),
+                transform=furniture.below(self.axis, frame, 8 + 9 * lines.index(name)),
+                clip_on=False,
                 markersize=5,
             )
             if names[name] != name:
                 self.handles.setdefault(names[name], drawn)
+        self.axis.tick_params(axis="x", pad=9 * len(lines) + 4)
 
     def _hollow(self, x: float, y: float, look: style.Style, **options: Any) -> Any:
         (drawn,) = self.axis.plot(

@@ -8,7 +8,7 @@ import pytest
 
 from axattn.plotting import plot_curves, style
 from axattn.plotting.curves import QUANTITIES
-from tests.plotting.pictures import check_legible
+from tests.plotting.pictures import check_legible, words
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -148,16 +148,34 @@ def test_refusals_are_hollow():
         line for line in visible(figure)[1].get_lines() if line.get_markerfacecolor() == "none"
     ]
     assert [line.get_xydata()[0].tolist() for line in hollow][0] == [2048, 98 << 30]
-    x, y = hollow[1].get_xydata()[0]
-    assert x == 256 and 0 < y < 0.2  # of the height of the axes
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["xla", "xla_chunked", "cudnn: refused", "hollow: refused", "memory there is"]
-    # At the foot is nothing but refusals.
-    ax = visible(figure)[1]
-    low, high = ax.get_ylim()
-    assert min(row["memory_bytes"] for row in rows if row.get("memory_bytes")) > low * (
-        (high / low) ** 0.09
-    )
+    check_legible(figure)
+
+
+def test_refusals_without_a_number_are_outside_of_the_axes():
+    """Inside they would look like numbers."""
+    rows = made() + [
+        {"implementation": name, "seq_len": length, "where": "here", "status": "unsupported"}
+        for name, lengths in (("cudnn", (128, 256)), ("splash", (512, 2048)))
+        for length in lengths
+    ]
+    figure = plot_curves(rows)
+    above, ax = visible(figure)
+    figure.canvas.draw()
+    hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+    boxes = [line.get_window_extent() for line in hollow]
+    frame = ax.get_window_extent()
+    # Under the frame, at their size, and over no other and no text.
+    assert len(boxes) == 4 and all(box.y1 < frame.y0 for box in boxes)
+    centers = [(box.x0 + box.x1) / 2 for box in boxes]
+    want = ax.transData.transform([(x, 1) for x in (128, 256, 512, 2048)])[:, 0]
+    np.testing.assert_allclose(centers, want, atol=1)
+    assert frame.x0 < min(centers) and max(centers) < frame.x1
+    texts = [text.get_window_extent() for text in words(figure)]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :] + texts)
+    assert above.get_xlim() == ax.get_xlim()
     check_legible(figure)
 
 
