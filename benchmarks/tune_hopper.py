@@ -16,7 +16,8 @@ parts, in this order; each part replaces its own rows of the table and leaves th
         --kinds=capped,general,biased --head_dims=128,64,256
 
 A measured candidate is first checked against the chunked XLA path in float32. A compiled one is
-chosen by what ptxas says (spills, products that wait for each other), then by the cost model of
+chosen by what ptxas says (one that spills only where all do; then products that wait for each
+other), then by the cost model of
 `harness.tile_candidates.preference`; a table that was compiled says so in every row.
 """
 
@@ -54,7 +55,12 @@ _HEAD_DIMS = flags.DEFINE_list("head_dims", [], "sizes of H, or H/h, e.g. 128,19
 _WRITE = flags.DEFINE_bool("write", False, "write the table")
 _PATH = flags.DEFINE_string("path", str(tile_table.PATH), "the table")
 _BUDGET = flags.DEFINE_float("budget_minutes", 60.0, "begin nothing after this", lower_bound=0)
-_MOST = flags.DEFINE_integer("most", 10, "candidates to try for a row", lower_bound=1)
+_MOST = flags.DEFINE_integer(
+    "most",
+    10,
+    "candidates to try for a row; to compile, more where all of these spill",
+    lower_bound=1,
+)
 _SECONDS = flags.DEFINE_float("seconds", 0.3, "to measure a candidate for", lower_bound=0)
 _SILENCE = flags.DEFINE_float("silence", 120, "seconds after which a candidate hangs", 1)
 _SHAPE = flags.DEFINE_list("shape", ["4", "4096", "16", "4"], "B, T, N, K of what is measured")
@@ -90,10 +96,9 @@ def compile_all(asked: Sequence[Place], stop: float, console: Console) -> Iterat
             console.print(f"{place}: not compiled, the time is up", **_PLAIN)
             continue
         tried = []
-        candidates = tile_candidates.deepest(tile_candidates.candidates(place))
-        for tiles in candidates[: _MOST.value]:
-            tried.append(tile_compile.compile_tiles(place, tiles, _TARGET.value))
-            stream.row(tried[-1], "red" if tried[-1].refusal else None)
+        for one in tile_compile.tried(place, _MOST.value, _TARGET.value):
+            tried.append(one)
+            stream.row(one, "red" if one.refusal else None)
         found = tile_compile.best(tried)
         if found is None:
             console.print(f"{place}: nothing compiles", style="red", **_PLAIN)

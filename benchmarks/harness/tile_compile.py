@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from axattn import aot
-from benchmarks.harness import ptxas, tile_calls
+from benchmarks.harness import ptxas, tile_calls, tile_candidates
 from benchmarks.harness.tile_candidates import Place, shared_bytes
 
 _LENGTH = 4096
@@ -42,19 +42,18 @@ class Compiled:
     refusal: str | None = None
 
     @property
-    def cost(self) -> tuple[int, int]:
-        """What speaks against it; the least is taken. (0, 0): nothing spills or is serialized.
+    def cost(self) -> tuple[int, bool, int, bool]:
+        """What speaks against it; the least is taken. All 0: nothing spills or is serialized.
 
-        The usual call decides. A few bytes are no reason to take a block of half the size, less so
-        where they spill only in calls that have everything at once.
+        The usual call decides, then the one that has everything at once. A byte that spills is as
+        good a reason as many: tiles that spill are taken only where all do.
         """
-        heaviest = 0 if self.heaviest is None else _cost(self.heaviest, _FEW_BYTES_AT_MOST)
-        return _cost(self.usual, _FEW_BYTES), heaviest
+        return (*_cost(self.usual), *_cost(self.heaviest or self.usual))
 
-
-# Spilled per thread, stored and loaded together.
-_FEW_BYTES = 32
-_FEW_BYTES_AT_MOST = 256
+    @property
+    def lands(self) -> bool:
+        """Whether it compiles, and nothing spills or is serialized in the usual call."""
+        return self.refusal is None and _cost(self.usual) == (0, False)
 
 
 def spilled(kernel: ptxas.Kernel | None) -> int | None:
@@ -62,8 +61,8 @@ def spilled(kernel: ptxas.Kernel | None) -> int | None:
     return kernel and kernel.spill_stores + kernel.spill_loads
 
 
-def _cost(kernel: ptxas.Kernel, few: int) -> int:
-    return max(0, spilled(kernel) - few) + (1 << 20) * kernel.serialized
+def _cost(kernel: ptxas.Kernel) -> tuple[int, bool]:
+    return spilled(kernel), kernel.serialized
 
 
 def prepare(target: str) -> None:
@@ -121,6 +120,20 @@ def compile_call(
     if len(kernels) != 1:
         return None, f"{len(kernels)} kernels in ptxas's report"
     return kernels[0], None
+
+
+def tried(place: Place, most: int, target: str) -> Iterator[Compiled]:
+    """Compiles candidates, those expected to be best first.
+
+    ``most`` of them, and more until one of them `lands`.
+    """
+    landed = False
+    for number, tiles in enumerate(tile_candidates.deepest(tile_candidates.candidates(place))):
+        if number >= most and landed:
+            return
+        one = compile_tiles(place, tiles, target)
+        landed |= one.lands
+        yield one
 
 
 def best(compiled: Sequence[Compiled]) -> Compiled | None:

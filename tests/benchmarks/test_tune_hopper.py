@@ -181,8 +181,27 @@ def test_the_first_clean_one_is_taken():
     assert tile_compile.best(tiles).tiles == "c"
 
 
-def test_a_few_bytes_are_no_reason():
-    assert tile_compile.best([compiled("a", 8, 100), compiled("b")]).tiles == "a"
+@pytest.mark.parametrize("spilling", [dict(spills=4), dict(heaviest=4), dict(spills=4, heaviest=4)])
+def test_what_spills_is_never_preferred(spilling):
+    clean = compiled("clean", heaviest=0 if "spills" not in spilling else 500)
+    assert tile_compile.best([compiled("larger", **spilling), clean]) is clean
+
+
+def test_more_are_tried_where_all_spill(monkeypatch):
+    """The candidates come in the order of preference: those that do not spill may be the last."""
+    candidates = [ForwardTiles(block, 2) for block in (256, 192, 128, 96, 64)]
+    monkeypatch.setattr(tile_candidates, "candidates", lambda place: candidates)
+    monkeypatch.setattr(
+        tile_compile,
+        "compile_tiles",
+        lambda place, tiles, target: compiled(tiles, spills=4 * (tiles.block_kv > least)),
+    )
+    place = Place("forward", "masked", 64, 64)
+    for least, tried in ((96, 4), (256, 2), (64, 5), (0, 5)):
+        found = list(tile_compile.tried(place, 2, "h200"))
+        assert [one.tiles.block_kv for one in found] == [256, 192, 128, 96, 64][:tried]
+        if least:
+            assert tile_compile.best(found).tiles.block_kv == min(least, 256)
 
 
 def test_the_least_where_all_spill():
