@@ -21,13 +21,15 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 from axattn import dot_product_attention, explain_implementations
+from axattn.implementations import registry
 from benchmarks.harness import (
     bandwidth,
     baselines,
+    cases,
+    command,
     environment,
     functions,
     inputs,
@@ -39,7 +41,9 @@ from benchmarks.harness import (
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of float32, bfloat16, float16")
 _CASES = flags.DEFINE_list("cases", [], "parts of the cases' names, e.g. decode,fwd/128")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "time to measure each pair for", lower_bound=0)
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "in place of axattn's own choice")
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, registry.NAMES, "in place of axattn's own choice"
+)
 _HEADS = flags.DEFINE_list("heads", ["16", "2", "128"], "query heads, key/value heads, head size")
 
 
@@ -99,7 +103,7 @@ COLUMNS = (
 
 def ask(question: Question, dtype: str, rate: float | None) -> Answer:
     """Measures one line; ``rate`` is the memory's, in bytes per second."""
-    heads, kv_heads, head_dim = map(int, _HEADS.value)
+    heads, kv_heads, head_dim = command.numbers(_HEADS, count=3)
     args = inputs.attention_inputs(
         question.batch, question.q_len, question.kv_len, heads, kv_heads, head_dim, dtype
     )
@@ -130,17 +134,19 @@ def ask(question: Question, dtype: str, rate: float | None) -> Answer:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    for dtype in _DTYPES.value:
-        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            raise app.UsageError(f"--dtypes: {dtype!r} is no floating-point type")
+    try:
+        dtypes = command.names(_DTYPES, cases.DTYPES)
+        heads, kv_heads, head_dim = command.numbers(_HEADS, count=3)
+        if heads % kv_heads:
+            raise ValueError(f"--heads: takes key/value heads that divide {heads}, got {kv_heads}")
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     asked = [
         q for q in QUESTIONS if not _CASES.value or any(part in q.name for part in _CASES.value)
     ]
     if not asked:
         names = ", ".join(question.name for question in QUESTIONS)
-        raise app.UsageError(f"--cases: nothing among {names}")
+        raise app.UsageError(f"--cases: {','.join(_CASES.value)!r} is in none of {names}")
     environment.choose_backend()
     where = dataclasses.replace(environment.describe(), command=environment.command_line(sys.argv))
     console = Console()
@@ -149,16 +155,15 @@ def main(argv: Sequence[str]) -> None:
     if any(question.q_len == 1 for question in asked):
         rate = bandwidth.bytes_per_second()
         console.print(f"memory: {units.amount(rate, 'B')}/s, read and written", highlight=False)
-    heads, kv_heads, head_dim = _HEADS.value
     console.print(f"\nN={heads} K={kv_heads} H={head_dim}, causal", highlight=False)
     stream = tables.Stream(console, COLUMNS)
     stream.header()
     for question in asked:
-        for dtype in _DTYPES.value:
+        for dtype in dtypes:
             stream.row(ask(question, dtype, rate))
     if jax.default_backend() != "cpu":
         console.print("What is wanted was set for a CPU; wall time, not device time.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

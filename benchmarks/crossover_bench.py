@@ -24,7 +24,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from axattn import dot_product_attention
-from benchmarks.harness import environment, functions, inputs, paired, tables, units
+from benchmarks.harness import (
+    cases,
+    command,
+    environment,
+    functions,
+    inputs,
+    paired,
+    tables,
+    units,
+)
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["1/16/2/128", "1/8/8/64", "8/16/2/128"], "batch/heads/kv_heads/head_dim, ..."
@@ -39,7 +48,7 @@ _STOP = flags.DEFINE_float("stop", 3.0, "leave out greater lengths after a ratio
 _NAMES = ("xla", "xla_chunked")
 
 
-def measure(shape: tuple[int, ...], length: int, dtype: str, direction: str) -> paired.Paired:
+def measure(shape: Sequence[int], length: int, dtype: str, direction: str) -> paired.Paired:
     """Both implementations at T = S = ``length``."""
     batch, heads, kv_heads, head_dim = shape
     args = inputs.attention_inputs(batch, length, length, heads, kv_heads, head_dim, dtype)
@@ -85,18 +94,27 @@ def crossing(points: Sequence[Point]) -> tuple[int | None, int | None]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        shapes = {
+            text: command.numbers(_SHAPES, text, count=4, split="/") for text in _SHAPES.value
+        }
+        for text, (_, heads, kv_heads, _) in shapes.items():
+            if heads % kv_heads:
+                raise ValueError(f"--shapes: {text!r} takes kv_heads that divide its heads")
+        lengths = command.numbers(_LENGTHS)
+        dtypes = command.names(_DTYPES, cases.DTYPES)
+        directions = command.names(_DIRECTIONS, functions.DIRECTIONS)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     environment.choose_backend()
     console = Console()
     stream = tables.Stream(console, COLUMNS)
     stream.header()
     lines = []
-    for text in _SHAPES.value:
-        shape = tuple(map(int, text.split("/")))
-        for dtype, direction in itertools.product(_DTYPES.value, _DIRECTIONS.value):
+    for text, shape in shapes.items():
+        for dtype, direction in itertools.product(dtypes, directions):
             points = []
-            for length in map(int, _LENGTHS.value):
+            for length in lengths:
                 result = measure(shape, length, dtype, direction)
                 scores = shape[0] * shape[1] * length * length
                 seconds = (result.median(name) for name in _NAMES)
@@ -113,4 +131,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

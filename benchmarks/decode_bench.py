@@ -40,13 +40,14 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axattn import aot
 from benchmarks.harness import (
     bandwidth,
+    command,
     decode_compile,
     decode_job,
     decode_rows,
@@ -58,6 +59,7 @@ from benchmarks.harness.decode_cases import PRESETS
 from benchmarks.harness.decode_programs import IMPLEMENTATIONS
 
 FLAGS = kernel_script.Flags(PRESETS, IMPLEMENTATIONS, example="b32/4k,mla,/b1/")
+flags.adopt_module_key_flags(kernel_script)
 _TARGET = flags.DEFINE_string("target", None, "compile for this chip, e.g. h200, and run nothing")
 
 
@@ -122,4 +124,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import (
     cache_sizes,
+    command,
     environment,
     generation,
     generation_tables,
@@ -43,7 +44,7 @@ PRESETS = {
         hidden=256,
         layers=2,
         heads=8,
-        kv_heads=("8", "2", "1"),
+        kv_heads=(8, 2, 1),
         prompt=501,
         generated=128,
         repetitions=5,
@@ -62,7 +63,7 @@ PRESETS = {
         hidden=32,
         layers=1,
         heads=4,
-        kv_heads=("1",),
+        kv_heads=(1,),
         prompt=9,
         generated=5,
         repetitions=2,
@@ -104,11 +105,9 @@ def make_jobs() -> list[generation.Generate]:
         for flag in (_HIDDEN, _LAYERS, _HEADS, _PROMPT, _GENERATED, _REPETITIONS)
     }
     jobs = []
-    for text in _KV_HEADS.value or preset["kv_heads"]:
-        if not text.strip().isdecimal():
-            raise ValueError(f"--kv_heads: {text!r} is no number")
+    for kv_heads in command.numbers(_KV_HEADS) if _KV_HEADS.value else preset["kv_heads"]:
         model = generation.Model(
-            size["hidden"], size["layers"], size["heads"], int(text), _VOCABULARY.value
+            size["hidden"], size["layers"], size["heads"], kv_heads, _VOCABULARY.value
         )
         for cache in _CACHES.value or preset["caches"]:
             kind, _, dtype = cache.strip().partition("/")
@@ -133,8 +132,6 @@ def make_jobs() -> list[generation.Generate]:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         files = [output.check_path(path) for path in _OUTPUT.value]
         jobs = make_jobs()
@@ -151,4 +148,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -31,15 +31,16 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import kernel_job, kernel_rows, kernel_script, units
+from benchmarks.harness import command, kernel_job, kernel_rows, kernel_script, units
 from benchmarks.harness.kernel_cases import DIRECTIONS, PRESETS
 from benchmarks.harness.kernel_programs import IMPLEMENTATIONS
 
 FLAGS = kernel_script.Flags(PRESETS, IMPLEMENTATIONS, not_on_gpu=("xla",), example="causal,packed")
+flags.adopt_module_key_flags(kernel_script)
 _DIRECTIONS = flags.DEFINE_list("directions", [*DIRECTIONS], f"of {', '.join(DIRECTIONS)}")
 
 
@@ -53,7 +54,7 @@ class Table(kernel_script.Table):
     )
 
     def check(self):
-        kernel_script.check_names("directions", _DIRECTIONS.value, tuple(DIRECTIONS))
+        command.names(_DIRECTIONS, DIRECTIONS)
 
     def begin(self, out, worker, silence):
         where = out.environment
@@ -79,4 +80,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

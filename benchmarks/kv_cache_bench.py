@@ -30,7 +30,15 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axattn import aot
-from benchmarks.harness import cache_report, cache_sizes, environment, jobs, output, sections
+from benchmarks.harness import (
+    cache_report,
+    cache_sizes,
+    command,
+    environment,
+    jobs,
+    output,
+    sections,
+)
 
 TABLES = ("bytes", "million", "trace", "error", "steps")
 
@@ -63,14 +71,9 @@ def sizes() -> cache_report.Sizes:
         if flag.value is not None
     }
     if _KV_HEADS.value is not None:
-        wrong = [text for text in _KV_HEADS.value if not text.strip().isdecimal()]
-        if wrong or not _KV_HEADS.value:
-            raise ValueError(f"--kv_heads: takes numbers, got {','.join(_KV_HEADS.value)!r}")
-        given["kv_heads"] = tuple(map(int, _KV_HEADS.value))
+        given["kv_heads"] = tuple(command.numbers(_KV_HEADS))
     if _DTYPES.value is not None:
-        if not _DTYPES.value:
-            raise ValueError(f"--dtypes: takes some of {', '.join(cache_sizes.BITS)}")
-        given["dtypes"] = tuple(_DTYPES.value)
+        given["dtypes"] = tuple(command.names(_DTYPES, cache_sizes.BITS))
     return dataclasses.replace(cache_report.PRESETS[_PRESET.value], **given)
 
 
@@ -87,17 +90,12 @@ def targets() -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         files = [output.check_path(path) for path in _OUTPUT.value]
         asked = sizes()
-        unknown = [name for name in _TABLES.value if name not in TABLES]
-        if unknown:
-            raise ValueError(f"--tables: {unknown[0]!r} is unknown; it takes {', '.join(TABLES)}")
+        command.names(_TABLES, TABLES)
+        jobs.check_targets(targets())
         chips = [aot.target(name) for name in targets()]
-        for chip in chips:
-            aot.check_installed(chip)
     except (ValueError, ImportError) as error:
         raise app.UsageError(str(error)) from None
     environment.choose_backend()
@@ -130,4 +128,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

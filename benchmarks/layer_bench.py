@@ -34,6 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from axattn import aot
 from benchmarks.harness import (
     cases,
+    command,
     environment,
     jobs,
     layer_cases,
@@ -183,14 +184,11 @@ def run(bench: layer_report.Bench, platform: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         check_flags()
         files = [output.check_path(path) for path in _OUTPUT.value]
         png = plotting.check_path(_PLOT.value) if _PLOT.value else None
-        for name in targets():
-            jobs.check_target(name)
+        jobs.check_targets(targets())
     except (ValueError, ImportError) as error:
         raise app.UsageError(str(error)) from None
 
@@ -217,4 +215,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

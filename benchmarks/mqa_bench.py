@@ -28,7 +28,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import cases, environment, jobs, output, plotting, report
+from benchmarks.harness import cases, command, environment, jobs, output, plotting, report
 
 _PRESET = flags.DEFINE_enum("preset", "default", sorted(cases.PRESETS), "a set of cases")
 _CONFIGS = flags.DEFINE_list(
@@ -96,13 +96,10 @@ def implementations(platform: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         files = [output.check_path(path) for path in _OUTPUT.value]
         png = plotting.check_path(_PLOT.value) if _PLOT.value else None
-        for name in targets():
-            jobs.check_target(name)
+        jobs.check_targets(targets())
         make_jobs("cpu")  # the flags; the platform does not matter for that
     except (ValueError, ImportError) as error:
         raise app.UsageError(str(error)) from None
@@ -125,4 +122,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axattn.parallel.layouts import LAYOUTS
 from benchmarks.harness import (
+    command,
     environment,
     jobs,
     output,
@@ -78,13 +79,6 @@ def apply_preset() -> None:
             flags.FLAGS[name].value = value
 
 
-def numbers(flag: flags.FlagHolder) -> list[int]:
-    """A list of positive numbers; ValueError with the flag's name for anything else."""
-    if not flag.value or not all(text.isdecimal() and int(text) for text in flag.value):
-        raise ValueError(f"--{flag.name}: takes one or more numbers, got {','.join(flag.value)!r}")
-    return list(map(int, flag.value))
-
-
 def check_flags() -> None:
     """ValueError for what there is not, with the name of the flag."""
     for flag, known in (
@@ -92,16 +86,13 @@ def check_flags() -> None:
         (_DIRECTIONS, DIRECTIONS),
         (_TABLES, TABLES),
     ):
-        unknown = [value for value in flag.value if value not in known]
-        if unknown or not flag.value:
-            got = unknown[0] if unknown else ""
-            raise ValueError(f"--{flag.name}: takes some of {', '.join(known)}, got {got!r}")
-    for count in numbers(_CHIPS):
+        command.names(flag, known)
+    for count in command.numbers(_CHIPS):
         if count % _HEAD_WAYS.value:
             raise ValueError(
                 f"--head_ways: takes a divisor of all --chips, got {_HEAD_WAYS.value} of {count}"
             )
-    numbers(_LENGTHS)
+    command.numbers(_LENGTHS)
     for text in _HEADS.value:
         try:
             scale_cases.parse_heads(text)
@@ -111,13 +102,13 @@ def check_flags() -> None:
 
 def run(out: sections.Sections) -> None:
     """All tables that are asked for."""
-    shared = dict(chips=numbers(_CHIPS), head_ways=_HEAD_WAYS.value)
+    shared = dict(chips=command.numbers(_CHIPS), head_ways=_HEAD_WAYS.value)
     timeout = _CELL_TIMEOUT.value or None
     for where in jobs.named_targets(_TARGET.value):
         for text in _HEADS.value:
             heads, kv_heads = scale_cases.parse_heads(text)
             sizes = Sizes(_HIDDEN.value, heads, kv_heads, _HEAD_DIM.value)
-            for length in numbers(_LENGTHS):
+            for length in command.numbers(_LENGTHS):
                 what = f"{length} tokens, {text} heads of {sizes.head_dim}"
                 if _HEAD_WAYS.value > 1:
                     what += f", {_HEAD_WAYS.value} ways of heads"
@@ -135,14 +126,11 @@ def run(out: sections.Sections) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         apply_preset()
         check_flags()
         files = [output.check_path(path) for path in _OUTPUT.value]
-        for name in jobs.named_targets(_TARGET.value):
-            jobs.check_target(name)
+        jobs.check_targets(jobs.named_targets(_TARGET.value))
     except (ValueError, ImportError) as error:
         raise app.UsageError(str(error)) from None
 
@@ -162,4 +150,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axattn import _jax_compat
-from benchmarks.harness import tpu_roofline
+from benchmarks.harness import command, tpu_roofline
 
 _TARGETS = flags.DEFINE_multi_enum(
     "target", ["v4", "v5e", "v5p", "v6e"], list(tpu_roofline.DEVICES), "chips; repeatable"
@@ -35,21 +35,24 @@ _HEADS = flags.DEFINE_list(
 
 
 def main(argv: Sequence[str]) -> None:
-    del argv
+    del argv  # `command.run` takes none
+    try:
+        lengths = command.numbers(_LENGTHS)
+        every = [command.numbers(_HEADS, text, count=3, split="/") for text in _HEADS.value]
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     table = Table(
         *tpu_roofline.COLUMNS, title="One layer's attention, causal, bfloat16, B=1; arithmetic"
     )
     for name in _TARGETS.value:
         with _jax_compat.use_abstract_device(*tpu_roofline.DEVICES[name], "tpu", None):
             chip = _jax_compat.tpu_chip()
-        for length in _LENGTHS.value:
-            for heads in _HEADS.value:
-                for cells in tpu_roofline.rows(
-                    name, chip, int(length), *map(int, heads.split("/"))
-                ):
+        for length in lengths:
+            for heads in every:
+                for cells in tpu_roofline.rows(name, chip, length, *heads):
                     table.add_row(*cells)
     Console(width=130).print(table)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

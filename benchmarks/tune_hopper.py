@@ -36,7 +36,9 @@ import jax
 from rich.console import Console
 
 from benchmarks.harness import (
+    command,
     environment,
+    jobs,
     processes,
     tables,
     tile_candidates,
@@ -71,19 +73,11 @@ _PLAIN = {"soft_wrap": True, "highlight": False, "markup": False}
 
 def places() -> list[Place]:
     """The rows that were asked for, in the order of the flags."""
-    for flag, known in ((_KERNELS, KERNELS), (_KINDS, KINDS)):
-        for name in flag.value:
-            if name not in known:
-                raise ValueError(f"--{flag.name}: {name!r} takes some of {', '.join(known)}")
+    kernels, kinds = command.names(_KERNELS, KERNELS), command.names(_KINDS, KINDS)
     names = {"/".join(map(str, dict.fromkeys(sizes))): sizes for sizes in HEAD_SIZES}
-    for name in _HEAD_DIMS.value:
-        if name not in names:
-            raise ValueError(f"--head_dims: {name!r} takes some of {', '.join(names)}")
-    sizes = [names[name] for name in _HEAD_DIMS.value or names]
+    sizes = [names[name] for name in command.names(_HEAD_DIMS, names, empty=True) or names]
     # The kernels of one kind and size are neighbors: they share what they are checked against.
-    return [
-        Place(k, kind, *size) for kind in _KINDS.value for size in sizes for k in _KERNELS.value
-    ]
+    return [Place(k, kind, *size) for kind in kinds for size in sizes for k in kernels]
 
 
 def compile_all(asked: Sequence[Place], stop: float, console: Console) -> Iterator[dict]:
@@ -109,7 +103,7 @@ def compile_all(asked: Sequence[Place], stop: float, console: Console) -> Iterat
 
 def measure_all(asked: Sequence[Place], stop: float, console: Console) -> Iterator[dict]:
     """Times candidates; the rows of the fastest ones."""
-    shape = tile_measure.Shape(*map(int, _SHAPE.value))
+    shape = tile_measure.Shape(*command.numbers(_SHAPE, count=4))
     stream = tables.Stream(console, tile_report.measured(shape))
     stream.header()
     worker = processes.Worker()
@@ -135,19 +129,20 @@ def measure_all(asked: Sequence[Place], stop: float, console: Console) -> Iterat
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     path, console = pathlib.Path(_PATH.value), Console()
     try:
         asked, table = places(), tile_table.read(path)
+        command.numbers(_SHAPE, count=4)
+        if _MODE.value == "compile":
+            jobs.check_targets([_TARGET.value])
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from None
     if jax.__version_info__ < (0, 11):
         sys.exit(f"the kernels need jax >= 0.11 (Python >= 3.12), got {jax.__version__}")
-    command = environment.command_line(sys.argv)
+    line = environment.command_line(sys.argv)
     stop = time.monotonic() + 60 * _BUDGET.value
     make = {"compile": compile_all, "measure": measure_all}[_MODE.value]
-    provenance = tile_report.provenance(_MODE.value, _TARGET.value, command)
+    provenance = tile_report.provenance(_MODE.value, _TARGET.value, line)
     date, rows = provenance.pop("date"), 0
     for row in make(asked, stop, console):
         rows += 1
@@ -163,4 +158,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -15,10 +15,11 @@ import random
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks.harness import command
 from examples import caches, checkpoint, data, quality
 
 _KINDS = flags.DEFINE_list("kinds", list(caches.KINDS), "of caches")
@@ -31,8 +32,6 @@ LENGTH, TEXTS, QUESTIONS, FACTS = 1024, 4, 40, 40
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     model = checkpoint.load()
     tokens = data.documents(random.Random(1), TEXTS, LENGTH)
     prompts, answers = data.needles(1, LENGTH, QUESTIONS, FACTS - 1)
@@ -57,4 +56,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

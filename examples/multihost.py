@@ -44,6 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import axattn.nnx
 from axattn import parallel
 from axattn.parallel.layouts import LAYOUTS
+from benchmarks.harness import command
 from examples import checkpoint, data, processes, sharding, training
 from examples.decoder import Config, Decoder
 from examples.generation import jit_generate
@@ -223,4 +224,4 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, arguments=True)

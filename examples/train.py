@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks.harness import command
 from examples import checkpoint, data, quality, training
 from examples.decoder import Config, Decoder
 
@@ -25,8 +26,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the initial weights and of the text"
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     model = Decoder(Config(len(data.VOCABULARY)), rngs=nnx.Rngs(_SEED.value))
     state = nnx.Optimizer(model, training.optimizer(), wrt=nnx.Param)
     start = time.perf_counter()
@@ -47,4 +46,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -42,7 +42,8 @@ def parse_config(text: str) -> Config:
     parts = text.strip().split("/")
     if len(parts) != 4 or not all(part.isdecimal() for part in parts):
         raise ValueError(
-            f"configuration {text!r}: takes model_dim/heads/kv_heads/seq_len, e.g. 2048/16/2/1024"
+            f"--configs: configuration {text!r} takes model_dim/heads/kv_heads/seq_len, "
+            "e.g. 2048/16/2/1024"
         )
     return Config(*map(int, parts))
 

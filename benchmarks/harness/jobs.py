@@ -139,6 +139,15 @@ def check_target(name: str) -> None:
     aot.check_installed(aot.target(name))
 
 
+def check_targets(names: Sequence[str]) -> None:
+    """`check_target` of all; ValueError, naming the flag --target, whatever is wrong."""
+    for name in names:
+        try:
+            check_target(name)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"--target: {error}") from None
+
+
 def missing_compilers(names: Sequence[str]) -> dict[str, str]:
     """Of these targets those whose compilers are not installed, and what to install."""
     missing = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.harness import cell_job, environment, jobs, output, processes, sections
+from benchmarks.harness import cell_job, command, environment, jobs, output, processes, sections
 from benchmarks.harness.environment import Environment
 
 
@@ -73,31 +73,26 @@ class Flags:
         found, parts = self.presets[preset](), self._cases.value
         wanted = [c for c in found if not parts or any(part in c.name for part in parts)]
         if not wanted:
-            raise ValueError(f"--cases: nothing among {', '.join(case.name for case in found)}")
+            known = ", ".join(case.name for case in found)
+            raise ValueError(f"--cases: {','.join(parts)!r} is in none of {known}")
         return wanted
 
     def implementations(self, platform: str) -> tuple[str, ...]:
         if self._implementations.value is not None:
-            return tuple(dict.fromkeys(self._implementations.value))
+            return tuple(command.names(self._implementations, self.known))
         return tuple(n for n in self.known if n not in self.not_on_gpu or platform != "cuda")
 
     def files(self) -> list[pathlib.Path]:
         """The files to write; ValueError for flags that cannot be."""
-        check_names("implementations", self._implementations.value, self.known)
+        if self._implementations.value is not None:
+            command.names(self._implementations, self.known)
         files = []
         for flag, suffix in ((self._markdown, ".md"), (self._json, ".json")):
             if flag.value is not None:
-                files.append(output.check_path(flag.value))
+                files.append(output.check_path(flag.value, flag.name))
                 if files[-1].suffix != suffix:
                     raise ValueError(f"--{flag.name}: {flag.value!r} does not end in {suffix}")
         return files
-
-
-def check_names(flag: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
-    """ValueError for a name that is not known."""
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"--{flag}: {name!r} takes some of {', '.join(known)}")
 
 
 class Table(abc.ABC):
@@ -129,8 +124,6 @@ class Table(abc.ABC):
 
 def run(argv: Sequence[str], given: Flags, table: Table) -> int:
     """Measures and prints all cells; the exit status. Files are written after every case."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     started = time.time()
     try:
         files = given.files()

@@ -16,13 +16,13 @@ from benchmarks.harness.rows import Row
 SUFFIXES = (".json", ".csv", ".md")
 
 
-def check_path(path: str) -> pathlib.Path:
+def check_path(path: str, flag: str = "output") -> pathlib.Path:
     """The path; ValueError where there is no such format or folder, before hours are spent."""
     checked = pathlib.Path(path).expanduser()
     if checked.suffix not in SUFFIXES:
-        raise ValueError(f"--output: {path!r} takes one of the endings {', '.join(SUFFIXES)}")
+        raise ValueError(f"--{flag}: {path!r} takes one of the endings {', '.join(SUFFIXES)}")
     if not checked.parent.is_dir():
-        raise ValueError(f"--output: {path!r}: the folder does not exist")
+        raise ValueError(f"--{flag}: {path!r}: the folder does not exist")
     return checked
 
 

@@ -332,23 +332,6 @@ def script(*args, timeout=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--directions=up", "--directions: 'up'"),
-        ("--implementations=xlb", "--implementations: 'xlb'"),
-        ("--json=out.csv", "--json: 'out.csv'"),
-        ("--markdown=nowhere/out.md", "the folder does not exist"),
-        ("--cases=huge", "--cases: nothing among causal, full, packed"),
-    ],
-)
-def test_strict_flags(flag, message):
-    done = script("--preset=smoke", flag)
-    assert done.returncode == 1
-    assert message in done.stdout + done.stderr
-
-
-@pytest.mark.slow
 def test_smoke(tmp_path):
     files = {"json": tmp_path / "out.json", "markdown": tmp_path / "out.md"}
     flags = (f"--{flag}={path}" for flag, path in files.items())

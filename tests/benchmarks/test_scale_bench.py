@@ -198,19 +198,3 @@ def test_script(tmp_path):
         )
     text = files[0].read_text("utf-8")
     assert "compiled for cpu, nothing was run" in text and "upper bounds" in text
-
-
-@pytest.mark.parametrize(
-    "flag, words",
-    [
-        ("--strategies=star", "--strategies: takes some of ring, gather, ulysses, got 'star'"),
-        ("--directions=", "--directions: takes some of fwd, fwd+bwd"),
-        ("--heads=32/5", "--heads: takes query heads and a divisor of them"),
-        ("--chips=four", "--chips: takes one or more numbers, got 'four'"),
-        ("--head_ways=3", "--head_ways: takes a divisor of all --chips, got 3 of 4"),
-        ("--target=v99", "v99"),
-    ],
-)
-def test_flags_that_are_wrong(flag, words):
-    done = script(flag)
-    assert done.returncode != 0 and words in done.stdout + done.stderr

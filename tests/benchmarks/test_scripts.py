@@ -65,13 +65,6 @@ def test_mqa_bench(tmp_path):
     assert plot.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("arguments", [["--nope=1"], ["--preset=huge"], ["what"]])
-def test_strict_command_line(arguments):
-    done = script("mqa_bench.py", *arguments)
-    assert done.returncode == 1
-    assert arguments[0].split("=")[0].strip("-") in done.stdout + done.stderr
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -121,7 +114,6 @@ def test_function_benchmarks(name):
     done = script(name, *arguments[name], "--seconds=0")
     assert done.returncode == 0, done.stderr
     assert "float32" in done.stdout
-    assert script(name, "--nope").returncode == 1
 
 
 def wanted(platform=None, **flags):
