@@ -30,6 +30,7 @@ from benchmarks.harness import (
     environment,
     functions,
     inputs,
+    noise,
     paired,
     tables,
     units,
@@ -72,6 +73,7 @@ class Point:
     xla: float
     chunked: float
     ratio: float
+    ratio_is_noise: bool
 
 
 COLUMNS = (
@@ -82,7 +84,7 @@ COLUMNS = (
     tables.Column("B*N*T*S", 7, lambda p: f"2**{math.log2(p.scores):g}"),
     tables.Column("xla", 8, lambda p: units.seconds(p.xla)),
     tables.Column("chunked", 8, lambda p: units.seconds(p.chunked)),
-    tables.Column("xla/chunked", 6, lambda p: units.ratio(p.ratio)),
+    tables.Column("xla/chunked", 6, lambda p: units.ratio(p.ratio, p.ratio_is_noise)),
 )
 
 
@@ -107,10 +109,12 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     environment.choose_backend()
+    where = dataclasses.replace(environment.describe(), command=environment.command_line(sys.argv))
     console = Console()
+    console.print(f"{where.header()}\n", soft_wrap=True, highlight=False, markup=False)
     stream = tables.Stream(console, COLUMNS)
     stream.header()
-    lines = []
+    lines, marked = [], False
     for text, shape in shapes.items():
         for dtype, direction in itertools.product(dtypes, directions):
             points = []
@@ -119,12 +123,16 @@ def main(argv: Sequence[str]) -> None:
                 scores = shape[0] * shape[1] * length * length
                 seconds = (result.median(name) for name in _NAMES)
                 ratio = result.ratio(*_NAMES)
-                points.append(Point(text, dtype, direction, length, scores, *seconds, ratio))
+                noisy = noise.of_ratios(result.ratios(*_NAMES))
+                points.append(Point(text, dtype, direction, length, scores, *seconds, ratio, noisy))
                 stream.row(points[-1])
+                marked |= noisy
                 if ratio > _STOP.value:
                     break
             bounds = (f"2**{math.log2(n):g}" if n else units.NOTHING for n in crossing(points))
             lines.append(f"{text:12}  {dtype:8}  {direction:9}  {' to '.join(bounds)}")
+    if marked:
+        console.print(noise.LEGEND, highlight=False)
     console.print("\nxla_chunked overtakes xla at B*N*T*S from", highlight=False)
     for line in lines:
         console.print(line, highlight=False)

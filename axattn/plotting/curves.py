@@ -83,11 +83,10 @@ def plot_curves(
     """Draws what benchmarks found: time above memory, a line per implementation.
 
     There is a column for each case (a place, a direction, a dtype, a model...); cases with a
-    single ``x`` are left out where others have several. Times are what the benchmark took (the
-    median of ``mqa_bench.py``, the mean of ``layer_bench.py``), with their standard deviation where
-    the rows have it. White markers on a line are lower bounds. Refusals are hollow,
-    without a line: at what was asked for, where memory ran out, with a dotted line at what there
-    is; under the axes, where the reason is another one.
+    single ``x`` are left out where others have several. Times are the benchmark's medians, with
+    their standard deviation where the rows have it. White markers on a line are lower bounds.
+    Refusals are hollow, without a line: at what was asked for, where memory ran out, with a dotted
+    line at what there is; under the axes, where the reason is another one.
 
     Args:
       results: the path of a JSON file that ``mqa_bench.py``, ``layer_bench.py`` or

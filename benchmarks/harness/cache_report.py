@@ -208,6 +208,7 @@ def steps_table(out: Sections, sizes: Sizes, seconds: float) -> None:
             )
             for time in cache_steps.time_steps(case, sizes.points, seconds):
                 out.row(time)
+    out.note_noise("growth_is_noise")
     out.note(
         "Growth: time / that of the first row of the same cache, measured in turn. Read: bytes of "
         "the tokens in the cache / time."

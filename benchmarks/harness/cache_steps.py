@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from benchmarks.harness import inputs, paired
+from benchmarks.harness import inputs, noise, paired
 from benchmarks.harness.cache_compile import create
 from benchmarks.harness.cache_sizes import QUANTIZED, CacheCase, analytical
 
@@ -23,6 +23,7 @@ class StepTime:
       seconds: median per step.
       growth: median ratio of this time to that of the first row of its kind and dtype, measured
         in turn.
+      growth_is_noise: whether these ratios spread by more than that differs from 1.
       bytes: of the tokens in the cache, which a step has to read.
     """
 
@@ -36,6 +37,7 @@ class StepTime:
     capacity: int
     seconds: float
     growth: float
+    growth_is_noise: bool
     rounds: int
     bytes: int
 
@@ -96,6 +98,7 @@ def time_steps(
             capacity,
             seconds=result.median(name),
             growth=result.ratio(name, first),
+            growth_is_noise=noise.of_ratios(result.ratios(name, first)),
             rounds=result.rounds,
             bytes=case.batch * tokens * analytical(case).token,
         )

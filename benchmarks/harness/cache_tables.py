@@ -173,7 +173,7 @@ STEP_COLUMNS = (
     Column("Tokens", 6, lambda t: str(t.tokens)),
     Column("Capacity", 8, lambda t: str(t.capacity)),
     Column("Time", 8, lambda t: units.seconds(t.seconds)),
-    Column("Growth", 6, lambda t: units.ratio(t.growth)),
+    Column("Growth", 6, lambda t: units.ratio(t.growth, t.growth_is_noise)),
     Column("Read", 9, lambda t: units.amount(t.bytes / t.seconds, "B") + "/s"),
     Column("Rounds", 6, lambda t: str(t.rounds)),
 )

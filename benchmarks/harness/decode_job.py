@@ -69,7 +69,8 @@ class _Bench(cell_job.Bench):
         if not others:
             return {}
         best = min(others, key=lambda n: statistics.median(others[n]))
-        return {"best": best, "ratio": rounds.ratio(others[best], samples[name])}
+        ratio, noisy = rounds.ratio(others[best], samples[name])
+        return {"best": best, "ratio": ratio, "ratio_is_noise": noisy}
 
 
 def _outputs(attend: Callable[[Any], jax.Array], given: Any) -> tuple[jax.Array, ...]:

@@ -55,6 +55,7 @@ class Cell(Verdict):
       of_floor: ``floor_seconds`` / ``seconds``.
       best, ratio: the fastest of the others than mosaic_gpu, and its time / this one, the median
         over rounds.
+      ratio_is_noise: whether the rounds' ratios spread by more than that differs from 1.
       error, allowed, result, against: see `accuracy` and `decode_check`.
     """
 
@@ -84,6 +85,7 @@ class Cell(Verdict):
     of_copy: float | None = None
     best: str | None = None
     ratio: float | None = None
+    ratio_is_noise: bool = False
     result: str | None = None
     error: float | None = None
     allowed: float | None = None
@@ -149,7 +151,7 @@ COLUMNS = (
     tables.Column("Of floor", 8, lambda c: units.percent(c.of_floor, 1.0)),
     tables.Column("Rate", 9, lambda c: units.amount(c.bytes_per_second, "B/s")),
     tables.Column("Of copy", 7, lambda c: units.percent(c.of_copy, 1.0)),
-    tables.Column("best/this", 9, lambda c: units.ratio(c.ratio)),
+    tables.Column("best/this", 9, lambda c: units.ratio(c.ratio, c.ratio_is_noise)),
     tables.Column("Best other", 13, lambda c: c.best or units.NOTHING, "left"),
     tables.Column("Error/allowed", 15, lambda c: c.errors),
     tables.Column("", 0, lambda c: c.remark, "left"),

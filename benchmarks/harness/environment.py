@@ -33,6 +33,7 @@ class Environment:
     python: str
     versions: dict[str, str]
     commit: str | None  # of this repository, "+" behind it where files were changed
+    load: list[float] | None = None  # average of 1, 5 and 15 minutes, before anything was run
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -46,7 +47,9 @@ class Environment:
         where = f"{self.device} x {self.devices}, " if self.platform != "cpu" else ""
         memory = f", {self.host_bytes / 2**30:.0f} GiB" if self.host_bytes else ""
         versions = ", ".join(f"{name} {v}" for name, v in self.versions.items())
-        return f"{where}{self.cpu}, {self.cores} cores{memory}; Python {self.python}, {versions}"
+        load = f", load {' '.join(f'{x:.2f}' for x in self.load)}" if self.load else ""
+        machine = f"{where}{self.cpu}, {self.cores} cores{memory}{load}"
+        return f"{machine}; Python {self.python}, {versions}"
 
 
 def choose_backend() -> None:
@@ -80,6 +83,14 @@ def host_bytes() -> int | None:
         return None
 
 
+def load_average() -> list[float] | None:
+    """Of 1, 5 and 15 minutes; None where the system does not count."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (OSError, AttributeError):
+        return None
+
+
 def describe() -> Environment:
     """This process's environment; starts JAX's default backend."""
     import jax
@@ -102,6 +113,7 @@ def describe() -> Environment:
         python=platform.python_version(),
         versions=versions,
         commit=_commit(),
+        load=load_average(),
     )
 
 

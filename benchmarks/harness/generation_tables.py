@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.harness import cache_sizes, processes, report, units
+from benchmarks.harness import cache_sizes, noise, processes, report, units
 from benchmarks.harness.generation import Generate, Result
 from benchmarks.harness.sections import Sections
 from benchmarks.harness.tables import Column
@@ -21,11 +21,12 @@ class Figures:
       cache, dtype: of the cache.
       tokens: that one measurement takes, in all rows of the batch.
       n: measurements.
-      avg, p50, stddev: of these.
-      rate: tokens per second: tokens / avg.
+      median, stddev: of these.
+      rate: tokens per second: tokens / median.
       cache_bytes: of all layers.
       compile_seconds: of both programs, tracing included.
-      speedup: p50 of the same model without a cache / p50.
+      speedup: median of the same model without a cache / median; ``speedup_is_noise`` where the
+        times spread by more than they differ.
       failure: why there are no figures.
     """
 
@@ -36,13 +37,13 @@ class Figures:
     batch: int
     tokens: int
     n: int = 0
-    avg: float | None = None
+    median: float | None = None
     rate: float | None = None
-    p50: float | None = None
     stddev: float | None = None
     cache_bytes: int | None = None
     compile_seconds: float | None = None
     speedup: float | None = None
+    speedup_is_noise: bool = False
     failure: str | None = None
 
 
@@ -50,16 +51,15 @@ _COLUMNS = (
     Column("Model", 10, lambda f: f"{f.heads_name}, K={f.kv_heads}", "left"),
     Column("Cache", 5, lambda f: f.cache, "left"),
     Column("dtype", 13, lambda f: units.NOTHING if f.cache == "none" else f.dtype, "left"),
-    Column("avg", 8, lambda f: units.seconds(f.avg)),
+    Column("Median", 8, lambda f: units.seconds(f.median)),
     Column("tokens/s", 8, lambda f: units.amount(f.rate)),
-    Column("p50", 8, lambda f: units.seconds(f.p50)),
     Column("stddev", 8, lambda f: units.seconds(f.stddev)),
     Column("n", 4, lambda f: str(f.n)),
 )
 PROMPT_COLUMNS = (*_COLUMNS, Column("Compile", 7, lambda f: units.seconds(f.compile_seconds)))
 TOKEN_COLUMNS = (
     *_COLUMNS,
-    Column("Speed-up", 8, lambda f: units.ratio(f.speedup)),
+    Column("Speed-up", 8, lambda f: units.ratio(f.speedup, f.speedup_is_noise)),
     Column("Cache size", 10, lambda f: units.size(f.cache_bytes)),
 )
 
@@ -67,11 +67,10 @@ TOKEN_COLUMNS = (
 def figures(job: Generate, tokens: int, samples: Sequence[float], **values) -> Figures:
     """Statistics of the samples, none for none."""
     if samples:
-        avg = statistics.fmean(samples)
+        median = statistics.median(samples)
         values |= dict(
-            avg=avg,
-            rate=tokens / avg,
-            p50=statistics.median(samples),
+            median=median,
+            rate=tokens / median,
             stddev=statistics.stdev(samples) if len(samples) > 1 else 0.0,
         )
     model = job.model
@@ -100,8 +99,13 @@ def finish(job: Generate, timeout: float | None) -> tuple[Figures, Figures]:
 def with_speedup(row: Figures, rows: Sequence[Figures]) -> Figures:
     """The row with its ratio to the one without a cache, if that is among ``rows``."""
     for base in rows:
-        if base.cache == "none" and base.kv_heads == row.kv_heads and base.p50 and row.p50:
-            return dataclasses.replace(row, speedup=base.p50 / row.p50)
+        if base.cache == "none" and base.kv_heads == row.kv_heads and base.median and row.median:
+            noisy = noise.of_times(row.median, row.stddev, base.median, base.stddev)
+            return dataclasses.replace(
+                row,
+                speedup=base.median / row.median,
+                speedup_is_noise=noisy and base is not row,
+            )
     return row
 
 
@@ -140,7 +144,8 @@ def run(out: Sections, jobs: Sequence[Generate], timeout: float | None) -> bool:
         if token.failure is None:
             out.row(with_speedup(token, tokens))
     if any(job.kind == "none" for job in jobs):
-        out.note("Speed-up: p50 of the same model without a cache / p50.")
+        out.note("Speed-up: median of the same model without a cache / median.")
+    out.note_noise("speedup_is_noise")
     if any(job.kind == "ring" for job in jobs):
         out.note(f"ring: its layers see {one.window} tokens to their left, the others' see all.")
     return finished

@@ -54,6 +54,7 @@ class Cell(Verdict):
       tflops: of the FLOPs that the mask leaves, see `kernel_cases`.
       of_matmul: that, as part of what a plain matrix product reached in the same run.
       ratio: cuDNN's time / this one, the median over rounds.
+      ratio_is_noise: whether the rounds' ratios spread by more than that differs from 1.
       error, allowed: of the ``result`` that is closest to what is allowed; see `accuracy`.
       against: the plain attention whose error sets what is allowed.
     """
@@ -77,6 +78,7 @@ class Cell(Verdict):
     tflops: float | None = None
     of_matmul: float | None = None
     ratio: float | None = None
+    ratio_is_noise: bool = False
     result: str | None = None
     error: float | None = None
     allowed: float | None = None
@@ -159,7 +161,7 @@ COLUMNS = (
     tables.Column("Time", 8, lambda c: units.seconds(c.seconds)),
     tables.Column("TFLOP/s", 7, lambda c: f"{c.tflops:.4g}" if c.tflops else units.NOTHING),
     tables.Column("Of matmul", 9, lambda c: units.percent(c.of_matmul, 1.0)),
-    tables.Column("cudnn/this", 10, lambda c: units.ratio(c.ratio)),
+    tables.Column("cudnn/this", 10, lambda c: units.ratio(c.ratio, c.ratio_is_noise)),
     tables.Column("Error/allowed", 15, lambda c: c.errors),
     tables.Column("", 0, lambda c: c.remark, "left"),
 )

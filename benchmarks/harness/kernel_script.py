@@ -152,6 +152,7 @@ def run(argv: Sequence[str], given: Flags, table: Table) -> int:
         worker.close()
     for note in table.notes:
         out.note(note)
+    out.note_noise("ratio_is_noise")
     out.close()
     write(out, files)
     return code or (1 if out.failures else 0)

@@ -77,7 +77,7 @@ def _run(job: Run) -> Cell:
     except jax.errors.JaxRuntimeError as error:
         return cell(**refusals.of_error(error))
     return cell(
-        time=statistics.mean(times),
+        time=statistics.median(times),
         time_std=statistics.stdev(times) if len(times) > 1 else 0.0,
         runs=len(times),
         clock="wall" if device_seconds is None else "device",

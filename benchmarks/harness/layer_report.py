@@ -52,6 +52,7 @@ class Bench:
             found.append(cell)
         self.cells += found
         self.explain(found)
+        self.out.note_noise("speedup_is_noise")
         return found
 
     def explain(self, cells: Sequence[Cell]) -> None:
@@ -77,7 +78,7 @@ class Bench:
 
     def place(self, where: str) -> str:
         if where == HERE:
-            return f"run on this machine, mean of {self.runs} runs after {self.warmup}"
+            return f"run on this machine, median of {self.runs} runs after {self.warmup}"
         return (
             f"compiled for {where}, nothing was run; the roofline is arithmetic at its bfloat16 "
             "rates, no time"
@@ -166,3 +167,4 @@ def best_table(bench: Bench, of_models: Sequence[Cell]) -> None:
     bench.out.begin("best", title, layer_rows.BEST_COLUMNS)
     for row in found:
         bench.out.row(row)
+    bench.out.note_noise("speedup_is_noise")

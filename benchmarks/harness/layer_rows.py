@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness import tables, units
+from benchmarks.harness import noise, tables, units
 from benchmarks.harness.layer_cases import BASELINE, Case
 from benchmarks.harness.rows import OK
 from benchmarks.harness.tables import Column
@@ -24,7 +24,7 @@ class Cell:
       device: what JAX calls the device.
       status, reason: as in `benchmarks.harness.rows.Row`.
       is_default: whether axattn takes this implementation when not told which.
-      time, time_std, runs: mean and standard deviation of so many runs; ``clock`` says of what.
+      time, time_std, runs: median and standard deviation of so many runs; ``clock`` says of what.
       memory_bytes, temp_bytes: what the compiler plans: arguments + outputs + temporaries -
         aliased, and the temporaries of these. ``memory_kind``: "HBM", or "host" on a CPU.
       peak_bytes: the device allocator's high-water mark after one run.
@@ -32,7 +32,8 @@ class Cell:
         ``cost_is_lower_bound``, the FLOPs then at least those by arithmetic.
       roofline: seconds, not measured: the longer of these two at the chip's published rates.
       speedup, memory_ratio, roofline_ratio: the baseline's time over this one's, this one's memory
-        over the baseline's, the baseline's roofline over this one's (where both are no bounds).
+        over the baseline's, the baseline's roofline over this one's (where both are no bounds);
+        ``speedup_is_noise`` where the times spread by more than they differ.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Cell:
     cost_is_lower_bound: bool = False
     roofline: float | None = None
     speedup: float | None = None
+    speedup_is_noise: bool = False
     memory_ratio: float | None = None
     roofline_ratio: float | None = None
     notes: str | None = None
@@ -113,6 +115,8 @@ def compared(cell: Cell, base: Cell | None) -> Cell:
     return dataclasses.replace(
         cell,
         speedup=units.quotient(base.time, cell.time),
+        speedup_is_noise=base is not cell
+        and noise.of_times(cell.time, cell.time_std, base.time, base.time_std),
         memory_ratio=units.quotient(cell.memory_bytes, base.memory_bytes),
         roofline_ratio=None if bounds else units.quotient(base.roofline, cell.roofline),
     )
@@ -152,7 +156,7 @@ def columns(where: str, platform: str, first: str = "layer") -> list[Column]:
         return [
             *shared,
             Column("Time", 20, _time),
-            Column("Speed-up", 8, lambda c: units.ratio(c.speedup)),
+            Column("Speed-up", 8, lambda c: units.ratio(c.speedup, c.speedup_is_noise)),
             *sizes,
             *(peak if platform != "cpu" else []),
             why,
@@ -176,6 +180,7 @@ class Best:
     where: str
     best: str
     speedup: float | None
+    speedup_is_noise: bool
     memory_ratio: float | None
 
 
@@ -184,7 +189,7 @@ BEST_COLUMNS = [
     Column("Layer", 21, lambda b: b.layer, "left"),
     Column("Where", 6, lambda b: b.where, "left"),
     Column("Best", 22, lambda b: b.best, "left"),
-    Column("Speed-up", 8, lambda b: units.ratio(b.speedup)),
+    Column("Speed-up", 8, lambda b: units.ratio(b.speedup, b.speedup_is_noise)),
     Column("Memory ratio", 12, lambda b: units.ratio(b.memory_ratio)),
 ]
 
@@ -199,5 +204,15 @@ def best(cells: Sequence[Cell]) -> list[Best]:
     for (model, layer, where, direction), group in groups.items():
         cell = min(group, key=lambda c: c.time if c.time is not None else c.memory_bytes)
         name = f"{cell.name} ({direction})" if direction != "fwd" else cell.name
-        found.append(Best(model, layer, where, name, cell.speedup, cell.memory_ratio))
+        found.append(
+            Best(
+                model,
+                layer,
+                where,
+                name,
+                cell.speedup,
+                cell.speedup_is_noise,
+                cell.memory_ratio,
+            )
+        )
     return found

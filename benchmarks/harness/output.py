@@ -9,7 +9,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from benchmarks.harness import published, rows, tables
+from benchmarks.harness import noise, published, rows, tables
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.rows import Row
 
@@ -71,6 +71,8 @@ def _markdown(results: Sequence[Row], environment: Environment) -> str:
             heading(where, part, environment),
             tables.markdown(columns(where, environment), part),
         ]
+    if any(row.speedup_is_noise for row in results):
+        parts.append(noise.LEGEND)
     if any(str(row.config) in published.AXLEARN for row in results):
         lines = [published.HEADERS, [":--"] * len(published.HEADERS)]
         parts.append(tables.markdown_lines([*lines, *published.beside_ours(results)]))

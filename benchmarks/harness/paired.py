@@ -27,8 +27,12 @@ class Paired:
 
     def ratio(self, slow: str, fast: str) -> float:
         """Median over rounds of ``slow``'s time / ``fast``'s: above 1, ``fast`` is faster."""
+        return statistics.median(self.ratios(slow, fast))
+
+    def ratios(self, slow: str, fast: str) -> list[float]:
+        """``slow``'s time / ``fast``'s, of each round."""
         pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return [a / b for a, b in pairs]
 
 
 def compare(

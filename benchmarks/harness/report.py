@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.harness import jobs, output, processes, published, rows, tables
+from benchmarks.harness import jobs, noise, output, processes, published, rows, tables
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.rows import Row
 
@@ -65,6 +65,8 @@ class Session:
         chosen = {row.implementation for row in self.rows if row.is_default}
         if chosen:
             self._print(f"\n* what axattn takes by itself. {_conditions(self.rows)}")
+        if any(row.speedup_is_noise for row in self.rows):
+            self._print(noise.LEGEND)
         for note in dict.fromkeys(
             f"{row.where}, {row.direction}: {row.notes}" for row in self.rows if row.notes
         ):

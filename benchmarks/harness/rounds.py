@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness import device_time
+from benchmarks.harness import device_time, noise
 
 Timer = Callable[[], float]
 
@@ -49,7 +49,10 @@ def samples(
             yield name, timers[name]()
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> float | None:
-    """Median over rounds of one's time / the other's; None where they share no round."""
-    pairs = list(zip(slow, fast, strict=False))
-    return statistics.median(a / b for a, b in pairs) if pairs else None
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float | None, bool]:
+    """Median over rounds of one's time / the other's, and whether it is noise.
+
+    None where they share no round.
+    """
+    ratios = [a / b for a, b in zip(slow, fast, strict=False)]
+    return (statistics.median(ratios) if ratios else None), noise.of_ratios(ratios)

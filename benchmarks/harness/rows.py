@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from benchmarks.harness import units
+from benchmarks.harness import noise, units
 from benchmarks.harness.cases import BASELINE, Case, Config
 
 OK, OUT_OF_MEMORY, UNSUPPORTED, FAILED = "ok", "out_of_memory", "unsupported", "failed"
@@ -34,7 +34,8 @@ class Row:
       compile_seconds: of the compiler alone, tracing and lowering excluded.
       flops, bytes_accessed: the compiler's estimates for one run.
       cost_is_lower_bound: whether these leave something out.
-      speedup: time of the baseline / time.
+      speedup: time of the baseline / time; ``speedup_is_noise`` where the times spread by more
+        than they differ.
       memory_ratio: memory / memory of the baseline.
       notes: what a reader should know, separated by semicolons.
     """
@@ -70,6 +71,7 @@ class Row:
     bytes_accessed: float | None = None
     cost_is_lower_bound: bool = False
     speedup: float | None = None
+    speedup_is_noise: bool = False
     memory_ratio: float | None = None
     notes: str | None = None
 
@@ -123,6 +125,8 @@ def with_ratios(row: Row, rows: list[Row]) -> Row:
             return dataclasses.replace(
                 row,
                 speedup=units.quotient(base.time, row.time),
+                speedup_is_noise=base is not row
+                and noise.of_times(row.time, row.time_stddev, base.time, base.time_stddev),
                 memory_ratio=units.quotient(row.memory_bytes, base.memory_bytes),
             )
     return row

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.harness import tables
+from benchmarks.harness import noise, tables
 from benchmarks.harness.environment import Environment
 
 
@@ -64,6 +64,11 @@ class Sections:
         """A line under the table."""
         self.sections[-1].notes.append(text)
         self.print(text)
+
+    def note_noise(self, field: str) -> None:
+        """Under the table, what the mark of noise means, where a row has it in this field."""
+        if any(getattr(row, field, False) for row in self.sections[-1].rows):
+            self.note(noise.LEGEND)
 
     def close(self) -> None:
         """Repeats the failures: the tables above are long."""

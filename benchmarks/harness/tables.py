@@ -69,7 +69,7 @@ def columns_here(platform: str) -> list[Column]:
         *memory,
         Column("Temp", 9, lambda r: units.size(r.temp_bytes)),
         Column("Compile", 8, lambda r: units.seconds(r.compile_seconds)),
-        Column("Speed-up", 8, lambda r: units.ratio(r.speedup)),
+        Column("Speed-up", 8, lambda r: units.ratio(r.speedup, r.speedup_is_noise)),
     ]
 
 

@@ -85,7 +85,7 @@ def provenance(mode: str, target: str, command: str) -> dict[str, Any]:
     if mode == "compile":
         found["target"] = target
     else:
-        found |= {"device": where.device, "driver": _driver()}
+        found |= {"device": where.device, "driver": _driver(), "load": where.load}
     return found | {"versions": where.versions, "commit": where.commit, "command": command}
 
 

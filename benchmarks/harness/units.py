@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from axattn.plotting.units import NOTHING, amount, seconds, size, three
+from benchmarks.harness import noise
 
 __all__ = ["NOTHING", "amount", "percent", "quotient", "ratio", "seconds", "size"]
 
@@ -12,9 +13,9 @@ def quotient(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def ratio(value: float | None) -> str:
-    """``3.42x``."""
-    return NOTHING if value is None else f"{three(value)}x"
+def ratio(value: float | None, noisy: bool = False) -> str:
+    """``3.42x``, marked where it is ``noisy``: see `benchmarks.harness.noise`."""
+    return NOTHING if value is None else f"{three(value)}x" + f" {noise.MARK}" * noisy
 
 
 def percent(part: float | None, whole: float | None) -> str:

@@ -21,6 +21,7 @@ def environment() -> Environment:
         python="3.11.7",
         versions={"axattn": "0.1", "jax": "0.10.2"},
         commit=None,
+        load=[0.25, 0.5, 1.0],
     )
 
 

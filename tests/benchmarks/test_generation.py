@@ -84,10 +84,10 @@ def test_models_that_cannot_be(changes, message):
 def test_figures():
     found = generation_tables.figures(JOB, 10, [1.0, 2.0, 6.0])
     assert (found.heads_name, found.kv_heads, found.cache) == ("GQA", 2, "dense")
-    assert (found.n, found.avg, found.p50, found.rate) == (3, 3.0, 2.0, 10 / 3)
+    assert (found.n, found.median, found.rate) == (3, 2.0, 5.0)
     assert found.stddev == pytest.approx(7**0.5)
     assert generation_tables.figures(JOB, 10, [2.0]).stddev == 0
-    assert generation_tables.figures(JOB, 10, []).avg is None
+    assert generation_tables.figures(JOB, 10, []).median is None
 
 
 def run(monkeypatch, environment, by_kind):
@@ -112,10 +112,10 @@ def test_two_tables(monkeypatch, environment):
     assert finished and not out.failures
     lines = [line.split() for line in out.console.file.getvalue().splitlines() if "GQA" in line]
     assert lines == [
-        "GQA, K=2 none - 4.00 s 6 4.00 s 0.00 us 2 1.00 s".split(),
-        "GQA, K=2 dense float32 2.00 s 11 2.00 s 0.00 us 2 1.00 s".split(),
-        "GQA, K=2 none - 3.00 s 1 3.00 s 0.00 us 2 1.00x -".split(),
-        "GQA, K=2 dense float32 1.00 s 2 1.00 s 707 ms 2 3.00x 2.00 KiB".split(),
+        "GQA, K=2 none - 4.00 s 6 0.00 us 2 1.00 s".split(),
+        "GQA, K=2 dense float32 2.00 s 11 0.00 us 2 1.00 s".split(),
+        "GQA, K=2 none - 3.00 s 1 0.00 us 2 1.00x -".split(),
+        "GQA, K=2 dense float32 1.00 s 2 707 ms 2 3.00x 2.00 KiB".split(),
     ]
     assert [row["tokens"] for row in out.by_name()["prompt"]] == [22, 22]
     assert [row["tokens"] for row in out.by_name()["generation"]] == [2, 2]

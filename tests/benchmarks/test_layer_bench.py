@@ -248,7 +248,7 @@ def test_script(tmp_path):
         "--warmup=0", f"--output={','.join(map(str, files))}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "mean of 2 runs after 0" in done.stdout and "+-" in done.stdout
+    assert "median of 2 runs after 0" in done.stdout and "+-" in done.stdout
     document = json.loads(files[1].read_text("utf-8"))
     cells = document["tables"]["models"]
     assert len(cells) == 3 + 5

@@ -28,6 +28,8 @@ def test_json_is_plain(tmp_path, results, environment):
     document = json.loads(path.read_text())
     assert document["environment"]["versions"]["jax"] == "0.10.2"
     assert document["environment"]["date"] and document["environment"]["device"]
+    assert document["environment"]["load"] == [0.25, 0.5, 1.0]
+    assert "2 cores, 16 GiB, load 0.25 0.50 1.00; Python" in environment.header()
     assert document["rows"][0]["name"] == "MQABenchmark/64/4/2/16"
 
 

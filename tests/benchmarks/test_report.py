@@ -80,7 +80,10 @@ def test_every_place_has_its_table(monkeypatch, environment):
     here, target = out.getvalue().split("Compiled for v5p (TPU v5); nothing was run")
     assert "Host memory" in here and "HBM" not in here
     assert "HBM ratio" in target
-    assert "Some CPU, 2 cores, 16 GiB; Python 3.11.7, axattn 0.1, jax 0.10.2" in here
+    assert (
+        "Some CPU, 2 cores, 16 GiB, load 0.25 0.50 1.00; Python 3.11.7, axattn 0.1, jax 0.10.2"
+        in here
+    )
 
 
 @dataclasses.dataclass(frozen=True)

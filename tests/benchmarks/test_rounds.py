@@ -15,8 +15,9 @@ def test_at_most_so_many_rounds():
 
 
 def test_ratio_is_of_neighbors():
-    assert rounds.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
-    assert rounds.ratio([], [1.0]) is None
+    assert rounds.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == (2.0, False)
+    assert rounds.ratio([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == (1.0, True)
+    assert rounds.ratio([], [1.0]) == (None, False)
 
 
 def test_the_devices_clock_comes_first(monkeypatch):
