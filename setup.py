@@ -40,6 +40,8 @@ EXTRAS = {
         "hypothesis",
         "beartype",
         "ruff",
+        "mypy",
+        "basedpyright",  # pyright with its Node.js, so that nothing is fetched when it runs
         "safetensors",
         *NOTEBOOKS,
     ],
@@ -71,6 +73,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
+    # Type checkers find what is installed with -e where it stands for a folder on the path; without
+    # this it stands for a hook, which they do not run.
+    package_dir={"": "."},
     packages=find_packages(include=["axattn", "axattn.*"]),
     package_data={"axattn": ["py.typed"], "axattn.kernels.hopper": ["tiles.json"]},
     python_requires=">=3.11",

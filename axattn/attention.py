@@ -5,32 +5,126 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
 from axattn import _jax_compat
 from axattn._jax_compat import explicit_sharding
-from axattn._typing import Array, ArrayLike
+from axattn._typing import Array, ArrayLike, Implementation, Precision
 from axattn.arguments import normalize
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.masks import Mask
+from axattn.stored import Stored
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike | Stored,
+    value: ArrayLike | None,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    scale: ArrayLike | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int | None, int | None] | None = ...,
+    implementation: Implementation | Sequence[Implementation] | None = ...,
+    return_residual: Literal[False] = ...,
+    logits_soft_cap: float | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ...,
+    broadcast_dropout: bool = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    q_offset: int | ArrayLike | None = ...,
+    q_positions: ArrayLike | None = ...,
+    kv_positions: ArrayLike | None = ...,
+    precision: Precision | None = ...,
+    kv_split_size: int | None = ...,
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike | Stored,
+    value: ArrayLike | None,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    scale: ArrayLike | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int | None, int | None] | None = ...,
+    implementation: Implementation | Sequence[Implementation] | None = ...,
+    return_residual: Literal[True],
+    logits_soft_cap: float | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ...,
+    broadcast_dropout: bool = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    q_offset: int | ArrayLike | None = ...,
+    q_positions: ArrayLike | None = ...,
+    kv_positions: ArrayLike | None = ...,
+    precision: Precision | None = ...,
+    kv_split_size: int | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike | Stored,
+    value: ArrayLike | None,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    scale: ArrayLike | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int | None, int | None] | None = ...,
+    implementation: Implementation | Sequence[Implementation] | None = ...,
+    return_residual: bool,
+    logits_soft_cap: float | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    dropout_rate: float = ...,
+    dropout_rng: ArrayLike | None = ...,
+    broadcast_dropout: bool = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    q_offset: int | ArrayLike | None = ...,
+    q_positions: ArrayLike | None = ...,
+    kv_positions: ArrayLike | None = ...,
+    precision: Precision | None = ...,
+    kv_split_size: int | None = ...,
+) -> Array | tuple[Array, Array]: ...
 
 
 def dot_product_attention(
     query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
+    key: ArrayLike | Stored,
+    value: ArrayLike | None,
     bias: ArrayLike | None = None,
     mask: ArrayLike | Mask | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
@@ -43,7 +137,7 @@ def dot_product_attention(
     q_offset: int | ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
     kv_positions: ArrayLike | None = None,
-    precision: Any = None,
+    precision: Precision | None = None,
     kv_split_size: int | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
@@ -74,7 +168,8 @@ def dot_product_attention(
       bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
       mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an
         :class:`axattn.Mask`, whose structure lets implementations skip blocks.
-      scale: factor on the dot products; 1 / sqrt(H) by default. A scalar array has a gradient.
+      scale: factor on the dot products, a number or an array ``[]``, which then has a gradient;
+        1 / sqrt(H) by default.
       is_causal: key position <= query position; top-left aligned (see ``q_offset``).
       query_seq_lengths, key_value_seq_lengths: int ``[...]``, one per batch row: the leading slots
         that are real. Query rows behind the length give zeros; key/value slots behind it may hold
@@ -152,7 +247,7 @@ def _attend(call: AttentionCall, plan: registry.Plan) -> tuple[Array, Array | No
     return registry.attend(call, plan)
 
 
-class Explanation(dict):
+class Explanation(dict[str, "str | None"]):
     """Name of every implementation -> None where it takes the call, else the reason why not.
 
     Printed, it is a table.

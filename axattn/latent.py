@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn._typing import Array, ArrayLike, Float
+from axattn._typing import Array, ArrayLike, CacheType, Float, Precision
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache, RingCache
 from axattn.cache.checks import is_concrete
@@ -89,8 +89,8 @@ def latent_attention(
     value_up: Float[Array, "R N h"],
     *,
     form: Form | None = None,
-    scale: float | None = None,
-    precision: Any = None,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
     attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
 ) -> Float[Array, "*batch T N h"]:
@@ -102,8 +102,8 @@ def latent_attention(
       key_rope: ``[..., S, P]``, rotated as the queries are.
       key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
       form: "naive" or "absorbed"; None: the one with fewer FLOPs, see `preferred_form`.
-      scale: of the logits; 1 / sqrt(D + P) by default. YaRN changes it:
-        `axattn.rotary.yarn_softmax_scale`.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default. YaRN changes
+        it: `axattn.rotary.yarn_softmax_scale`.
       precision: of the projections and of attention.
       attend: what takes the arguments of `axattn.dot_product_attention`: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
@@ -153,7 +153,7 @@ def write_out(
     key_up: Float[Array, "R N D"],
     value_up: Float[Array, "R N h"],
     *,
-    precision: Any = None,
+    precision: Precision | None = None,
 ) -> tuple[Float[Array, "*batch S N D+P"], Float[Array, "*batch S N h"]]:
     """Keys and values of all heads, as the naive form has them.
 
@@ -187,7 +187,10 @@ def write_out(
 
 
 def absorb(
-    query: Float[Array, "*batch T N D+P"], key_up: Float[Array, "R N D"], *, precision: Any = None
+    query: Float[Array, "*batch T N D+P"],
+    key_up: Float[Array, "R N D"],
+    *,
+    precision: Precision | None = None,
 ) -> Float[Array, "*batch T N R+P"]:
     """Queries over latents: their first D features are brought through ``key_up``.
 
@@ -253,8 +256,8 @@ def attend(
     key_up: Float[Array, "R N D"],
     value_up: Float[Array, "R N h"],
     *,
-    scale: float | None = None,
-    precision: Any = None,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
     **options: Any,
 ) -> Float[Array, "B T N h"]:
     """Absorbed attention of the newest tokens over all that ``cache`` holds.
@@ -264,7 +267,7 @@ def attend(
       query: ``[B, T, N, D + P]``, of the T tokens appended last; the last P features are rotated.
       key_up: ``[R, N, D]``.
       value_up: ``[R, N, h]``.
-      scale: of the logits; 1 / sqrt(D + P) by default.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default.
       precision: of the projections and of attention.
       **options: as in `axattn.cache.Cache.attend`.
 
@@ -295,7 +298,7 @@ def attend(
 
 
 def extend(
-    cache: Cache,
+    cache: CacheType,
     query: Float[Array, "B T N D+P"],
     latent: Float[Array, "B T R"],
     key_rope: Float[Array, "B T P"],
@@ -304,11 +307,11 @@ def extend(
     *,
     lengths: ArrayLike | None = None,
     form: Literal["absorbed"] | None = None,
-    scale: float | None = None,
-    precision: Any = None,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
     attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
-) -> tuple[Float[Array, "B T N h"], Cache]:
+) -> tuple[Float[Array, "B T N h"], CacheType]:
     """Appends tokens to a cache and attends from them over all that it holds: a layer's step.
 
     Args:
@@ -317,7 +320,7 @@ def extend(
       latent, key_rope: ``[B, T, R]`` and ``[B, T, P]`` of the same tokens. What is stored is cast
         to the dtype of a floating-point cache.
       key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
-      scale, precision: as in `latent_attention`.
+      scale, precision: as in `latent_attention`; ``[]`` is the shape of a scale that is an array.
       lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
       form: None: where tokens are many (in DeepSeek-V3 more than 170) and come into an empty cache
         they attend to one another in the naive form, so that a prompt costs what it costs in

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from axattn import _jax_compat, quantization
-from axattn._typing import Array, ArrayLike, Bool, Float, Integer
+from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
 from axattn.attention import dot_product_attention
 from axattn.cache.checks import as_array, counts_of, host, is_concrete
 from axattn.cache.fields import bytes_per_token, encode
@@ -182,6 +182,42 @@ class Cache(abc.ABC):
         key, value, counts = self._checked_tokens(key, value, lengths)
         return self._append(key, value, counts)
 
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        query_seq_lengths: ArrayLike | None = ...,
+        q_positions: ArrayLike | None = ...,
+        is_causal: bool = ...,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> Float[Array, "B T N h"]: ...
+
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        query_seq_lengths: ArrayLike | None = ...,
+        q_positions: ArrayLike | None = ...,
+        is_causal: bool = ...,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]: ...
+
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        query_seq_lengths: ArrayLike | None = ...,
+        q_positions: ArrayLike | None = ...,
+        is_causal: bool = ...,
+        return_residual: bool,
+        **options: Any,
+    ) -> Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]: ...
+
     def attend(
         self,
         query: Float[Array, "B T N H"],
@@ -222,6 +258,44 @@ class Cache(abc.ABC):
                 **options,
             )
         )
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: bool,
+        **options: Any,
+    ) -> tuple[
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self
+    ]: ...
 
     def extend(
         self,

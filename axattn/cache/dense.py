@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from axattn._typing import ArrayLike
 from axattn.cache.base import Cache, register
@@ -45,7 +45,7 @@ class DenseCache(Cache):
         *,
         value_head_dim: int | None = None,
         values_in_keys: bool = False,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> DenseCache:
         """An empty cache for ``batch`` rows of at most ``length`` tokens.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from axattn import quantization
 from axattn._typing import Array, ArrayLike
@@ -117,7 +118,7 @@ def bytes_per_token(
     head_dim: int,
     value_head_dim: int | None = None,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     values_in_keys: bool = False,
 ) -> int:
     """Bytes that a cache stores per token and layer, scales included.

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from axattn._typing import Array, ArrayLike, Integer
 from axattn.cache.base import Cache, register
 from axattn.cache.checks import as_array, counts_of, host, is_concrete, positive
 from axattn.cache.fields import empty_fields
 from axattn.cache.write import Places, runs_of
+from axattn.stored import Stored
 
 
 @lambda cls: register(cls, data=("block_table",))
@@ -66,7 +68,7 @@ class PagedCache(Cache):
         *,
         value_head_dim: int | None = None,
         values_in_keys: bool = False,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> PagedCache:
         """An empty pool of ``num_pages`` pages and a table of -1 for ``batch`` rows.
@@ -116,7 +118,7 @@ class PagedCache(Cache):
         """Tokens that a row's part of the table can name."""
         return self.block_table.shape[1] * self.page_size
 
-    def stored(self):
+    def stored(self) -> Stored:
         """As `Cache.stored`, with the table."""
         return dataclasses.replace(super().stored(), block_table=self.block_table)
 

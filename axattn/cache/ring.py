@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, Self, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from axattn import _jax_compat
-from axattn._typing import Array, ArrayLike, Integer
+from axattn._typing import Array, ArrayLike, Float, Float32, Integer
 from axattn.cache.base import Cache, register
 from axattn.cache.checks import counts_of, host, is_concrete, positive
 from axattn.cache.fields import empty_fields
@@ -65,7 +66,7 @@ class RingCache(Cache):
         max_append: int = 1,
         value_head_dim: int | None = None,
         values_in_keys: bool = False,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> RingCache:
         """An empty cache of ``window + max_append`` slots per row, rounded up to a multiple of 8.
@@ -114,7 +115,53 @@ class RingCache(Cache):
         """Most tokens that one `append` takes."""
         return self.capacity - self.window
 
-    def extend(self, query, key, value=None, *, lengths=None, **options):
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: bool,
+        **options: Any,
+    ) -> tuple[
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self
+    ]: ...
+
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        **options: Any,
+    ) -> Any:
         """As `Cache.extend`, of any number of tokens: in steps of at most ``max_append``.
 
         Args:

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
 from axattn.cache import Cache
 from axattn.layers import decode
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
@@ -111,7 +112,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     attention_fn: Callable[..., Array] = dot_product_attention
     num_kv_heads: int | None = _field(None)
     rope: RotaryEmbedding | None = _field(None)
-    qk_norm: str | None = _field(None)
+    qk_norm: QkNorm | None = _field(None)
     qk_norm_epsilon: float = _field(1e-6)
     qk_norm_per_head: bool = _field(True)
     window: int | tuple[int, int] | None = _field(None)
@@ -120,8 +121,50 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     out_use_bias: bool | None = _field(None)
     sinks: bool = _field(False)
     fused_qkv: bool = _field(False)
-    implementation: str | Sequence[str] | None = _field(None)
+    implementation: Implementation | Sequence[Implementation] | None = _field(None)
     logical_axes: bool = _field(False)
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S E"] | None = ...,
+        inputs_v: Float[Array, "*batch S E"] | None = ...,
+        *,
+        inputs_kv: Float[Array, "*batch S E"] | None = ...,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        sow_weights: bool = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        kv_positions: Integer[Array, "*batch S"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S E"] | None = ...,
+        inputs_v: Float[Array, "*batch S E"] | None = ...,
+        *,
+        inputs_kv: Float[Array, "*batch S E"] | None = ...,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        sow_weights: bool = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        kv_positions: Integer[Array, "*batch S"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T D"], CacheType]: ...
 
     @nn.compact
     def __call__(
@@ -418,6 +461,38 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
       >>> out.shape
       (1, 8, 32)
     """
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        sow_weights: bool = ...,
+        *,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        sow_weights: bool = ...,
+        *,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T D"], CacheType]: ...
 
     @nn.compact
     def __call__(

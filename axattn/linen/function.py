@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn import attention
 from axattn._jax_compat import einsum_by
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision
 from axattn.layers.dialect import flax_attention
 from axattn.layers.options import requested
 from axattn.masks import Mask
@@ -29,7 +29,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
-    precision: Any = None,
+    precision: Precision | None = None,
     module: nn.Module | None = None,
     force_fp32_for_softmax: bool = False,
     einsum_dot_general: Callable[..., Array] | None = None,
@@ -37,7 +37,7 @@ def dot_product_attention(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
@@ -46,7 +46,7 @@ def dot_product_attention(
     q_offset: Integer[Array, "..."] | int | None = None,
     q_positions: Integer[Array, "..."] | None = None,
     kv_positions: Integer[Array, "..."] | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     attend: Callable[..., Array] = attention.dot_product_attention,
 ) -> Float[Array, "*batch T N h"]:
     """`axattn.dot_product_attention` in the dialect of ``flax.linen``'s ``attention_fn``.
@@ -76,7 +76,7 @@ def dot_product_attention(
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: Flax's hooks for
         quantized training. With one of them all weights are written out.
       is_causal: no query sees a later key.
-      scale: of the logits; 1 / sqrt(H) by default.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(H) by default.
       local_window_size: (left, right), inclusive, or one int for both.
       logits_soft_cap: logits become cap * tanh(logits / cap).
       sinks: ``[N]``, one extra logit per head in the softmax's denominator.

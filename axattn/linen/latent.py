@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from axattn import latent
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend
@@ -93,7 +93,7 @@ class MultiHeadLatentAttention(nn.Module):
     window: int | tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     form: latent.Form | None = None
-    implementation: str | Sequence[str] | None = None
+    implementation: Implementation | Sequence[Implementation] | None = None
     use_bias: bool = False
     norm_epsilon: float = 1e-6
     dropout_rate: float = 0.0
@@ -101,7 +101,7 @@ class MultiHeadLatentAttention(nn.Module):
     deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    precision: Any = None
+    precision: Precision | None = None
     kernel_init: Callable[..., Array] = nn.linear.default_kernel_init
     bias_init: Callable[..., Array] = nn.initializers.zeros_init()
     logical_axes: bool = False
@@ -111,6 +111,36 @@ class MultiHeadLatentAttention(nn.Module):
     def cache_sizes(self) -> dict[str, Any]:
         """What ``create`` of a cache takes, by name; it then has R + P numbers per token."""
         return latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
+
+    @overload
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        *,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*leading T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        *,
+        deterministic: bool | None = ...,
+        dropout_rng: Array | None = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*leading T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T features"], CacheType]: ...
 
     @nn.compact
     def __call__(

@@ -6,14 +6,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.module import first_from
 
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
 from axattn.cache import Cache
 from axattn.layers import decode as decoding
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
@@ -142,7 +142,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         normalize_qk: bool = False,
         rngs: nnx.Rngs,
         rope: RotaryEmbedding | None = None,
-        qk_norm: str | None = None,
+        qk_norm: QkNorm | None = None,
         qk_norm_epsilon: float = 1e-6,
         qk_norm_per_head: bool = True,
         window: int | tuple[int, int] | None = None,
@@ -151,7 +151,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         out_use_bias: bool | None = None,
         sinks: bool = False,
         fused_qkv: bool = False,
-        implementation: str | Sequence[str] | None = None,
+        implementation: Implementation | Sequence[Implementation] | None = None,
         logical_axes: bool = False,
         **flax_kwargs,
     ):
@@ -229,6 +229,54 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         metadata = given.get("out_bias_metadata") or given.get("bias_metadata") or {}
         bias = init(rngs.params(), (self.out_features,), self.out.param_dtype)
         return nnx.Param(bias, **metadata)
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S F"] | None = ...,
+        inputs_v: Float[Array, "*batch S F"] | None = ...,
+        *,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        sow_weights: bool = ...,
+        decode: bool | None = ...,
+        is_causal: bool = ...,
+        out_sharding: Any = ...,
+        qkv_sharding: Any = ...,
+        input_positions: Integer[Array, "*batch T"] | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        kv_positions: Integer[Array, "*batch S"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        inputs_k: Float[Array, "*batch S F"] | None = ...,
+        inputs_v: Float[Array, "*batch S F"] | None = ...,
+        *,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        sow_weights: bool = ...,
+        decode: bool | None = ...,
+        is_causal: bool = ...,
+        out_sharding: Any = ...,
+        qkv_sharding: Any = ...,
+        input_positions: Integer[Array, "*batch T"] | None = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        kv_positions: Integer[Array, "*batch S"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        kv_segment_ids: Integer[Array, "*batch S"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T D"], CacheType]: ...
 
     def __call__(
         self,
@@ -455,6 +503,44 @@ class SelfAttention(MultiHeadAttention):
       >>> layer(jnp.ones((1, 6, 32)), mask=Mask.causal()).shape
       (1, 6, 32)
     """
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        *,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        sow_weights: bool = ...,
+        decode: bool | None = ...,
+        is_causal: bool = ...,
+        out_sharding: Any = ...,
+        qkv_sharding: Any = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T E"],
+        *,
+        mask: Array | Mask | None = ...,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        sow_weights: bool = ...,
+        decode: bool | None = ...,
+        is_causal: bool = ...,
+        out_sharding: Any = ...,
+        qkv_sharding: Any = ...,
+        positions: Integer[Array, "*batch T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T D"], CacheType]: ...
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from axattn import attention
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision
 from axattn.layers.dialect import flax_attention
 from axattn.masks import Mask
 
@@ -25,12 +25,12 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
-    precision: Any = None,
+    precision: Precision | None = None,
     module: nnx.Module | None = None,
     promote_dtype: Callable[..., Any] = flax_promote_dtype,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
@@ -39,7 +39,7 @@ def dot_product_attention(
     q_offset: Integer[Array, "..."] | int | None = None,
     q_positions: Integer[Array, "..."] | None = None,
     kv_positions: Integer[Array, "..."] | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     attend: Callable[..., Array] = attention.dot_product_attention,
 ) -> Float[Array, "*batch T N h"]:
     """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
@@ -65,7 +65,7 @@ def dot_product_attention(
       module: sows the weights ``[..., N, T, S]`` as ``attention_weights`` (``nnx.Intermediate``) in
         the dtype of the query. This writes them out, but does not change the result.
       is_causal: no query sees a later key.
-      scale: of the logits; 1 / sqrt(H) by default.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(H) by default.
       local_window_size: (left, right), inclusive, or one int for both.
       logits_soft_cap: logits become cap * tanh(logits / cap).
       sinks: ``[N]``, one extra logit per head in the softmax's denominator.

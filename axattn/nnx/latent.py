@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +11,7 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import promote_dtype
 
 from axattn import latent
-from axattn._typing import Array, Float, Integer
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
@@ -91,7 +91,7 @@ class MultiHeadLatentAttention(nnx.Module):
         window: int | tuple[int, int] | None = None,
         logits_soft_cap: float | None = None,
         form: latent.Form | None = None,
-        implementation: str | Sequence[str] | None = None,
+        implementation: Implementation | Sequence[Implementation] | None = None,
         use_bias: bool = False,
         norm_epsilon: float = 1e-6,
         dropout_rate: float = 0.0,
@@ -99,7 +99,7 @@ class MultiHeadLatentAttention(nnx.Module):
         deterministic: bool | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        precision: Precision | None = None,
         kernel_init: Callable[..., Array] = nnx.nn.linear.default_kernel_init,
         bias_init: Callable[..., Array] = nnx.initializers.zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
@@ -179,6 +179,36 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+    @overload
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        *,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*leading T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: None = ...,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> Float[Array, "*batch T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs: Float[Array, "*batch T E"],
+        mask: Array | Mask | None = ...,
+        *,
+        deterministic: bool | None = ...,
+        rngs: nnx.Rngs | nnx.RngStream | None = ...,
+        is_causal: bool | None = ...,
+        positions: Integer[Array, "*leading T"] | None = ...,
+        segment_ids: Integer[Array, "*batch T"] | None = ...,
+        cache: CacheType,
+        lengths: Integer[Array, " B"] | None = ...,
+    ) -> tuple[Float[Array, "B T features"], CacheType]: ...
 
     def __call__(
         self,

@@ -4,22 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn._typing import Array, ArrayLike
+from axattn._typing import Array, ArrayLike, Layout, Strategy
 from axattn.arguments import normalize
 from axattn.attention import dot_product_attention
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.mask_parts import Dense
+from axattn.masks import Mask
 from axattn.parallel import costs, layouts, program
 from axattn.parallel.axes import Axes, mesh_or_current
 
 _SIGNATURE = inspect.signature(dot_product_attention)
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    axes: Axes,
+    mesh: Any = ...,
+    strategy: Strategy | None = ...,
+    layout: Layout = ...,
+    links: costs.Links | None = ...,
+    return_residual: Literal[False] = ...,
+    **options: Any,
+) -> Array: ...
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    axes: Axes,
+    mesh: Any = ...,
+    strategy: Strategy | None = ...,
+    layout: Layout = ...,
+    links: costs.Links | None = ...,
+    return_residual: Literal[True],
+    **options: Any,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | Mask | None = ...,
+    *,
+    axes: Axes,
+    mesh: Any = ...,
+    strategy: Strategy | None = ...,
+    layout: Layout = ...,
+    links: costs.Links | None = ...,
+    return_residual: bool,
+    **options: Any,
+) -> Array | tuple[Array, Array]: ...
 
 
 def attention(
@@ -27,12 +82,12 @@ def attention(
     key: ArrayLike,
     value: ArrayLike,
     bias: ArrayLike | None = None,
-    mask: Any = None,
+    mask: ArrayLike | Mask | None = None,
     *,
     axes: Axes,
     mesh: Any = None,
-    strategy: str | None = None,
-    layout: str = "contiguous",
+    strategy: Strategy | None = None,
+    layout: Layout = "contiguous",
     links: costs.Links | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
@@ -45,7 +100,7 @@ def attention(
       query, key, value: as there: ``[..., T, N, H]``, ``[..., S, K, H]``, ``[..., S, K, h]``, all
         of them; shared out already or not.
       bias: broadcastable to ``[..., N, T, S]``.
-      mask: an `axattn.Mask`, or an array like ``bias``.
+      mask: an `axattn.Mask`, or an array broadcastable to ``[..., N, T, S]``.
       axes: which axes of the mesh share out what. Where the heads' are more than K, keys and values
         are shared out over as many as go into K, and the same on the others.
       mesh: by default that of the context (``jax.set_mesh``).
@@ -105,7 +160,7 @@ def explain(
     *,
     axes: Axes,
     mesh: Any = None,
-    layout: str = "contiguous",
+    layout: Layout = "contiguous",
     links: costs.Links | None = None,
     **options: Any,
 ) -> list[costs.Cost]:
@@ -158,16 +213,64 @@ def explain(
     return found
 
 
+@overload
+def local_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: Mask | None = ...,
+    *,
+    axis: str,
+    strategy: Strategy = ...,
+    layout: Layout = ...,
+    return_residual: Literal[False] = ...,
+    **options: Any,
+) -> Array: ...
+
+
+@overload
+def local_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: Mask | None = ...,
+    *,
+    axis: str,
+    strategy: Strategy = ...,
+    layout: Layout = ...,
+    return_residual: Literal[True],
+    **options: Any,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def local_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: Mask | None = ...,
+    *,
+    axis: str,
+    strategy: Strategy = ...,
+    layout: Layout = ...,
+    return_residual: bool,
+    **options: Any,
+) -> Array | tuple[Array, Array]: ...
+
+
 def local_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     bias: ArrayLike | None = None,
-    mask: Any = None,
+    mask: Mask | None = None,
     *,
     axis: str,
-    strategy: str = "ring",
-    layout: str = "contiguous",
+    strategy: Strategy = "ring",
+    layout: Layout = "contiguous",
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """`attention` inside a ``jax.shard_map``: this shard's tokens with those of all shards.

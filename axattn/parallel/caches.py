@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import Any
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn._jax_compat import resharded, vary_over, varying_axes
-from axattn._typing import ArrayLike
+from axattn._typing import Array, ArrayLike, Float, Float32
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
 from axattn.call import AttentionCall
 from axattn.implementations import registry
@@ -162,7 +162,51 @@ class ShardedCache(HeldCache):
         """Bytes of keys, values and scales; heads that several devices have count for each."""
         return self.cache.nbytes
 
-    def extend(self, query, key, value=None, **options):
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: bool,
+        **options: Any,
+    ) -> tuple[
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self
+    ]: ...
+
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = None,
+        **options: Any,
+    ) -> Any:
         """`append`, then `attend` from the same tokens: as `axattn.cache.Cache.extend`.
 
         Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import jax
 
-from axattn._typing import Array, ArrayLike, Bool, Float, Integer
+from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
 from axattn.arguments import normalize
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache
@@ -99,7 +99,38 @@ class HeldCache(abc.ABC):
         counts, overflowed = self.whole._admitted(counts)
         return self._append(key, value, counts, overflowed)
 
-    def attend(self, query: Float[Array, "B T N H"], **options: Any) -> Float[Array, "B T N h"]:
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> Float[Array, "B T N h"]: ...
+
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]: ...
+
+    @overload
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        *,
+        return_residual: bool,
+        **options: Any,
+    ) -> Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]: ...
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        **options: Any,
+    ) -> Any:
         """Attention of the newest tokens over the whole: as `axattn.cache.Cache.attend`.
 
         Args:
