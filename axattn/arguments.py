@@ -13,6 +13,7 @@ from jax import lax
 from axattn import _jax_compat
 from axattn.call import AttentionCall
 from axattn.dropout import dropout_key
+from axattn.dtypes import accumulator
 from axattn.masks import Mask, flatten_lead, int32_array
 from axattn.stored import Stored
 
@@ -274,7 +275,7 @@ def _wide_floats(name: str, values: Any, takes: str) -> jax.Array:
     values = _as_array(name, values, takes)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"{name} takes floating-point values {takes}, got dtype {values.dtype}")
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(accumulator(values.dtype))
 
 
 def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:
@@ -318,7 +319,7 @@ def _positions(
     if q_offset is not None:
         offset = _integers("q_offset", q_offset, "an int or an int array [...]")
         offset = flatten_lead("q_offset", offset, lead, 0, ())
-        q_positions = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)
+        q_positions = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
     result = []
     for name, positions, length in (
         ("q_positions", q_positions, q_len),

@@ -7,11 +7,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from axattn import quantization
 from axattn._jax_compat import is_known
+from axattn.dtypes import accumulator
 from axattn.mask_parts import Layout, Span
 from axattn.masks import Mask, positions_or_default
 from axattn.stored import Stored
@@ -134,7 +134,7 @@ class AttentionCall:
     @property
     def accumulator_dtype(self) -> Any:
         """float32 for every input; float64 only for float64 inputs."""
-        return jnp.promote_types(self.query.dtype, jnp.float32)
+        return accumulator(self.query.dtype)
 
     def spans(self) -> tuple[Span, Span]:
         """All query slots and all key slots, with their positions."""

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from axattn.dtypes import accumulator
+
 __all__ = ["mha_to_gqa", "mha_to_mqa", "stack_layers", "unstack_layers"]
 
 _PROJECTIONS = ("query", "key", "value", "out")
@@ -289,5 +291,5 @@ def _pool(leaf, num_kv_heads: int, where: str):
         )
     xp = np if isinstance(leaf, np.ndarray) else jnp
     grouped = leaf.reshape(*lead, num_kv_heads, heads // num_kv_heads, head_dim)
-    mean = xp.mean(grouped.astype(jnp.promote_types(leaf.dtype, jnp.float32)), axis=-2)
+    mean = xp.mean(grouped.astype(accumulator(leaf.dtype)), axis=-2)
     return mean.astype(leaf.dtype)

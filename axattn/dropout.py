@@ -30,8 +30,8 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
         heads = jnp.arange(call.num_heads, dtype=jnp.uint32)
         rows = batch[:, None] * jnp.uint32(call.num_heads) + heads[None, :]
         rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
-        rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)
-    columns = kv.slots.astype(jnp.uint32)
+        rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
+    columns = kv.slots.astype(jnp.uint32)[None, None, None, None]
     bits = threefry_2x32(call.dropout_key, rows[..., None], columns)
     # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
     threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)

@@ -22,13 +22,12 @@ from jax import lax
 
 from axattn import _jax_compat
 from axattn._typing import Array, Float, Integer
+from axattn.dtypes import FLOATS, common
 
 __all__ = ["Quantized", "bytes_per_vector", "dequantize", "key_center", "quantize"]
 
 # The largest code of each quantized dtype. -128 and -8 are not used: codes are symmetric.
 LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
-
-FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class Quantized(NamedTuple):
@@ -201,17 +200,17 @@ def key_center(
     key = key.astype(jnp.float32)
     if lengths is None:
         return key.mean((0, 1))
-    real = jnp.arange(key.shape[1]) < jnp.asarray(lengths)[:, None]
+    real = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < jnp.asarray(lengths)[:, None]
     total = jnp.where(real[..., None, None], key, 0.0).sum((0, 1))
-    return total / jnp.maximum(real.sum(), 1)
+    return total / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 
 
 def product_dtype(dtype: str, query_dtype: Any) -> Any:
     """The dtype in which a query meets stored keys and values in a matrix product."""
     if is_quantized(dtype):
         # A weight times a small value scale would leave the range of float16.
-        return jnp.promote_types(query_dtype, jnp.bfloat16)
-    return jnp.promote_types(query_dtype, dtype)
+        return common(query_dtype, jnp.bfloat16)
+    return common(query_dtype, dtype)
 
 
 def bytes_per_vector(dtype: Any, head_dim: int) -> int:

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn._typing import Array, Float, Integer
+from axattn.dtypes import accumulator
 
 __all__ = [
     "LinearScaling",
@@ -376,7 +377,7 @@ def rotary_cos_sin(
             f"positions must be integers, got dtype {positions.dtype} (for fractional positions "
             "use LinearScaling)"
         )
-    frequencies = np.asarray(frequencies, np.float64)
+    frequencies = np.expand_dims(np.asarray(frequencies, np.float64), tuple(range(positions.ndim)))
     positions = positions[..., None]
     if jnp.dtype(dtype) == jnp.float64:
         angle = positions.astype(jnp.float64) * frequencies
@@ -528,14 +529,16 @@ class RotaryEmbedding:
         """
         x, positions = jnp.asarray(x), jnp.asarray(positions)
         rotary_dim = _check_arguments(x, positions, self.rotary_dim)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = accumulator(x.dtype)
         cos, sin = rotary_cos_sin(
             positions, rotary_frequencies(rotary_dim, self.base, self.scaling), dtype
         )
         factor = yarn_attention_factor(self.scaling)
         if factor != 1.0:
             cos, sin = cos * factor, sin * factor
-        cos, sin = cos[..., None, :], sin[..., None, :]  # the same for every head
+        # The same for every head, and along the leading dimensions that positions lack.
+        axes = (*range(x.ndim - 2 - positions.ndim), -2)
+        cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)
 
         rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
         half = rotary_dim // 2

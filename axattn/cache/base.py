@@ -129,7 +129,7 @@ class Cache(abc.ABC):
         Returns:
           int32 ``[B, T]``.
         """
-        return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
     def stored(self) -> Stored:
         """What attention reads: ``key`` of `axattn.dot_product_attention`, without a ``value``.
@@ -434,7 +434,7 @@ class Cache(abc.ABC):
         if q_positions is None and is_causal and length:
             count = length if query_seq_lengths is None else query_seq_lengths
             first = self.lengths - jnp.asarray(count, jnp.int32)
-            q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)
+            q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         return {
             **self._mask_options(),
             **options,
@@ -522,7 +522,7 @@ class Cache(abc.ABC):
     def _encoded(self, key: Array, value: Array | None) -> KeyValueArrays:
         """New tokens as they are stored."""
         if self.key_center is not None:
-            center = self.key_center.astype(jnp.float32)
+            center = self.key_center.astype(jnp.float32)[None, None]
             key = (key.astype(jnp.float32) - center).astype(
                 key.dtype if self.stores_floats else jnp.float32
             )

@@ -232,7 +232,7 @@ class PagedCache(Cache):
 
     def _places(self, counts, length):
         first = self.lengths // self.page_size
-        run = first[:, None] + jnp.arange(runs_of(length, self.page_size), dtype=jnp.int32)
+        run = first[:, None] + jnp.arange(runs_of(length, self.page_size), dtype=jnp.int32)[None]
         rows = jnp.take_along_axis(self.block_table, run, axis=1, mode="clip")
         return Places(self.lengths, counts, rows)
 

@@ -265,7 +265,7 @@ class RingCache(Cache):
             )
         cache = super()._append(key, value, counts)
         # The newest token that belongs into each slot: if it is one of the new ones, it is there.
-        slots = jnp.arange(self.capacity, dtype=jnp.int32)
+        slots = jnp.arange(self.capacity, dtype=jnp.int32)[None]
         last = cache.lengths[:, None] - 1
         newest = last - (last - slots) % self.capacity
         fresh = newest >= self.lengths[:, None]

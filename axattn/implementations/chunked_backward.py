@@ -80,7 +80,7 @@ def backward(
     dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
     dsinks = None
     if call.sinks is not None:
-        share = jnp.exp(call.sinks.astype(dtype) - lse)
+        share = jnp.exp(call.sinks.astype(dtype)[None, None] - lse)
         dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
     given = _Given(dout, lse, delta)
     shared = _Shared(
@@ -201,7 +201,7 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
     weights = jnp.exp(scores - tile.lse)
     dweights = tile.dout.scores(value)
     if call.dropout_key is not None:
-        kept = keep_tile(call, tile.q, kv) / (1.0 - call.dropout_rate)
+        kept = keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
         dropped, dweights = weights * kept, dweights * kept
     else:
         dropped = weights

@@ -62,10 +62,10 @@ class Cut:
         """Mask of a partial block, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
         ok = mask_tile(self.call, q, kv)
         if self.kv_has_tail:
-            fresh = kv.slots >= j * self.blocks.kv
+            fresh = (kv.slots >= j * self.blocks.kv)[None, None, None, None]
             ok = fresh if ok is None else ok & fresh
         if fresh_rows and self.q_has_tail:
-            fresh = self.fresh_q(i, q)[:, None]
+            fresh = self.fresh_q(i, q)[None, None, None, :, None]
             ok = fresh if ok is None else ok & fresh
         return ok
 

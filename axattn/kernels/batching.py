@@ -121,7 +121,7 @@ def _merged_cache(merge: _Merge, stored: Stored, batched: Stored) -> Stored:
         if together:
             pages = stored.arrays.keys.shape[1]
             # Garbage stays within the pages of its own cache.
-            first = jnp.repeat(jnp.arange(merge.size) * pages, merge.batch)
+            first = jnp.repeat(jnp.arange(merge.size, dtype=jnp.int32) * pages, merge.batch)
             table = jnp.clip(table, 0, pages - 1) + first[:, None]
         changes["block_table"] = table
     return dataclasses.replace(stored, **changes)

@@ -43,5 +43,5 @@ def of_sinks(call: AttentionCall, lse: jax.Array, delta: jax.Array) -> jax.Array
     if call.sinks is None:
         return None
     empty = lse == -jnp.inf
-    share = jnp.exp(call.sinks - jnp.where(empty, 0.0, lse))
+    share = jnp.exp(call.sinks[None, None] - jnp.where(empty, 0.0, lse))
     return -jnp.where(empty, 0.0, share * delta).sum((0, 1)).astype(call.sinks.dtype)

@@ -65,7 +65,7 @@ def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array
     zero = jnp.zeros((), jnp.int32)
     if call.kv_positions is not None:
         # Positions may be in any order (a ring's are): all blocks up to the last slot in use.
-        slots = jnp.arange(1, call.kv_len + 1)
+        slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         used = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
         total = jnp.where(high.max(1) > -NEVER, -(-used // block_kv), 0)
         return _spans(zero, zero, zero, total)
@@ -108,7 +108,7 @@ def _plan(call: AttentionCall, states: jax.Array, longest_list: int | None) -> P
         zero = jnp.zeros(states.shape[:2], jnp.int32)
         return Plan(_stack(zero, zero, full.sum(-1), some.sum(-1)), order)
     count = states.shape[-1]
-    index = jnp.arange(count)
+    index = jnp.arange(count)[None, None]
     first = jnp.argmax(some, -1)
     last = count - jnp.argmax(some[..., ::-1], -1)
     first_full = jnp.argmax(full, -1)

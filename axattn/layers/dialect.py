@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from axattn._typing import Array, Float
 from axattn.attention import dot_product_attention
+from axattn.dtypes import accumulator
 from axattn.layers.masking import as_given
 from axattn.layers.weights import attention_weights, weighted_sum
 from axattn.masks import Mask
@@ -51,7 +52,7 @@ def flax_attention(
     plain_einsum = functools.partial(
         jnp.einsum,
         precision=precision,
-        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
+        preferred_element_type=accumulator(query.dtype),
     )
     weights_of = functools.partial(
         attention_weights, query, key, value, mask=mask, einsum=qk_einsum or plain_einsum, **options

@@ -358,7 +358,7 @@ def _call(
     if arguments["q_offset"] is not None:
         # It counts from where the tokens are, not from their slots.
         further = where.positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
-        call = dataclasses.replace(call, q_positions=call.q_positions + further)
+        call = dataclasses.replace(call, q_positions=call.q_positions + further[None])
     if call.stored is not None:
         raise ValueError("key takes an array, got a cache: ShardedCache has its own attend")
     return call, lead, implementation

@@ -38,6 +38,6 @@ def with_sinks(part: Partial, sinks: jax.Array | None) -> Partial:
     if sinks is None:
         return part
     out, lse = part
-    total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+    total = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, None])
     share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total))
     return out * share[..., None], total

@@ -155,11 +155,11 @@ def _added(sums: _Sums, found: Gradients, kv_first: jax.Array) -> _Sums:
         else:
             bias = bias + part
     return _Sums(
-        sums.query + found.query,
+        sums.query + found.query.astype(jnp.float32),
         bias,
         None if sums.scale is None else sums.scale + found.traced_scale,
-        sums.key + found.key,
-        sums.value + found.value,
+        sums.key + found.key.astype(jnp.float32),
+        sums.value + found.value.astype(jnp.float32),
     )
 
 

@@ -67,7 +67,7 @@ def begin_of_rows(visits: jax.Array, shape: Shape) -> jax.Array:
     An empty sequence counts as one block: its result has to be written, too.
     """
     cost = shape.heads * jnp.maximum(visits.astype(jnp.int32), 1)
-    row = jnp.arange(shape.batch)
+    row = jnp.arange(shape.batch)[None]
     # A sum over those before, and not a scan: it becomes one small program.
     before = jnp.arange(shape.batch + 1)[:, None] > row
     return jnp.where(before, cost[None], 0).sum(1, dtype=jnp.int32)

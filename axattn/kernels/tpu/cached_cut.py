@@ -128,7 +128,7 @@ def scalars(call: AttentionCall, cut: Cut) -> Scalars:
     if call.kv_positions is None:
         ends = jnp.clip(bounds[1].max(1), 0, call.kv_len)
     else:
-        slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)
+        slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         ends = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
     spans = _parted(spans, cut.parts)
     table = jnp.zeros(1, jnp.int32)

@@ -99,13 +99,13 @@ def dropout_rows(call: AttentionCall) -> jax.Array:
     if call.broadcast_dropout:
         return slots
     batch = jnp.arange(call.batch, dtype=jnp.int32) + jnp.asarray(call.first_row, jnp.int32)
-    rows = batch[:, None] * call.num_heads + jnp.arange(call.num_heads, dtype=jnp.int32)
+    rows = batch[:, None] * call.num_heads + jnp.arange(call.num_heads, dtype=jnp.int32)[None]
     return rows[..., None] * call.q_len + slots
 
 
 def stored_keys(call: AttentionCall, cut: Cut, array: jax.Array) -> jax.Array:
     """``[B, S, K, size]`` head by head, in whole blocks, unused slots zeroed: one copy."""
-    clean = zero_unused(array, jnp.arange(call.kv_len), call.mask.kv_lengths())
+    clean = zero_unused(array, jnp.arange(call.kv_len, dtype=jnp.int32), call.mask.kv_lengths())
     if clean.shape[2] == 1:
         by_head = clean.reshape(clean.shape[0], 1, clean.shape[1], clean.shape[3])
     else:
@@ -115,7 +115,7 @@ def stored_keys(call: AttentionCall, cut: Cut, array: jax.Array) -> jax.Array:
 
 def clean_queries(call: AttentionCall, array: jax.Array) -> jax.Array:
     """``[B, T, N, size]`` with the rows behind the queries' lengths zeroed."""
-    return zero_unused(array, jnp.arange(call.q_len), call.mask.q_lengths())
+    return zero_unused(array, jnp.arange(call.q_len, dtype=jnp.int32), call.mask.q_lengths())
 
 
 def of_queries(cut: Cut, array: jax.Array) -> Operand:

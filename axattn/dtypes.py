@@ -1,0 +1,26 @@
+"""Dtypes of results, said once: ``jnp.promote_types`` obeys jax_numpy_dtype_promotion="strict"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def accumulator(dtype: Any) -> Any:
+    """What sums over numbers of ``dtype`` are kept in: float64 for float64, else float32.
+
+    TypeError for what has no sums: anything but float32, bfloat16, float16 and float64.
+    """
+    if jnp.dtype(dtype).name not in FLOATS:
+        raise TypeError(f"dtype takes one of {', '.join(FLOATS)}, got {jnp.dtype(dtype).name}")
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def common(a: Any, b: Any) -> Any:
+    """The narrowest dtype that holds all numbers of both."""
+    if jnp.dtype(a) == jnp.dtype(b):
+        return jnp.dtype(a)
+    return jnp.dtype(jnp.float64 if jnp.float64 in (jnp.dtype(a), jnp.dtype(b)) else jnp.float32)

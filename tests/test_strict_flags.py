@@ -1,0 +1,359 @@
+"""A part of the library under both of JAX's strict flags, which change no program and no number.
+
+``jax_numpy_rank_promotion="raise"`` refuses broadcasting between ranks, and
+``jax_numpy_dtype_promotion="strict"`` arithmetic between dtypes. Programs are compared as they are
+traced, for any machine: nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import axattn
+import axattn.linen
+import axattn.nnx
+from axattn import Mask, _jax_compat, checkpoints, latent, parallel, quantization
+from axattn.cache import DenseCache, PagedCache, RingCache, prefill
+from axattn.huggingface.rope import rotary_embedding
+from axattn.rotary import LinearScaling, RotaryEmbedding, YarnScaling
+from tests import caches, cases
+from tests.parallel import sharded_caches
+from tests.parallel.conftest import mesh_of  # noqa: F401
+
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def traced(function, *arguments):
+    # A function of its own, lest JAX remember what it traced without the flags.
+    program = str(jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments))
+    # Addresses, and the numbers of debug checks, are others each time.
+    return re.sub(r" at 0x[0-9a-f]+|\d+:i32\[\] -1:i32\[\]", "", program)
+
+
+def check(function, *arguments):
+    """The program of ``function`` is the same under the flags."""
+    plain = traced(function, *arguments)
+    with strict():
+        assert traced(function, *arguments) == plain
+
+
+def with_gradients(function):
+    """``function`` with the gradients of all that it is given; arrays or pairs come back."""
+
+    def both(inputs, *rest):
+        found, pull = jax.vjp(lambda inputs: function(inputs, *rest), inputs)
+        return found, pull(found)
+
+    return both
+
+
+def test_the_flags_are_on():
+    with strict():
+        with pytest.raises(ValueError, match="jax_numpy_rank_promotion"):
+            jnp.ones(3) + jnp.ones((2, 3))
+        with pytest.raises(ValueError, match="jax_numpy_dtype_promotion"):
+            jnp.ones(3, jnp.bfloat16) + jnp.ones(3)
+
+
+# ---- the function and its kernels -------------------------------------------------------------
+
+CALLS = ("everything", "positions", "decode", "mask_of_rows", "dropout_broadcast")
+
+
+def check_call(name, dtype, implementation):
+    call = cases.make(name, dtype)
+    arrays = {k: v for k, v in call.options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
+    static = {k: v for k, v in call.options.items() if k not in arrays}
+
+    def attend(inputs, arrays):
+        return axattn.dot_product_attention(
+            **inputs, **arrays, **static, return_residual=True, implementation=implementation
+        )
+
+    check(with_gradients(attend), call.inputs, arrays)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_xla(name):
+    check_call(name, jnp.float16 if name == "everything" else jnp.bfloat16, "xla")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_xla_chunked(small_blocks, name):
+    check_call(name, jnp.bfloat16, "xla_chunked")
+
+
+@pytest.fixture(params=["mosaic_tpu", "mosaic_gpu"])
+def kernels(request):
+    """The kernels of an absent machine: they are traced, and not lowered."""
+    if request.param == "mosaic_gpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("the GPU kernels need jax >= 0.11")
+    chips = {"mosaic_tpu": ("TPU v5", 1, "tpu"), "mosaic_gpu": ("NVIDIA H200", 3, "gpu")}
+    with _jax_compat.use_abstract_device(*chips[request.param], None):
+        yield request.param
+
+
+@pytest.mark.parametrize("name", ["everything", "positions", "sinks_empty_rows"])
+def test_kernels(kernels, name):
+    check_call(name, jnp.bfloat16, kernels)
+
+
+FEATURES = {
+    "dense": dict(
+        sinks=np.ones(6, np.float32),
+        alibi_slopes=np.ones(6, np.float32),
+        bias=np.ones((1, 6, 1, 208), np.float32),
+        mask=np.ones((3, 1, 5, 208), bool),
+    ),
+    "ring": dict(alibi_slopes=np.ones(6, np.float32)),
+    "paged": dict(
+        query_segment_ids=np.ones((3, 5), np.int32),
+        key_value_segment_ids=np.ones((3, 208), np.int32),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", [*zip(caches.KINDS, ("bfloat16", "int8", "float8_e4m3fn"), strict=True)]
+)
+def test_kernels_over_caches(kernels, kind, dtype):
+    center = jnp.ones((2, 128)) if dtype == "int8" else None
+    cache = caches.make(
+        kind, capacity=208, dtype=dtype, head_dim=128, value_head_dim=128, key_center=center
+    )
+
+    def attend(cache, query, features):
+        return cache.attend(
+            query, implementation=kernels, return_residual=True, query_seq_lengths=4, **features
+        )
+
+    check(attend, cache, jnp.ones((3, 5, 6, 128), jnp.bfloat16), FEATURES[kind])
+    step = functools.partial(DenseCache.attend, implementation=kernels)
+    sizes = dict(values_in_keys=True, dtype=dtype)
+    absorbed = DenseCache.create(2, 128, 1, 192, value_head_dim=128, **sizes)
+    check(step, absorbed, jnp.ones((2, 1, 16, 192), jnp.bfloat16))
+
+
+# ---- caches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("dense", "float32"),
+        ("dense", "int8"),
+        ("ring", "bfloat16"),
+        ("ring", "int4"),
+        ("paged", "float16"),
+        ("paged", "float8_e4m3fn"),
+    ],
+)
+def test_caches(kind, dtype):
+    center = jnp.ones((caches.K, caches.H))
+    cache = caches.make(kind, dtype=dtype, key_center=center)
+    tokens = caches.tokens(20, dtype="bfloat16" if dtype in caches.QUANTIZED else dtype)
+
+    def step(cache, tokens, lengths):
+        positions = cache.next_positions(20)
+        options = {} if kind == "ring" else dict(dropout_rate=0.1, dropout_rng=jax.random.key(0))
+        out, cache = cache.extend(*tokens, lengths=lengths, implementation="xla", **options)
+        last, cache = prefill(
+            lambda cache, x, n: cache.extend(x, *(y[:, :4] for y in tokens[1:]), lengths=n),
+            cache, tokens[0][:, :6], lengths[0], chunk_size=4,
+        )  # fmt: skip
+        cache = cache.truncate(lengths).fork(lengths).reset(lengths > 0)
+        return positions, out, last, cache
+
+    check(step, cache, tokens, jnp.array([20, 7, 0]))
+
+
+def test_caches_outside_of_programs():
+    """What is known is checked on the host."""
+    with strict():
+        ones = jnp.ones((2, 5, 1, 4))
+        center = quantization.key_center(ones, jnp.array([5, 1]))
+        cache = PagedCache.create(2, 4, 8, 2, 1, 4, dtype="int8", key_center=center)
+        cache = cache.with_table(np.arange(4).reshape(2, 2), lengths=[1, 0]).append(ones, ones)
+        cache = cache.copy_pages([0], [3]).truncate(3).fork([1, 1]).reset(np.array([True, False]))
+        ring = RingCache.create(1, 3, 1, 4, dtype="float32", max_append=5)
+        ring = ring.append(ones[:1], ones[:1]).truncate(3)
+    assert cache.lengths.tolist() == [0, 3] and ring.lengths.tolist() == [3]
+    arrays = cache.arrays
+    held = quantization.dequantize(
+        quantization.Quantized(arrays.values, arrays.value_scales), "int8"
+    )
+    np.testing.assert_allclose(held.sum((1, 2, 3)), [20, 0, 20, 20], rtol=1e-6)
+    np.testing.assert_array_equal(arrays.keys, 0)
+
+
+# ---- positions, layers ------------------------------------------------------------------------
+
+ROPES = {
+    "halves": RotaryEmbedding(),
+    "neighbours": RotaryEmbedding(interleaved=True, rotary_dim=8, scaling=LinearScaling(2.0)),
+    "yarn": RotaryEmbedding(scaling=YarnScaling(4.0, 64)),
+    "llama3": rotary_embedding(
+        dict(
+            rope_theta=500000.0,
+            rope_scaling=dict(
+                rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+        16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope(rope):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jnp.ones((2, 3, 5, 4, 16), dtype)
+        for positions in (np.arange(5), np.ones((3, 5), int)):
+            check(with_gradients(ROPES[rope].apply), x, positions)
+
+
+E, T = 32, 6
+FIELDS = dict(
+    rope=RotaryEmbedding(), window=(4, 0), logits_soft_cap=5.0, sinks=True, dropout_rate=0.1,
+)  # fmt: skip
+LATENT = dict(
+    num_heads=4, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4,
+    v_head_dim=5,
+)  # fmt: skip
+X = jnp.ones((2, T, E))
+IDS = jnp.array([0, 0, 0, 1, 1, 1])
+
+
+def check_linen(layer, cache, **options):
+    """Parameters are made, trained, and a cache is filled."""
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    init = functools.partial(layer.init, deterministic=True)
+    check(init, rngs, X)
+    variables = jax.eval_shape(init, rngs, X)
+    train = functools.partial(layer.apply, deterministic=False, **options)
+    check(with_gradients(lambda v, x, rngs: train(v, x, rngs=rngs)), variables, X, rngs)
+    check(lambda v, x, c: layer.apply(v, x, cache=c, deterministic=True), variables, X, cache)
+    return variables
+
+
+def check_nnx(make, cache, **options):
+    graph, state = nnx.split(nnx.eval_shape(make))
+
+    def train(x, state):
+        layer = nnx.merge(graph, state)
+        return layer(x, rngs=nnx.Rngs(1), deterministic=False, **options)
+
+    check(with_gradients(train), X, state)
+    check(lambda s, x, c: nnx.merge(graph, s)(x, cache=c, deterministic=True), state, X, cache)
+
+
+# Flax's own norms mix bfloat16 and float32.
+@pytest.mark.parametrize("fields", [dict(dtype=jnp.bfloat16), dict(qk_norm="rms", fused_qkv=True)])
+def test_layers(fields):
+    fields = dict(FIELDS, num_kv_heads=2, **fields)
+    cache = RingCache.create(2, 4, 2, 8, dtype=fields.get("dtype", "float32"), max_append=8)
+    layer = axattn.linen.GroupedQueryAttention(4, **fields)
+    variables = check_linen(layer, cache, segment_ids=IDS, is_causal=True)
+    if "fused_qkv" not in fields:
+        check(functools.partial(checkpoints.mha_to_gqa, num_kv_heads=1), variables)
+    make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, decode=False, **fields)
+    check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, segment_ids=IDS, is_causal=True)
+
+
+def test_latent_layers():
+    cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="float32")
+    check_linen(axattn.linen.MultiHeadLatentAttention(**LATENT), cache, is_causal=True)
+    make = functools.partial(axattn.nnx.MultiHeadLatentAttention, in_features=E, **LATENT)
+    check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, is_causal=True)
+
+
+def test_caches_of_flax():
+    """One token at a time into Flax's own collection, and into NNX's variables."""
+    fields = dict(rope=RotaryEmbedding(), dtype=jnp.bfloat16)
+    layer = axattn.linen.MultiHeadAttention(4, decode=True, **fields)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
+    check(lambda v, x: layer.apply(v, x, mutable=["cache"]), variables, X[:, :1])
+    layer = axattn.linen.MultiHeadAttention(4, dtype=jnp.bfloat16)
+    sown = functools.partial(layer.apply, sow_weights=True, mutable=["intermediates"])
+    with_mask = lambda v, x: sown(v, x, mask=nn.make_causal_mask(x[..., 0]))  # noqa: E731
+    check(with_mask, {"params": variables["params"]}, X)
+
+    def make():
+        layer = axattn.nnx.MultiHeadAttention(4, E, decode=True, **fields, rngs=nnx.Rngs(0))
+        layer.init_cache(X.shape)
+        return layer
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    check(lambda state, x: nnx.merge(graph, state)(x), state, X[:, :1])
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_latent_attention(form):
+    shapes = (2, T, 4, 10), (2, T, 12), (2, T, 4), (12, 4, 6), (12, 4, 5)
+    arrays = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    attend = functools.partial(latent.latent_attention, form=form, is_causal=True)
+    check(with_gradients(lambda arrays: attend(*arrays)), arrays)
+    cache = DenseCache.create(2, 1024, **latent.cache_sizes(12, 4), dtype="int8")
+    arrays[:3] = [jnp.ones((2, 512, *shape[2:]), jnp.bfloat16) for shape in shapes[:3]]
+    form = None if form == "naive" else form
+    check(lambda cache, arrays: latent.extend(cache, *arrays, form=form), cache, arrays)
+
+
+# ---- several devices --------------------------------------------------------------------------
+
+AXES = parallel.Axes(batch="data", heads="model", sequence="context")
+
+
+@pytest.mark.parametrize("layout", parallel.layouts.LAYOUTS)
+@pytest.mark.parametrize("strategy", parallel.costs.STRATEGIES)
+def test_strategies(mesh_of, strategy, layout):  # noqa: F811
+    zigzag = layout == "zigzag"
+    arrays = [jnp.ones((2, 48, heads, 16), jnp.bfloat16) for heads in (8, 2, 2)]
+    options = dict(
+        sinks=jnp.ones(8), alibi_slopes=jnp.ones(8), q_offset=np.array([1, 0]),
+        bias=None if zigzag else jnp.ones((1, 8, 48, 48), jnp.bfloat16),
+        query_segment_ids=np.ones((2, 48), int), key_value_seq_lengths=np.array([40, 48]),
+    )  # fmt: skip
+    mesh = mesh_of(context=4) if zigzag else mesh_of(data=2, model=2, context=2)
+
+    def attend(inputs, options):
+        return parallel.attention(
+            *inputs, axes=AXES, mesh=mesh, strategy=strategy, layout=layout, is_causal=True,
+            dropout_rate=0.1, dropout_rng=jax.random.key(0), return_residual=True, **options,
+        )  # fmt: skip
+
+    check(with_gradients(attend), arrays, options)
+
+
+@pytest.mark.parametrize("kind, dtype", [("dense", "bfloat16"), ("paged", "int8")])
+def test_caches_of_several_devices(mesh_of, kind, dtype):  # noqa: F811
+    mesh = mesh_of(data=2, model=2, context=2)
+    cache = sharded_caches.make(kind, mesh, dtype=dtype)
+    tokens = caches.tokens(5, batch=4, group=2, dtype="bfloat16")
+
+    def step(cache, tokens):
+        return cache.extend(*tokens, lengths=3, sinks=jnp.ones(4), alibi_slopes=jnp.ones(4))
+
+    check(step, cache, tokens)
+
+    def of_shard(tokens):
+        part = parallel.DealtCache(caches.make(kind, batch=4, dtype=dtype), "context")
+        return part.extend(*tokens, sinks=jnp.ones(4))[0]
+
+    whole = PartitionSpec()
+    check(jax.shard_map(of_shard, mesh=mesh, in_specs=whole, out_specs=whole), tokens)
