@@ -213,16 +213,18 @@ class RingCache(Cache):
 
         Raises:
           ValueError: tokens within the window before the new end were overwritten: at most
-            ``max_append`` can be taken back. Under ``jit`` the row is left as it was and
-            ``overflowed`` set. Negative lengths, or another shape.
+            ``max_append`` can be taken back (any number where ``window`` is 0). Under ``jit`` the
+            row is left as it was and ``overflowed`` set. Negative lengths, or another shape.
           TypeError: lengths that are no integers.
         """
         lengths = counts_of("lengths", lengths, self.batch)
         mine, positions, new = host(self.lengths, self.positions, lengths)
         new = (np if is_concrete(mine) else jnp).minimum(mine, new)
-        # The next query, at position new, sees what is at new - window and after.
+        # The next query, at position new, sees what is from new - window to new - 1: nothing, where
+        # the window or new is 0.
         oldest = positions.min(1)
-        there = (oldest <= new - self.window) | (oldest == 0) | (new == mine) | (new == 0)
+        there = (oldest <= new - self.window) | (oldest == 0) | (new == mine)
+        there |= (new == 0) | (self.window == 0)
         message = f"tokens of the window before lengths {new} are no longer in the ring"
         if is_concrete(there):
             if not there.all():

@@ -254,6 +254,39 @@ def test_a_ring_cannot_go_back_behind_its_window():
     np.testing.assert_array_equal(cache.truncate(np.array([40, 0, 0])).lengths, [40, 0, 0])
 
 
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_a_ring_goes_back_where_the_window_is_left(window):
+    """All that a ring must remember is the window before the next token."""
+    rng = np.random.default_rng(window)
+    empty = RingCache.create(1, window, 1, 4, max_append=3, dtype="float32")
+    append = jax.jit(lambda c, n: c.append(*[jnp.ones((1, 3, 1, 4))] * 2, lengths=n))
+    truncate = jax.jit(lambda c, n: c.truncate(n))
+    refused = 0
+    for _ in range(3):
+        cache, held, length = empty, set(), 0
+        for _ in range(20):
+            new = int(rng.integers(1, 4))
+            cache = append(cache, jnp.int32(new))
+            for position in range(length, length + new):
+                held = {p for p in held if (p - position) % cache.capacity} | {position}
+            length += new
+            keep = max(0, length - int(rng.choice([0, 1, 5, 7, 12], p=[0.8, *[0.05] * 4])))
+            there = keep == length or held.issuperset(range(max(0, keep - window), keep))
+            after = truncate(cache, jnp.int32(keep))
+            assert after.overflowed.tolist() == [not there]
+            if not there:
+                refused += 1
+                with pytest.raises(ValueError, match="no longer in the ring"):
+                    cache.truncate(keep)
+                continue
+            assert cache.truncate(keep).lengths.tolist() == after.lengths.tolist() == [keep]
+            cache, length = after, keep
+            held = {p for p in held if p < keep}
+            positions = np.asarray(cache.positions)
+            assert set(positions[positions < NEVER].tolist()) == held
+    assert (refused == 0) == (window == 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset(kind):
     cache, k, v = grown(kind, np.array([32, 17, 3]))
