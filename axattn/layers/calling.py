@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from axattn._typing import Array, Float, Integer
 from axattn.layers.masking import as_array, as_given
 from axattn.masks import Mask
@@ -78,8 +80,11 @@ def call_attention(
                 key.shape[-3],
                 q_positions=positions,
             )
-            with_mask = not (mask is None or isinstance(mask, Mask))
-            flax_kwargs["mask"] = as_given(mask) & array if with_mask else array
+            if not (mask is None or isinstance(mask, Mask)):
+                mask = as_given(mask)
+                missing = tuple(range(array.ndim - mask.ndim))
+                array &= jnp.expand_dims(mask, missing)
+            flax_kwargs["mask"] = array
     if is_causal:
         options["is_causal"] = True
 

@@ -46,7 +46,9 @@ def rotate(
                 f"positions are those of {length} queries; pass kv_positions too for the "
                 f"{kv_length} keys"
             )
-        kv_positions = first + jnp.arange(kv_length) if positions is None else positions
+        kv_positions = (
+            first + jnp.arange(kv_length, dtype=jnp.int32) if positions is None else positions
+        )
     if positions is None:
-        positions = first + jnp.arange(length)
+        positions = first + jnp.arange(length, dtype=jnp.int32)
     return rope.apply(query, positions), rope.apply(key, kv_positions)
