@@ -39,6 +39,7 @@ EXTRAS = {
         "pytest-xdist",
         "hypothesis",
         "beartype",
+        "flatbuffers",  # jax.export writes with it
         "ruff",
         "mypy",
         "basedpyright",  # pyright with its Node.js, so that nothing is fetched when it runs

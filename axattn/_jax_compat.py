@@ -16,6 +16,7 @@ import jax
 import jax.extend.core as jex_core
 import jax.extend.random as jex_random
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
@@ -190,10 +191,44 @@ def smaller_size(a: int, b: int) -> int:
 
 
 def debug_check(ok: jax.Array, message: str) -> None:
-    """An error where ``ok`` is False under ``checkify.checkify``, nothing without it."""
-    from jax.experimental import checkify
+    """An error where ``ok`` is False under ``checkify.checkify``, nothing without it.
 
-    checkify.debug_check(ok, message)
+    ``checkify.debug_check`` with an effect that `jax.export` can write down.
+    """
+    from jax._src import checkify
+
+    error = debug_error()(checkify.get_traceback(), message)
+    effect = error.get_effect_type()
+    payload, metadata = jax.tree.flatten(error)
+    # Newer versions number the checks of a program themselves.
+    code = checkify.next_code() if hasattr(checkify, "next_code") else 0
+    error = checkify.Error(
+        {effect: jnp.logical_not(ok)}, {effect: np.int32(code)}, {code: metadata}, {effect: payload}
+    )
+    checkify._check_error(error, debug=True)
+
+
+@functools.cache
+def debug_error() -> type:
+    """The error of `debug_check`. Programs with one can be read after the first call.
+
+    `jax.export` writes an effect down by its type's name, and finds it again among those that it
+    knows: it takes none with arguments, as checkify's have.
+    """
+    from jax._src import checkify, effects
+
+    class DebugEffect(checkify.ErrorEffect):
+        __slots__ = ()
+
+        def __init__(self):
+            super().__init__(checkify.FailedCheckError, ())
+
+    class DebugError(checkify.FailedCheckError):
+        def get_effect_type(self):
+            return DebugEffect()
+
+    effects.lowerable_effects.add_type(DebugEffect)
+    return DebugError
 
 
 # --- what is traced when it is lowered, for the platform that it is lowered for ---

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn import serialization
+
 # What a block of scores can be. The first and the last are promises, the middle is "look inside".
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -107,6 +109,12 @@ class Part:
             return part
 
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+        serialization.register(
+            cls,
+            names,
+            encode=lambda static: [None if v is _Leaf else int(v) for v in static],
+            decode=lambda plain: tuple(_Leaf if v is None else Static(v) for v in plain),
+        )
 
     def allowed(self, q: Span, kv: Span) -> jax.Array:
         """Boolean tile, broadcastable to ``[B, N, q.size, kv.size]``."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from axattn import serialization
 from axattn.mask_parts import (
     EMPTY,
     FULL,
@@ -42,7 +43,7 @@ from axattn.mask_parts import (
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(serialization.Serializable):
     """What each query may attend to: a conjunction of structured parts, combined with ``&``.
 
     True means attend. A mask is a pytree (arrays inside it are traced, batched and donated like any
@@ -430,6 +431,9 @@ class Mask:
     def q_lengths(self) -> Any:
         """Number of leading query slots that are real: int, int32 ``[B]``, or None for all."""
         return _least(part.q for part in self.parts if isinstance(part, Lengths))
+
+
+serialization.register(Mask, ("parts",))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn import _jax_compat
+from axattn import _jax_compat, serialization
 from axattn._typing import Array, Float, Integer
 from axattn.dtypes import FLOATS, common
 
@@ -51,6 +51,9 @@ class Quantized(NamedTuple):
 
     codes: Array
     scales: Float[Array, "..."]
+
+
+serialization.register_named_tuple(Quantized)
 
 
 def dtype_name(dtype: Any) -> str:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn import quantization
+from axattn import quantization, serialization
 from axattn.mask_parts import Span
 
 
@@ -31,17 +31,19 @@ class KeyValueArrays(NamedTuple):
     value_scales: jax.Array | None  # float32 [R, K, C]
 
 
+serialization.register_named_tuple(KeyValueArrays)
+
 # The position of a slot that holds nothing: later than every query, so a causal mask excludes it.
 NEVER = 2**30
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("arrays", "key_center", "block_table", "first_row"),
-    meta_fields=("batch", "dtype", "head_dim", "value_head_dim"),
+    serialization.register_dataclass,
+    data=("arrays", "key_center", "block_table", "first_row"),
+    static=("batch", "dtype", "head_dim", "value_head_dim"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
+class Stored(serialization.Serializable):
     """What stands in an :class:`AttentionCall` in place of key and value arrays.
 
     Slot s of batch row b is slot s of row b of the arrays or, with a block table, slot s % C of

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from axattn import _jax_compat, quantization
+from axattn import _jax_compat, quantization, serialization
 from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
 from axattn.attention import dot_product_attention
 from axattn.cache.checks import as_array, counts_of, host, is_concrete
@@ -26,7 +26,7 @@ STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cache(abc.ABC):
+class Cache(serialization.Serializable, abc.ABC):
     """Keys and values of the tokens seen so far, as a value: passed in, returned, donated.
 
     The kinds are `DenseCache`, `RingCache` and `PagedCache`, each with a ``create`` of its own. A
@@ -539,7 +539,8 @@ class Cache(abc.ABC):
 
 def register(cls, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
     """Makes a kind of cache a pytree; ``data`` and ``static`` are the fields that it adds."""
-    return jax.tree_util.register_dataclass(cls, (*DATA_FIELDS, *data), (*STATIC_FIELDS, *static))
+    fields = (*DATA_FIELDS, *data), (*STATIC_FIELDS, *static)
+    return serialization.register_dataclass(cls, *fields)
 
 
 _write = jax.jit(write)  # one program when called eagerly, too

@@ -11,6 +11,8 @@ import numpy as np
 from axattn import _jax_compat
 from axattn._typing import Array
 
+_jax_compat.debug_error()  # which exported programs may have, that are read before one is made
+
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether this process can look at the numbers now: not while tracing, nor on other hosts."""

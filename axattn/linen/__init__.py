@@ -16,6 +16,7 @@ from axattn.linen.attention import (
 )
 from axattn.linen.function import dot_product_attention
 from axattn.linen.latent import MultiHeadLatentAttention
+from axattn.serialization import tell_flax
 
 __all__ = [
     "GroupedQueryAttention",
@@ -26,3 +27,5 @@ __all__ = [
     "SelfAttention",
     "dot_product_attention",
 ]
+
+tell_flax()

@@ -15,6 +15,7 @@ from axattn.nnx.attention import (
 )
 from axattn.nnx.function import dot_product_attention
 from axattn.nnx.latent import MultiHeadLatentAttention
+from axattn.serialization import tell_flax
 
 __all__ = [
     "GroupedQueryAttention",
@@ -24,3 +25,5 @@ __all__ = [
     "SelfAttention",
     "dot_product_attention",
 ]
+
+tell_flax()

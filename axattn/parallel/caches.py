@@ -22,9 +22,11 @@ from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from axattn import serialization
 from axattn._jax_compat import resharded, vary_over, varying_axes
 from axattn._typing import Array, ArrayLike, Float, Float32
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
@@ -290,6 +292,39 @@ class ShardedCache(HeldCache):
                 f"heads takes axes whose size divides the {call.num_heads} query heads, got {ways}"
             )
         return _attend(self, call, implementation)
+
+
+def _static(sharded: ShardedCache) -> dict[str, Any]:
+    """What decides where numbers lie: on other devices they may, in other parts not."""
+    ways = {f"{what} shards": sharded._ways(what) for what in ("batch", "heads", "sequence")}
+    return {**ways, "num_kv_heads": sharded.num_kv_heads}
+
+
+def _encode(aux: tuple) -> list:
+    axes, mesh, num_kv_heads = aux
+    devices = None if isinstance(mesh, AbstractMesh) else [d.id for d in mesh.devices.flat]
+    kinds = [kind.name for kind in mesh.axis_types]
+    return [
+        dataclasses.astuple(axes),
+        [mesh.axis_sizes, mesh.axis_names, kinds],
+        devices,
+        num_kv_heads,
+    ]
+
+
+def _decode(plain: list) -> tuple:
+    axes, (sizes, names, kinds), ids, num_kv_heads = plain
+    options = {"axis_types": tuple(AxisType[kind] for kind in kinds)}
+    if ids is None:
+        return Axes(*axes), AbstractMesh(tuple(sizes), tuple(names), **options), num_kv_heads
+    devices = {device.id: device for device in jax.devices()}
+    if not devices.keys() >= set(ids):
+        raise ValueError(f"a ShardedCache was exported for devices {ids}, here are {list(devices)}")
+    mesh = Mesh(np.array([devices[i] for i in ids]).reshape(sizes), tuple(names), **options)
+    return Axes(*axes), mesh, num_kv_heads
+
+
+serialization.register(ShardedCache, ("cache",), _static, encode=_encode, decode=_decode)
 
 
 @functools.cache

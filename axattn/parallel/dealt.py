@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn import mask_parts as parts
+from axattn import serialization
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.cache import Cache, RingCache
 from axattn.cache.write import write
@@ -28,7 +29,7 @@ from axattn.parallel.held import HeldCache, resized
 from axattn.parallel.merge import merged_over, with_sinks
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("cache",), meta_fields=("axis",))
+@functools.partial(serialization.register_dataclass, data=("cache",), static=("axis",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class DealtCache(HeldCache):
     """One shard's part of a cache, inside a ``jax.shard_map`` of one's own.
@@ -69,6 +70,7 @@ class DealtCache(HeldCache):
     axis: str
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.cache, RingCache):
             raise ValueError("cache takes a dense or a paged one: a ring is short as it is")
 

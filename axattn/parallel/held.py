@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, overload
 
 import jax
 
+from axattn import serialization
 from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
 from axattn.arguments import normalize
 from axattn.attention import dot_product_attention
@@ -29,7 +30,7 @@ _FACTS = (
 )  # fmt: skip
 
 
-class HeldCache(abc.ABC):
+class HeldCache(serialization.Serializable, abc.ABC):
     """A value like `axattn.cache.Cache`, in parts. ``isinstance(it, Cache)`` holds.
 
     Attributes:

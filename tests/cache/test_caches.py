@@ -190,11 +190,12 @@ def test_overflow_under_jit_is_flagged_and_changes_nothing(kind):
 @pytest.mark.parametrize("kind", ["dense", "paged"])
 def test_checkify_raises(kind):
     cache, k, v = grown(kind, np.array([40, 3, 0]))
-    checked = jax.jit(checkify.checkify(lambda c, k, v: c.append(k, v)))
-    error, _ = checked(cache, k[:, :9], v[:, :9])
-    with pytest.raises(checkify.JaxRuntimeError, match="48 tokens"):
-        error.throw()
-    error, _ = checked(cache, k[:, :8], v[:, :8])
+    checked = jax.jit(checkify.checkify(lambda c, k, v, n: c.append(k, v, lengths=n)))
+    for counts, words in (((9, 0, 0), "48 tokens"), ((8, -1, 0), "lengths takes")):
+        error, _ = checked(cache, k[:, :9], v[:, :9], np.array(counts))
+        with pytest.raises(checkify.JaxRuntimeError, match=words):
+            error.throw()
+    error, _ = checked(cache, k[:, :9], v[:, :9], np.array([8, 9, 0]))
     error.throw()
 
 
