@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from axattn._typing import ArrayLike
 from axattn.cache.base import Cache, register
-from axattn.cache.checks import host, positive
-from axattn.cache.fields import empty_fields
+from axattn.cache.checks import counts_of, host, positive
+from axattn.cache.fields import empty_fields, given_fields
 from axattn.cache.write import Places
 
 
@@ -83,6 +83,65 @@ class DenseCache(Cache):
                 dtype=dtype,
                 key_center=key_center,
             )
+        )
+
+    @staticmethod
+    def from_arrays(
+        keys: ArrayLike,
+        values: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike,
+        key_scales: ArrayLike | None = None,
+        value_scales: ArrayLike | None = None,
+        value_head_dim: int | None = None,
+        dtype: DTypeLike | None = None,
+        key_center: ArrayLike | None = None,
+    ) -> DenseCache:
+        """A cache over arrays that are there already, with their tokens.
+
+        They become the cache's, as in `PagedCache.from_arrays`: where it is donated, they are gone.
+
+        Args:
+          keys: ``[B, K, length, H]``, after RoPE, as they are stored.
+          values: ``[B, K, length, h]``; None: the first h features of the keys.
+          lengths: int ``[B]`` or int, tokens of each row, in its first slots.
+          key_scales: float32 ``[B, K, length]`` of int8, float8 or int4; else None.
+          value_scales: likewise float32 ``[B, K, length]``, of the values.
+          value_head_dim: h where ``values`` is None; H by default.
+          dtype: of keys and values; by default that of the array. Where the arrays hold bits
+            (uint8 of float8_e4m3fn, uint16 of bfloat16), what these are.
+          key_center: float ``[K, H]``, what was subtracted from the keys.
+
+        Raises:
+          ValueError: shapes that do not fit together; scales that lack, or are not wanted; lengths
+            beyond the slots.
+          TypeError: other dtypes.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn.cache import DenseCache
+          >>> keys = values = jnp.ones((2, 1, 32, 8), jnp.bfloat16)
+          >>> cache = DenseCache.from_arrays(keys, values, lengths=20)
+          >>> cache.dtype, cache.capacity, cache.lengths.tolist()
+          ('bfloat16', 32, [20, 20])
+        """
+        fields = given_fields(
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            rows="B",
+            slots="length",
+            value_head_dim=value_head_dim,
+            dtype=dtype,
+            key_center=key_center,
+        )
+        batch, _, capacity, _ = fields["arrays"].keys.shape
+        lengths = counts_of("lengths", lengths, batch, at_most=capacity)
+        return DenseCache(
+            **fields,
+            lengths=jnp.array(lengths, jnp.int32),
+            overflowed=jnp.zeros((batch,), bool),
         )
 
     @property

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from axattn._typing import Array, ArrayLike, Integer
 from axattn.cache.base import Cache, register
 from axattn.cache.checks import as_array, counts_of, host, is_concrete, positive
-from axattn.cache.fields import empty_fields
+from axattn.cache.fields import empty_fields, given_fields
 from axattn.cache.write import Places, runs_of
 from axattn.stored import Stored
 
@@ -102,6 +102,83 @@ class PagedCache(Cache):
             key_center=key_center,
         )
         return PagedCache(**fields, block_table=jnp.full((batch, pages_per_row), -1, jnp.int32))
+
+    @staticmethod
+    def from_arrays(
+        keys: ArrayLike,
+        values: ArrayLike | None = None,
+        *,
+        block_table: ArrayLike,
+        lengths: ArrayLike,
+        key_scales: ArrayLike | None = None,
+        value_scales: ArrayLike | None = None,
+        value_head_dim: int | None = None,
+        dtype: DTypeLike | None = None,
+        key_center: ArrayLike | None = None,
+    ) -> PagedCache:
+        """A cache over a pool of pages that is there already, with its tokens.
+
+        The arrays become the cache's, without a copy: where it is donated, they are gone. (What a
+        cache stores as bits, float8 and with older versions of JAX bfloat16 on CPUs, is copied
+        where it is given as numbers.) A vector is its scale times its codes: see
+        `axattn.quantization`.
+
+        Args:
+          keys: ``[num_pages, K, page_size, H]``, after RoPE, as they are stored.
+          values: ``[num_pages, K, page_size, h]``; None: the first h features of the keys.
+          block_table: int ``[B, pages_per_row]``, the pages of each row; -1 means none.
+          lengths: int ``[B]`` or int, tokens of each row that are in its pages.
+          key_scales: float32 ``[num_pages, K, page_size]`` of int8, float8 or int4; else None.
+          value_scales: likewise float32 ``[num_pages, K, page_size]``, of the values.
+          value_head_dim: h where ``values`` is None; H by default.
+          dtype: of keys and values; by default that of the array. Where the arrays hold bits
+            (uint8 of float8_e4m3fn, uint16 of bfloat16), what these are.
+          key_center: float ``[K, H]``, what was subtracted from the keys.
+
+        Raises:
+          ValueError: shapes that do not fit together; scales that lack, or are not wanted; lengths
+            beyond the row's pages, or with entries of the table that are no pages of the pool.
+          TypeError: other dtypes.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from axattn.cache import PagedCache
+          >>> pool, scales = jnp.ones((6, 2, 16, 64), jnp.int8), jnp.ones((6, 2, 16)) / 127
+          >>> cache = PagedCache.from_arrays(
+          ...     pool, pool, key_scales=scales, value_scales=scales,
+          ...     block_table=jnp.array([[4, 0], [2, -1]]), lengths=jnp.array([20, 16]),
+          ... )
+          >>> cache.dtype, cache.num_pages, cache.lengths.tolist()
+          ('int8', 6, [20, 16])
+          >>> cache.attend(jnp.ones((2, 1, 8, 64))).shape
+          (2, 1, 8, 64)
+        """
+        fields = given_fields(
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            rows="num_pages",
+            slots="page_size",
+            value_head_dim=value_head_dim,
+            dtype=dtype,
+            key_center=key_center,
+        )
+        shape = jnp.shape(block_table)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"block_table takes [B, pages_per_row], got shape {shape}")
+        empty = PagedCache(
+            **fields,
+            lengths=jnp.zeros(shape[:1], jnp.int32),
+            overflowed=jnp.zeros(shape[:1], bool),
+            block_table=jnp.full(shape, -1, jnp.int32),
+        )
+        cache = empty.with_table(block_table)
+        lengths = counts_of("lengths", lengths, cache.batch, at_most=cache.capacity)
+        fits, message = cache._fits(lengths)
+        if is_concrete(fits) and not np.all(fits):
+            raise ValueError(f"lengths takes tokens that have a page: {message}")
+        return dataclasses.replace(cache, lengths=jnp.array(lengths, jnp.int32))
 
     @property
     def num_pages(self) -> int:

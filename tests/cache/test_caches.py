@@ -12,6 +12,7 @@ from jax.experimental import checkify
 
 from axattn import _jax_compat
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache, bytes_per_token
+from axattn.quantization import quantize
 from axattn.stored import NEVER
 from tests import caches
 from tests.caches import FLOATS, KINDS, PAGE, QUANTIZED, B, H, K, h
@@ -212,6 +213,110 @@ def test_a_page_that_is_not_there_is_overflow():
     np.testing.assert_array_equal(
         append(cache, k[:, :5], v[:, :5], np.array([0, 5, 5])).lengths, [8, 8, 5]
     )
+
+
+# ---- arrays that are there already -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *QUANTIZED])
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_from_arrays(kind, dtype):
+    """Arrays laid out by hand, numbers or their bits, are a cache that tokens were appended to."""
+    lengths, tokens = np.array([20, 7, 0]), caches.tokens(20, dtype=caches.float_dtype(dtype))
+    want = caches.make(kind, dtype=dtype).append(*tokens[1:], lengths=lengths)
+    given = dict(lengths=lengths, dtype=dtype)
+    if kind == "paged":
+        given["block_table"] = want.block_table
+    for name, x in (("keys", tokens[1]), ("values", tokens[2])):
+        parts = {name: x}
+        if dtype in QUANTIZED:
+            parts = dict(zip((name, f"{name[:-1]}_scales"), quantize(x, dtype), strict=True))
+        for field, x in parts.items():
+            x = np.asarray(x)
+            rows, _, slots = want.arrays.keys.shape[:3]
+            array = np.zeros((rows, K, slots, *x.shape[3:]), x.dtype)
+            for b in range(B):
+                for row, slot, p in caches.places(want, b):
+                    array[row, :, slot] = x[b, p]
+            given[field] = jnp.asarray(array)
+    if dtype == "bfloat16":
+        given["keys"] = jax.lax.bitcast_convert_type(given["keys"], jnp.uint16)
+    if dtype == "float8_e4m3fn":
+        given["values"] = jax.lax.bitcast_convert_type(given["values"], jnp.float8_e4m3fn)
+    got = type(want).from_arrays(**given)
+    if dtype in ("float32", "int8"):
+        assert got.arrays.keys is given["keys"]
+    step = jax.jit(lambda cache, tokens: cache.extend(*tokens))
+    for a, b in zip(*(jax.tree.leaves(step(c, tokens)) for c in (got, want)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_from_arrays_with_values_in_keys():
+    keys, center = jnp.ones((2, 2, 8, 4)), jnp.ones((2, 4))
+    cache = DenseCache.from_arrays(keys, value_head_dim=3, lengths=[8, 1])
+    assert cache.values_in_keys and cache.attend(jnp.ones((2, 1, 4, 4))).shape == (2, 1, 4, 3)
+    cache = DenseCache.from_arrays(keys, keys, key_center=center, lengths=[8, 1])
+    same(cache.key_center, center)
+    assert cache.key_center is not center
+
+
+def int8_arrays(**changes):
+    codes, scales = jnp.ones((5, 2, 4, 8), jnp.int8), jnp.ones((5, 2, 4))
+    given = dict(
+        keys=codes, values=codes, key_scales=scales, value_scales=scales,
+        block_table=np.array([[0, 1], [4, -1]]), lengths=np.array([8, 3]),
+    )  # fmt: skip
+    return PagedCache.from_arrays(**{**given, **changes})
+
+
+MISFITS = {
+    "keys": (ValueError, "keys takes .num_pages, K, page_size, H.", dict(keys=np.ones((5, 2, 4)))),
+    "values": (
+        ValueError, "values takes .* = .5, 2, 4, h. like keys, got shape .5, 4, 2, 8.",
+        dict(values=np.ones((5, 4, 2, 8), np.int8)),
+    ),
+    "dtype of values": (TypeError, "values takes int8, got float32", dict(values=np.ones((5, 2, 4, 8), np.float32))),
+    "bits without a dtype": (
+        TypeError, "dtype takes that of the numbers", dict(keys=np.ones((5, 2, 4, 8), np.uint8))
+    ),
+    "dtype": (TypeError, "keys takes float8_e4m3fn .or its bits, uint8., got int8", dict(dtype="float8_e4m3fn")),
+    "unknown dtype": (TypeError, "dtype takes one of", dict(dtype="int16")),
+    "no scales": (ValueError, "key_scales takes float32 .* = .5, 2, 4. for int8, got None", dict(key_scales=None)),
+    "shape of scales": (
+        ValueError, "value_scales takes float32 .* got shape .5, 2.", dict(value_scales=np.ones((5, 2), np.float32))
+    ),
+    "dtype of scales": (
+        TypeError, "key_scales takes float32 .* got bfloat16", dict(key_scales=jnp.ones((5, 2, 4), jnp.bfloat16))
+    ),
+    "scales of values in keys": (
+        ValueError, "value_scales takes None where values are in the keys", dict(values=None)
+    ),
+    "scales of floats": (
+        ValueError, "key_scales takes None of float32",
+        dict(keys=np.ones((5, 2, 4, 8), np.float32), values=np.ones((5, 2, 4, 8), np.float32)),
+    ),
+    "value_head_dim": (ValueError, "value_head_dim takes that of values, 8, or None, got 4", dict(value_head_dim=4)),
+    "values wider than keys": (
+        ValueError, "value_head_dim takes at most head_dim, 8",
+        dict(values=None, value_scales=None, value_head_dim=9),
+    ),
+    "block_table": (ValueError, "block_table takes .B, pages_per_row., got shape", dict(block_table=np.zeros(2, int))),
+    "dtype of the table": (TypeError, "block_table takes integers", dict(block_table=np.zeros((2, 2)))),
+    "lengths": (ValueError, "lengths takes int or int .B. = .2., 0 to 8", dict(lengths=9)),
+    "no page": (ValueError, "lengths takes tokens that have a page: .* rows .1.", dict(lengths=[8, 5])),
+    "a page that is not there": (
+        ValueError, "lengths takes tokens that have a page", dict(block_table=np.array([[0, 5], [4, -1]]))
+    ),
+    "key_center": (ValueError, "key_center takes .K, H. = .2, 8.", dict(key_center=np.ones((2, 4)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_arrays_that_do_not_fit(case):
+    error, message, changes = MISFITS[case]
+    with pytest.raises(error, match=message):
+        int8_arrays(**changes)
+    assert int8_arrays().lengths.tolist() == [8, 3]
 
 
 # ---- truncate, reset, fork ------------------------------------------------------------------
