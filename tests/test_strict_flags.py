@@ -23,7 +23,7 @@ import axattn
 import axattn.linen
 import axattn.nnx
 from axattn import Mask, _jax_compat, checkpoints, latent, parallel, quantization
-from axattn.cache import DenseCache, PagedCache, RingCache, prefill
+from axattn.cache import DenseCache, RingCache, prefill
 from axattn.huggingface.rope import rotary_embedding
 from axattn.rotary import LinearScaling, RotaryEmbedding, YarnScaling
 from tests import caches, cases
@@ -71,7 +71,7 @@ def test_the_flags_are_on():
 
 # ---- the function and its kernels -------------------------------------------------------------
 
-CALLS = ("everything", "positions", "decode", "mask_of_rows", "dropout_broadcast")
+CALLS = ("everything", "positions", "decode", "dropout_broadcast")
 
 
 def check_call(name, dtype, implementation):
@@ -107,9 +107,8 @@ def kernels(request):
         yield request.param
 
 
-@pytest.mark.parametrize("name", ["everything", "positions", "sinks_empty_rows"])
-def test_kernels(kernels, name):
-    check_call(name, jnp.bfloat16, kernels)
+def test_kernels(kernels):
+    check_call("everything", jnp.bfloat16, kernels)
 
 
 FEATURES = {
@@ -154,12 +153,10 @@ def test_kernels_over_caches(kernels, kind, dtype):
 @pytest.mark.parametrize(
     "kind, dtype",
     [
-        ("dense", "float32"),
-        ("dense", "int8"),
-        ("ring", "bfloat16"),
-        ("ring", "int4"),
-        ("paged", "float16"),
+        ("dense", "int4"),
+        ("ring", "int8"),
         ("paged", "float8_e4m3fn"),
+        ("paged", "bfloat16"),
     ],
 )
 def test_caches(kind, dtype):
@@ -175,29 +172,12 @@ def test_caches(kind, dtype):
             lambda cache, x, n: cache.extend(x, *(y[:, :4] for y in tokens[1:]), lengths=n),
             cache, tokens[0][:, :6], lengths[0], chunk_size=4,
         )  # fmt: skip
+        if kind == "paged":
+            cache = cache.with_table(cache.block_table, lengths).copy_pages(lengths, lengths)
         cache = cache.truncate(lengths).fork(lengths).reset(lengths > 0)
-        return positions, out, last, cache
+        return positions, out, last, cache, quantization.key_center(tokens[1], lengths)
 
     check(step, cache, tokens, jnp.array([20, 7, 0]))
-
-
-def test_caches_outside_of_programs():
-    """What is known is checked on the host."""
-    with strict():
-        ones = jnp.ones((2, 5, 1, 4))
-        center = quantization.key_center(ones, jnp.array([5, 1]))
-        cache = PagedCache.create(2, 4, 8, 2, 1, 4, dtype="int8", key_center=center)
-        cache = cache.with_table(np.arange(4).reshape(2, 2), lengths=[1, 0]).append(ones, ones)
-        cache = cache.copy_pages([0], [3]).truncate(3).fork([1, 1]).reset(np.array([True, False]))
-        ring = RingCache.create(1, 3, 1, 4, dtype="float32", max_append=5)
-        ring = ring.append(ones[:1], ones[:1]).truncate(3)
-    assert cache.lengths.tolist() == [0, 3] and ring.lengths.tolist() == [3]
-    arrays = cache.arrays
-    held = quantization.dequantize(
-        quantization.Quantized(arrays.values, arrays.value_scales), "int8"
-    )
-    np.testing.assert_allclose(held.sum((1, 2, 3)), [20, 0, 20, 20], rtol=1e-6)
-    np.testing.assert_array_equal(arrays.keys, 0)
 
 
 # ---- positions, layers ------------------------------------------------------------------------
@@ -240,11 +220,9 @@ IDS = jnp.array([0, 0, 0, 1, 1, 1])
 
 
 def check_linen(layer, cache, **options):
-    """Parameters are made, trained, and a cache is filled."""
+    """Training, and a cache that is filled."""
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    init = functools.partial(layer.init, deterministic=True)
-    check(init, rngs, X)
-    variables = jax.eval_shape(init, rngs, X)
+    variables = jax.eval_shape(functools.partial(layer.init, deterministic=True), rngs, X)
     train = functools.partial(layer.apply, deterministic=False, **options)
     check(with_gradients(lambda v, x, rngs: train(v, x, rngs=rngs)), variables, X, rngs)
     check(lambda v, x, c: layer.apply(v, x, cache=c, deterministic=True), variables, X, cache)
@@ -263,23 +241,29 @@ def check_nnx(make, cache, **options):
 
 
 # Flax's own norms mix bfloat16 and float32.
-@pytest.mark.parametrize("fields", [dict(dtype=jnp.bfloat16), dict(qk_norm="rms", fused_qkv=True)])
-def test_layers(fields):
-    fields = dict(FIELDS, num_kv_heads=2, **fields)
-    cache = RingCache.create(2, 4, 2, 8, dtype=fields.get("dtype", "float32"), max_append=8)
-    layer = axattn.linen.GroupedQueryAttention(4, **fields)
+NORMED = dict(FIELDS, num_kv_heads=2, qk_norm="rms", fused_qkv=True)
+
+
+def test_linen():
+    layer = axattn.linen.GroupedQueryAttention(4, num_kv_heads=2, **FIELDS, dtype=jnp.bfloat16)
+    cache = RingCache.create(2, 4, 2, 8, dtype="bfloat16", max_append=8)
     variables = check_linen(layer, cache, segment_ids=IDS, is_causal=True)
-    if "fused_qkv" not in fields:
-        check(functools.partial(checkpoints.mha_to_gqa, num_kv_heads=1), variables)
-    make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, decode=False, **fields)
+    check(functools.partial(checkpoints.mha_to_gqa, num_kv_heads=1), variables)
+
+
+def test_nnx():
+    make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, decode=False, **NORMED)
+    cache = RingCache.create(2, 4, 2, 8, dtype="float32", max_append=8)
     check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, segment_ids=IDS, is_causal=True)
 
 
 def test_latent_layers():
-    cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="float32")
-    check_linen(axattn.linen.MultiHeadLatentAttention(**LATENT), cache, is_causal=True)
     make = functools.partial(axattn.nnx.MultiHeadLatentAttention, in_features=E, **LATENT)
+    cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="float32")
     check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, is_causal=True)
+    layer = axattn.linen.MultiHeadLatentAttention(**LATENT)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
+    check(lambda variables, x: layer.apply(variables, x, is_causal=True), variables, X)
 
 
 def test_caches_of_flax():
@@ -325,8 +309,15 @@ def test_latent_attention(form):
 AXES = parallel.Axes(batch="data", heads="model", sequence="context")
 
 
-@pytest.mark.parametrize("layout", parallel.layouts.LAYOUTS)
-@pytest.mark.parametrize("strategy", parallel.costs.STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy, layout",
+    [
+        ("ring", "contiguous"),
+        ("ring", "zigzag"),
+        ("gather", "zigzag"),
+        ("ulysses", "contiguous"),
+    ],
+)
 def test_strategies(mesh_of, strategy, layout):  # noqa: F811
     zigzag = layout == "zigzag"
     arrays = [jnp.ones((2, 48, heads, 16), jnp.bfloat16) for heads in (8, 2, 2)]
