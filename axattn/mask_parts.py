@@ -236,7 +236,7 @@ class Lengths(Part):
         return ok
 
     def block_rows(self, layout):
-        kv_first = jnp.arange(layout.num_kv)[None] * layout.block_kv
+        kv_first = jnp.arange(layout.num_kv, dtype=jnp.int32)[None] * layout.block_kv
         kv_last = jnp.minimum(kv_first + layout.block_kv, layout.kv_len) - 1
 
         def row(i):

@@ -322,7 +322,7 @@ class Mask(serialization.Serializable):
             checked_positions("kv_positions", kv_positions, kv_len),
         )
         mask = self.normalized(None, q_len, kv_len)
-        rows = jax.vmap(mask.block_rows(layout))(jnp.arange(layout.num_q))
+        rows = jax.vmap(mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
         return jnp.moveaxis(rows, 0, 1)
 
     def materialize(

@@ -203,7 +203,9 @@ def key_center(
     key = key.astype(jnp.float32)
     if lengths is None:
         return key.mean((0, 1))
-    real = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < jnp.asarray(lengths)[:, None]
+    real = (
+        jnp.arange(key.shape[1], dtype=jnp.int32)[None] < jnp.asarray(lengths, jnp.int32)[:, None]
+    )
     total = jnp.where(real[..., None, None], key, 0.0).sum((0, 1))
     return total / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 

@@ -97,6 +97,16 @@ def test_xla_chunked(small_blocks, name):
     check_call(name, jnp.bfloat16, "xla_chunked")
 
 
+def test_with_x64(small_blocks):
+    """What counts is int32, whatever JAX's own integers are."""
+    with jax.enable_x64(True):
+        check_call("lengths", jnp.float64, "xla_chunked")
+        cache = caches.make("paged", dtype="bfloat16")
+        step = lambda cache, tokens, lengths: cache.extend(*tokens, lengths=lengths)  # noqa: E731
+        check(step, cache, caches.tokens(5, dtype="bfloat16"), jnp.array([5, 1, 0]))
+        check(quantization.key_center, jnp.ones((2, 5, 1, 4)), jnp.array([5, 1]))
+
+
 @pytest.fixture(params=["mosaic_tpu", "mosaic_gpu"])
 def kernels(request):
     """The kernels of an absent machine: they are traced, and not lowered."""

@@ -288,7 +288,7 @@ class PagedCache(Cache):
         np_ = np if is_concrete(lengths) else jnp
         total = lengths + counts
         # Every page that the new tokens touch has to be there.
-        page = np_.arange(table.shape[1])[None]
+        page = np_.arange(table.shape[1], dtype=np.int32)[None]
         touched = (page >= (lengths // self.page_size)[:, None]) & (
             page * self.page_size < total[:, None]
         )

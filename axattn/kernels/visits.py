@@ -87,7 +87,7 @@ def _spans(*numbers: jax.Array) -> jax.Array:
 
 def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
     layout = call.layout(block_q, block_kv)
-    rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q))
+    rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
     states = jnp.moveaxis(rows, 0, 1)
     if call.kv_positions is not None:
         # Keys that no query may attend to are far away, which parts of the mask may not know.
