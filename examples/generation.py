@@ -96,7 +96,7 @@ def generate(
         token = sample(logits, sampling, None if rng is None else jax.random.fold_in(rng, i))
         token = jnp.where(stopped, filling, token)
         tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, i))
-        lengths += ~stopped
+        lengths += (~stopped).astype(jnp.int32)
         if stop_token is not None:
             stopped |= token == stop_token
         return tokens, lengths, stopped, caches

@@ -58,7 +58,7 @@ def candidates(
         probabilities = jax.nn.softmax(kept, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The first always counts: where all before is 0, rounding must not decide.
-        inside = (before < sampling.top_p) | (jnp.arange(count) == 0)
+        inside = (before < sampling.top_p).at[..., 0].set(True)
         kept = jnp.where(inside, kept, -jnp.inf)
     return kept, tokens
 
