@@ -219,11 +219,12 @@ def test_rope(rope):
 
 E, T = 32, 6
 FIELDS = dict(
-    rope=RotaryEmbedding(), window=(4, 0), logits_soft_cap=5.0, sinks=True, dropout_rate=0.1,
+    rope=RotaryEmbedding(), qk_norm="rms", window=(4, 0), logits_soft_cap=5.0, sinks=True,
+    dropout_rate=0.1, dtype=jnp.bfloat16,
 )  # fmt: skip
 LATENT = dict(
     num_heads=4, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4,
-    v_head_dim=5,
+    v_head_dim=5, dtype=jnp.bfloat16,
 )  # fmt: skip
 X = jnp.ones((2, T, E))
 IDS = jnp.array([0, 0, 0, 1, 1, 1])
@@ -250,26 +251,23 @@ def check_nnx(make, cache, **options):
     check(lambda s, x, c: nnx.merge(graph, s)(x, cache=c, deterministic=True), state, X, cache)
 
 
-# Flax's own norms mix bfloat16 and float32.
-NORMED = dict(FIELDS, num_kv_heads=2, qk_norm="rms", fused_qkv=True)
-
-
 def test_linen():
-    layer = axattn.linen.GroupedQueryAttention(4, num_kv_heads=2, **FIELDS, dtype=jnp.bfloat16)
+    layer = axattn.linen.GroupedQueryAttention(4, num_kv_heads=2, **FIELDS)
     cache = RingCache.create(2, 4, 2, 8, dtype="bfloat16", max_append=8)
     variables = check_linen(layer, cache, segment_ids=IDS, is_causal=True)
     check(functools.partial(checkpoints.mha_to_gqa, num_kv_heads=1), variables)
 
 
 def test_nnx():
-    make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, decode=False, **NORMED)
-    cache = RingCache.create(2, 4, 2, 8, dtype="float32", max_append=8)
+    fields = dict(FIELDS, num_kv_heads=2, fused_qkv=True, decode=False)
+    make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, **fields)
+    cache = RingCache.create(2, 4, 2, 8, dtype="bfloat16", max_append=8)
     check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, segment_ids=IDS, is_causal=True)
 
 
 def test_latent_layers():
     make = functools.partial(axattn.nnx.MultiHeadLatentAttention, in_features=E, **LATENT)
-    cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="float32")
+    cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="bfloat16")
     check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, is_causal=True)
     layer = axattn.linen.MultiHeadLatentAttention(**LATENT)
     variables = jax.eval_shape(layer.init, jax.random.key(0), X)

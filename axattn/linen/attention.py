@@ -18,6 +18,7 @@ from axattn.layers import decode
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
+from axattn.layers.norms import normalized
 from axattn.layers.options import head_layout, qk_norm_kind, requested
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
@@ -236,7 +237,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             )
             ones = nn.initializers.ones_init()
             query, key = (
-                make(name=name, scale_init=named(self, ones, name, "scale", axes=axes))(x)
+                normalized(
+                    make(name=name, scale_init=named(self, ones, name, "scale", axes=axes)), x
+                )
                 for name, x in (("query_ln", query), ("key_ln", key))
             )
 

@@ -14,6 +14,7 @@ from axattn._typing import Array, CacheType, Float, Implementation, Integer, Pre
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend
+from axattn.layers.norms import normalized
 from axattn.layers.options import requested
 from axattn.linen.parameters import may_read_kernels, named, parameters
 from axattn.masks import Mask
@@ -253,12 +254,12 @@ class MultiHeadLatentAttention(nn.Module):
             query = self._dense(heads, use_bias=False, name="query")(inputs)
         else:
             down = self._dense(self.q_lora_rank, use_bias=self.use_bias, name="query_down")(inputs)
-            down = norm("query_norm")(down)
+            down = normalized(norm("query_norm"), down)
             query = self._dense(heads, use_bias=False, name="query_up")(down)
         features = self.kv_lora_rank + self.qk_rope_head_dim
         down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
         down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
-        down = norm("kv_norm")(down)
+        down = normalized(norm("kv_norm"), down)
         ups = (
             self._dense((self.num_heads, size), use_bias=False, name=name)
             for name, size in (("key_up", self.qk_nope_head_dim), ("value_up", self.v_head_dim))

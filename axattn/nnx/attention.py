@@ -19,6 +19,7 @@ from axattn.layers import decode as decoding
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
 from axattn.layers.calling import call_attention
+from axattn.layers.norms import normalized
 from axattn.layers.options import head_layout, qk_norm_kind, requested, static
 from axattn.layers.positions import rotate
 from axattn.layers.projection import fused_projections
@@ -361,7 +362,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
         query, key, value = self._project((inputs_q, inputs_k, inputs_v), qkv_sharding)
         if self.normalize_qk:
-            query, key = self.query_ln(query), self.key_ln(key)
+            query, key = normalized(self.query_ln, query), normalized(self.key_ln, key)
 
         asked_to_decode = self.decode if decode is None else decode
         decode = cache is None and first_from(

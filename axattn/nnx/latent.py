@@ -15,6 +15,7 @@ from axattn._typing import Array, CacheType, Float, Implementation, Integer, Pre
 from axattn.attention import dot_product_attention
 from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
+from axattn.layers.norms import normalized
 from axattn.layers.options import requested, static
 from axattn.masks import Mask
 from axattn.nnx.metadata import name_axes
@@ -293,7 +294,7 @@ class MultiHeadLatentAttention(nnx.Module):
         if self.q_lora_rank is None:
             query = self.query(inputs)
         else:
-            query = self.query_up(self.query_norm(self.query_down(inputs)))
+            query = self.query_up(normalized(self.query_norm, self.query_down(inputs)))
         down, key_rope = jnp.split(self.kv_down(inputs), [self.kv_lora_rank], axis=-1)
         made_with = dict(
             use_bias=False, dtype=self.dtype, precision=self.precision, promote_dtype=promote_dtype
@@ -302,5 +303,5 @@ class MultiHeadLatentAttention(nnx.Module):
             up.kernel[...] if is_plain(up, **made_with) else up
             for up in (self.key_up, self.value_up)
         )
-        projected = Projected(query, self.kv_norm(down), key_rope, *ups)
+        projected = Projected(query, normalized(self.kv_norm, down), key_rope, *ups)
         return projected.promoted(lambda arrays: promote_dtype(arrays, dtype=self.dtype))
