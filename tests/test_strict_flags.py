@@ -24,8 +24,7 @@ import axattn.linen
 import axattn.nnx
 from axattn import Mask, _jax_compat, checkpoints, latent, parallel, quantization
 from axattn.cache import DenseCache, RingCache, prefill
-from axattn.huggingface.rope import rotary_embedding
-from axattn.rotary import LinearScaling, RotaryEmbedding, YarnScaling
+from axattn.rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 from tests import caches, cases
 from tests.parallel import sharded_caches
 from tests.parallel.conftest import mesh_of  # noqa: F401
@@ -196,17 +195,8 @@ ROPES = {
     "halves": RotaryEmbedding(),
     "neighbours": RotaryEmbedding(interleaved=True, rotary_dim=8, scaling=LinearScaling(2.0)),
     "yarn": RotaryEmbedding(scaling=YarnScaling(4.0, 64)),
-    "llama3": rotary_embedding(
-        dict(
-            rope_theta=500000.0,
-            rope_scaling=dict(
-                rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=64,
-            ),
-        ),
-        16,
-    ),
-}  # fmt: skip
+    "llama3": RotaryEmbedding(base=500000.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
+}
 
 
 @pytest.mark.parametrize("rope", ROPES)
