@@ -167,7 +167,8 @@ def test_explained_for_a_target(target):
     why = axattn.explain_implementations(*structs(), is_causal=True, target=target)
     assert why.chosen == kernel and why[kernel] is None and why["mosaic"] is None
     (other,) = {"mosaic_gpu", "mosaic_tpu"} - {kernel}
-    assert f"got {'NVIDIA' if kernel == 'mosaic_gpu' else 'TPU'}" in why[other]
+    if jax.__version_info__ >= (0, 11):  # else the GPU kernels ask for that first
+        assert f"got {'NVIDIA' if kernel == 'mosaic_gpu' else 'TPU'}" in why[other]
 
 
 def test_targets_without_kernels():
