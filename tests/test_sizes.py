@@ -14,6 +14,7 @@ import axattn
 import axattn.linen
 import axattn.nnx
 from axattn import Mask
+from axattn.cache import DenseCache
 from axattn.rotary import RotaryEmbedding
 from tests import cases, reference
 from tests.cases import Shape
@@ -72,6 +73,15 @@ def test_empty_arrays_in_layers(shape):
         4, 32, num_kv_heads=2, rope=rope, decode=False, rngs=nnx.Rngs(0)
     )
     assert layer(x).shape == shape
+
+
+def test_no_tokens_for_a_cache():
+    cache = DenseCache.create(2, 16, num_kv_heads=2, head_dim=8, dtype="int8")
+    cache = cache.append(jnp.ones((2, 3, 2, 8)), jnp.ones((2, 3, 2, 8)))
+    query, key = jnp.ones((2, 0, 4, 8)), jnp.ones((2, 0, 2, 8))
+    out, after = jax.jit(lambda cache: cache.extend(query, key, key))(cache)
+    assert out.shape == query.shape
+    assert jax.tree.all(jax.tree.map(np.array_equal, cache, after))
 
 
 # Sizes that a call with symbolic ones is compiled for: one block, whole blocks, and a last one that

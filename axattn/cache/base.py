@@ -157,7 +157,7 @@ class Cache(serialization.Serializable, abc.ABC):
         """The cache with more tokens at the end of each row.
 
         Args:
-          key: ``[B, T, K, H]``, any T >= 1, after RoPE. Its dtype is the cache's, or any
+          key: ``[B, T, K, H]``, any T, after RoPE. Its dtype is the cache's, or any
             floating-point one where the cache is quantized.
           value: ``[B, T, K, h]``; None where values are in the keys.
           lengths: int ``[B]`` or int: how many of the T tokens are real in each row, 0 to T; those
@@ -180,7 +180,7 @@ class Cache(serialization.Serializable, abc.ABC):
           [4, 2]
         """
         key, value, counts = self._checked_tokens(key, value, lengths)
-        return self._append(key, value, counts)
+        return self._append(key, value, counts) if key.shape[1] else self
 
     @overload
     def attend(
@@ -507,8 +507,8 @@ class Cache(serialization.Serializable, abc.ABC):
             raise ValueError(f"{name} takes {takes}, got None")
         x = as_array(name, x)
         shape = (self.batch, *x.shape[1:2], self.num_kv_heads, size)
-        if x.ndim != 4 or x.shape != shape or x.shape[1] == 0:
-            raise ValueError(f"{name} takes {takes} with T >= 1 for this cache, got {x.shape}")
+        if x.ndim != 4 or x.shape != shape:
+            raise ValueError(f"{name} takes {takes} for this cache, got {x.shape}")
         if not self.stores_floats:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(f"{name} takes a floating-point dtype, got {x.dtype}")

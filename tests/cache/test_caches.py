@@ -477,7 +477,6 @@ REFUSED = {
     "heads": (ValueError, "key takes", lambda c: c.append(KEY[:, :, :1], VALUE[:, :, :1])),
     "batch": (ValueError, "key takes", lambda c: c.append(KEY[:2], VALUE[:2])),
     "tokens": (ValueError, "as many tokens", lambda c: c.append(KEY, VALUE[:, :3])),
-    "no tokens": (ValueError, "T >= 1", lambda c: c.append(KEY[:, :0], VALUE[:, :0])),
     "no value": (ValueError, "value takes", lambda c: c.append(KEY)),
     "dtype": (
         TypeError,
