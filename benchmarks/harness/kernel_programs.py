@@ -36,10 +36,14 @@ def _axattn(case: Case, name: str, **more: Any) -> Attend:
 
 
 def _xla(case: Case, name: str) -> Attend:
+    _refuse_long(case)
+    return _axattn(case, name)
+
+
+def _refuse_long(case: Case) -> None:
     needed = 4 * case.batch * case.heads * case.length**2
     if needed > LOGITS_BYTES:
         raise NotImplementedError(f"its logits take {needed / 2**30:.0f} GiB")
-    return _axattn(case, name)
 
 
 def _cudnn(case: Case, name: str) -> Attend:
@@ -102,6 +106,50 @@ def attention(case: Case, implementation: str) -> Attend:
 def reference(case: Case) -> Attend:
     """The chunked XLA path with all products in float32."""
     return _axattn(case, "xla_chunked", precision="highest")
+
+
+def plain(case: Case) -> Attend:
+    """Attention as one writes it without a library: what errors are measured by.
+
+    K and V repeated, full logits in float32, weights that meet the values in the dtype of the
+    inputs, derivatives by JAX. The sum divides the output, as in flash attention: so its gradient
+    meets numbers that were rounded, as that of every flash kernel does.
+    """
+    _refuse_long(case)
+
+    def attend(query, key, value, extras):
+        key, value = (jnp.repeat(x, case.heads // case.kv_heads, axis=2) for x in (key, value))
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+        scores = scores * query.shape[-1] ** -0.5
+        if case.soft_cap is not None:
+            scores = case.soft_cap * jnp.tanh(scores / case.soft_cap)
+        scores = jnp.where(_allowed(case, extras), scores, -jnp.inf)
+        if "sinks" in extras:
+            sinks = extras["sinks"].astype(jnp.float32)[None, :, None, None]
+            sinks = jnp.broadcast_to(sinks, (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, sinks], axis=-1)
+        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1).swapaxes(1, 2)[..., None]
+        weights = weights[..., : case.length].astype(value.dtype)
+        out = jnp.einsum("bnts,bsnh->btnh", weights, value, preferred_element_type=jnp.float32)
+        return (out / total).astype(query.dtype)
+
+    return attend
+
+
+def _allowed(case: Case, extras: dict[str, jax.Array]) -> jax.Array:
+    """bool, broadcastable to [B, N, T, S]."""
+    options, distance = case.options(), jnp.arange(case.length)
+    distance = distance[:, None] - distance[None, :]
+    allowed = jnp.ones((1, 1, case.length, case.length), bool)
+    if options.get("is_causal"):
+        allowed &= distance >= 0
+    if options.get("local_window_size") is not None:
+        left, right = options["local_window_size"]
+        allowed &= (distance <= left) & (distance >= -right)
+    same = _same_document(extras)
+    return allowed if same is None else allowed & same
 
 
 class Programs:

@@ -124,7 +124,7 @@ def test_every_cell_is_a_number_or_a_reason():
         if cell.implementation in ("xla", "xla_chunked"):
             assert cell.status == kernel_rows.OK, cell
             assert cell.clock == "wall" and cell.rounds >= 3
-            assert 0 < cell.error <= cell.allowed and cell.against == "xla"
+            assert 0 < cell.error <= cell.allowed and cell.against == "plain"
 
 
 @pytest.mark.parametrize("name", [n for n in SMALL if n != "causal"])
