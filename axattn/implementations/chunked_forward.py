@@ -81,7 +81,7 @@ def _initial(call: AttentionCall, blocks: Blocks) -> _State:
             heads_apart(call.sinks[None, :, None, None].astype(dtype), call), top.shape
         )
         top = lax.stop_gradient(sinks)
-        total = jnp.exp(sinks - top)
+        total = jnp.exp(sinks - jnp.where(top == -jnp.inf, 0.0, top))  # 1, or 0 without the sink
     return _State(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
 
 
