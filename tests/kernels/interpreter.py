@@ -14,8 +14,8 @@ def behind_the_door(monkeypatch, name, call_refusal):
     """``implementation=name`` runs on the CPU, with the name's own rules about calls."""
     ways_on_devices = flash.ways
 
-    def ways(*args):
-        found = ways_on_devices(*args)
+    def ways(*args, **options):
+        found = ways_on_devices(*args, **options)
         own = tuple((p, replace(way, interpret=True)) for p, way in found.per_platform)
         return replace(found, per_platform=own)
 

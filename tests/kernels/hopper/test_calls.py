@@ -141,9 +141,9 @@ def test_layers_in_a_scan(interpreted):
     close(got, plain, tolerance=0.1)
 
 
-def test_no_second_derivative(interpreted):
+def test_no_gradient_of_gradients(interpreted):
     q, k, v = arrays()
-    with pytest.raises(NotImplementedError, match='"mosaic_gpu" has no second derivative'):
+    with pytest.raises(NotImplementedError, match='"mosaic_gpu" has no gradient of gradients'):
         first = jax.grad(lambda q: attend(q, k, v).astype(jnp.float32).sum())
         jax.grad(lambda q: first(q).astype(jnp.float32).sum())(q)
 

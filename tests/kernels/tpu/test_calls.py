@@ -100,9 +100,9 @@ def test_layers_in_a_scan(interpreted):
     close(got, plain, tolerance=1e-4)
 
 
-def test_no_second_derivative(interpreted):
+def test_no_gradient_of_gradients(interpreted):
     q, k, v = arrays()
-    with pytest.raises(NotImplementedError, match='"mosaic_tpu" has no second derivative'):
+    with pytest.raises(NotImplementedError, match='"mosaic_tpu" has no gradient of gradients'):
         first = jax.grad(lambda q: attend(q, k, v).sum())
         jax.grad(lambda q: first(q).sum())(q)
 
