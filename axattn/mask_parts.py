@@ -270,9 +270,11 @@ class Segments(Part):
     def block_rows(self, layout):
         # Ids need not be sorted: disjoint ranges prove a block empty, one single id proves it full,
         # and whatever is between counts as partial.
-        q_min, q_max = layout.q_range(jnp.broadcast_to(self.q_ids, (len(self.q_ids), layout.q_len)))
+        q_min, q_max = layout.q_range(
+            jnp.broadcast_to(self.q_ids, (self.q_ids.shape[0], layout.q_len))
+        )
         k_min, k_max = layout.kv_range(
-            jnp.broadcast_to(self.kv_ids, (len(self.kv_ids), layout.kv_len))
+            jnp.broadcast_to(self.kv_ids, (self.kv_ids.shape[0], layout.kv_len))
         )
 
         def row(i):
