@@ -92,6 +92,12 @@ class AttentionCall:
         return 0 in (self.batch, self.q_len, self.kv_len)
 
     @property
+    def may_be_empty(self) -> bool:
+        """Whether that is so, or may be when sizes that are symbolic now are known."""
+        sizes = (self.batch, self.q_len, self.kv_len)
+        return not all(is_known(lambda n=n: n >= 1, otherwise=False) for n in sizes)
+
+    @property
     def batch(self) -> int:
         return self.query.shape[0]
 

@@ -165,6 +165,27 @@ def test_symbolic_sizes_of_masks(options, sizes):
         np.testing.assert_allclose(exported.call(x), attend(x), rtol=1e-5, atol=1e-5)
 
 
+def test_symbolic_sizes_that_may_be_zero():
+    """As of the first rows, or of all tokens but the last: the einsum takes them, blocks do not."""
+
+    def attend(x, **options):
+        x = x[1:, 1:].astype(jnp.bfloat16)
+        return axattn.dot_product_attention(
+            x, x[:, 1:], x[:, 1:], is_causal=True, local_window_size=(9, 0), **options
+        )
+
+    b, t = export.symbolic_shape("b, t")
+    shape = jax.ShapeDtypeStruct((b, t, 4, 8), jnp.float32)
+    exported = export.export(jax.jit(attend))(shape)
+    for b, t in ((1, 5), (2, 1), (2, 2), (3, 40)):
+        x = jax.random.normal(jax.random.key(t), (b, t, 4, 8))
+        np.testing.assert_allclose(
+            exported.call(x).astype(float), attend(x).astype(float), atol=2e-2
+        )
+    with pytest.raises(NotImplementedError, match='"xla_chunked" needs sizes of at least 1, got b'):
+        export.export(jax.jit(lambda x: attend(x, implementation="xla_chunked")))(shape)
+
+
 def test_symbolic_sizes_in_layers():
     rope = RotaryEmbedding()
     linen = axattn.linen.MultiHeadAttention(num_heads=4, num_kv_heads=2, rope=rope)

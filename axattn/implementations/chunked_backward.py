@@ -102,7 +102,7 @@ def backward(
 
 def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
     """Batch rows one at a time; what they share is summed on the way."""
-    own_bias = shared.bias is not None and shared.bias.shape[0] > 1
+    own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # which may be symbolic
     start = shared._replace(bias=None) if own_bias else shared
 
     def step(shared, b):

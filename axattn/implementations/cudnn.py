@@ -29,6 +29,9 @@ def refuses(call: AttentionCall) -> str | None:
     ):
         if present:
             return f"does not support {what}"
+    sizes = (call.batch, call.q_len, call.kv_len)
+    if not all(isinstance(size, int) for size in sizes):
+        return f"needs sizes that are known, got {', '.join(map(str, sizes))}"
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"needs float16 or bfloat16, got {call.query.dtype}"
     if call.head_dim != call.value_head_dim:

@@ -37,6 +37,8 @@ HOPPER_DECODE_FROM_KEYS = 1024
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
+    if reasons["xla_chunked"] is not None:
+        return "xla"
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
         return _over_cache(call, platform, scores, reasons)

@@ -37,11 +37,20 @@ def _takes_all(_: AttentionCall) -> None:
     return None
 
 
+def _takes_blocks(call: AttentionCall) -> str | None:
+    if call.is_empty or not call.may_be_empty:
+        return None
+    return (
+        f"needs sizes of at least 1, got {call.batch}, {call.q_len}, {call.kv_len}: constrain them "
+        '(constraints=["t >= 2"] of jax.export.symbolic_shape for t - 1), or ask for "xla"'
+    )
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
         Implementation("xla", xla.attend, _takes_all, PLATFORMS),
-        Implementation("xla_chunked", None, _takes_all, PLATFORMS),
+        Implementation("xla_chunked", None, _takes_blocks, PLATFORMS),
         Implementation(
             "mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.refuses_lowered
         ),
