@@ -15,12 +15,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+
+_Type = TypeVar("_Type")
 
 # The types that Flax has not heard of yet.
 _waiting: list[type] = []
@@ -56,7 +58,9 @@ def register(
     tell_flax()
 
 
-def register_dataclass(cls: type, data: tuple[str, ...], static: tuple[str, ...]) -> type:
+def register_dataclass(
+    cls: type[_Type], data: tuple[str, ...], static: tuple[str, ...]
+) -> type[_Type]:
     """``jax.tree_util.register_dataclass``, and `register`."""
     jax.tree_util.register_dataclass(cls, data, static)
 

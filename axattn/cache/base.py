@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from axattn.cache.checks import as_array, counts_of, host, is_concrete
 from axattn.cache.fields import bytes_per_token, encode
 from axattn.cache.write import Places, write
 from axattn.stored import KeyValueArrays, Stored
+
+_Kind = TypeVar("_Kind")
 
 # What attention over a cache takes from the cache itself.
 _OWN = ("key", "value", "key_value_seq_lengths", "kv_positions", "q_offset")
@@ -537,7 +539,9 @@ class Cache(serialization.Serializable, abc.ABC):
         return rows.astype(jnp.int32)
 
 
-def register(cls, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
+def register(
+    cls: type[_Kind], data: tuple[str, ...] = (), static: tuple[str, ...] = ()
+) -> type[_Kind]:
     """Makes a kind of cache a pytree; ``data`` and ``static`` are the fields that it adds."""
     fields = (*DATA_FIELDS, *data), (*STATIC_FIELDS, *static)
     return serialization.register_dataclass(cls, *fields)
