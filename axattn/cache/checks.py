@@ -53,7 +53,8 @@ def counts_of(name: str, counts: Any, batch: int, at_most: int | None = None) ->
         return jnp.broadcast_to(kept.astype(jnp.int32), (batch,))
     if counts.size and (counts.min() < 0 or (at_most is not None and counts.max() > at_most)):
         raise ValueError(f"{name} takes {takes}, got {counts.tolist()}")
-    return np.broadcast_to(counts.astype(np.int32), (batch,))
+    xp = np if isinstance(batch, int) else jnp  # which takes a symbolic size
+    return xp.broadcast_to(counts.astype(np.int32), (batch,))
 
 
 def positive(name: str, count: Any) -> None:
