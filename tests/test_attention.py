@@ -222,6 +222,21 @@ class TestDropIn:
 
 
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+def test_float16_gradients_that_are_representable(implementation):
+    """Those of weights and scores, up to 4.8e5 here, are not, and small keys bring them down."""
+    q = k = jnp.full((1, 2, 1, 64), 0.01, jnp.float16)
+    v = jnp.array([60.0, -60.0], jnp.float16)[None, :, None, None] * jnp.ones_like(q)
+
+    def attend(*inputs):
+        return axattn.dot_product_attention(*inputs, implementation=implementation)
+
+    dquery, dkey, dvalue = jax.vjp(attend, q, k, v)[1](jnp.full_like(q, 1000.0))
+    assert not dquery.any()
+    np.testing.assert_allclose(dkey[0, :, 0, 0].astype(float), [4800, -4800], rtol=1e-3)
+    np.testing.assert_allclose(dvalue.astype(float), 1000.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 @pytest.mark.parametrize("T", [40, 4], ids=["grouped", "folded"])
 def test_head_order(small_blocks, implementation, T):
     """Query head n reads key/value head n // G: what repeating K and V along the heads means."""

@@ -220,6 +220,9 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
     if call.traced_scale is not None:
         shared = shared._replace(scale=shared.scale + (dscores * dots).sum())
         dscores = dscores * call.traced_scale.astype(dscores.dtype)
+    if key.dtype == jnp.float16:
+        # It need not hold these where it holds the gradients: small keys bring them down again.
+        key = key.astype(dscores.dtype)
     dscores = dscores.astype(key.dtype)
 
     dquery = dquery + tile.query.outputs(dscores, key)

@@ -81,7 +81,8 @@ class Grouped:
 
     def pulled(self, weights: jax.Array) -> jax.Array:
         """Weights transposed times this query tile, summed over the group: ``[B, K, s, H]``."""
-        return jnp.einsum("bkgts,bkgth->bksh", weights, self.query, **self.options)
+        query = self.query.astype(weights.dtype)
+        return jnp.einsum("bkgts,bkgth->bksh", weights, query, **self.options)
 
 
 class Folded:
