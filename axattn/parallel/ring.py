@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
 from axattn.call import AttentionCall
-from axattn.implementations import flash
+from axattn.implementations import blocks, chunked_forward, flash
 from axattn.implementations.chunked_backward import Gradients
 from axattn.parallel import hop
 from axattn.parallel.merge import merged
@@ -49,11 +50,23 @@ def attend(ring: Ring, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
     call = dataclasses.replace(rest, **inputs._asdict())
+    out, lse = _merged_hops(ring, call, lambda hop_call: flash.attend(hop_call, ring.ways))
+    return out.astype(call.query.dtype), lse
+
+
+def _exact(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    """A hop with weights and output that are not rounded to 16 bits."""
+    wide = dataclasses.replace(call, value=call.value.astype(jnp.float32))
+    return chunked_forward.forward(wide, blocks.choose(call, "cpu"), rounded=False)
+
+
+def _merged_hops(ring: Ring, call: AttentionCall, attend: Callable) -> tuple[jax.Array, jax.Array]:
+    """Output and LSE, float32, of all hops, each of which is ``attend(its call)``."""
     here = lax.axis_index(ring.axis)
 
     def one(keys: hop.Moving, distance, first: bool):
         source = (here - distance) % ring.shards
-        out, lse = flash.attend(hop.call_of(call, keys, here, source, first=first), ring.ways)
+        out, lse = attend(hop.call_of(call, keys, here, source, first=first))
         return out.astype(jnp.float32), lse
 
     keys = hop.moving(call)
@@ -73,8 +86,7 @@ def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array
         for i, distance in enumerate(ring.hops[1:], 1):
             keys, upcoming = upcoming, _next(ring, upcoming, i)
             result = merged(result, one(keys, distance, False))
-    out, lse = result
-    return out.astype(call.query.dtype), lse
+    return result
 
 
 def _next(ring: Ring, tree: Any, i: int) -> Any:
@@ -103,11 +115,20 @@ def _backward(ring: Ring, residuals, cotangents):
     inputs, rest, out, lse = residuals
     call = dataclasses.replace(rest, **inputs._asdict())
     here = lax.axis_index(ring.axis)
+    dout, dlse = cotangents
+    if call.bias is not None:  # whose gradients, of its dtype, are summed up over the hops
+        call = dataclasses.replace(call, bias=call.bias.astype(jnp.float32))
+    if call.bias is not None and out.dtype != jnp.float32:
+        # As in `chunked_backward.backward`: the gradient of a bias sums up what rounding leaves.
+        # What the cotangents of the output and of the LSE say together is then exact.
+        exact, _ = _merged_hops(ring, call, _exact)
+        rounding = out.astype(jnp.float32) - exact
+        dlse = dlse + (dout.astype(jnp.float32) * rounding).sum(-1)
 
     def one(keys: hop.Moving, sums: _Sums, distance, first: bool):
         source = (here - distance) % ring.shards
         local = hop.call_of(call, keys, here, source, first=first)
-        found = flash.gradients(ring.ways, local, out, lse, *cotangents)
+        found = flash.gradients(ring.ways, local, out, lse, dout, dlse)
         return _added(sums, found, source * keys.key.shape[1]), found.sinks
 
     sums = _Sums(*(
