@@ -444,6 +444,17 @@ def _batch_staged(args, axes, *, branches, results, refusal):
 batching.primitive_batchers[_staged] = _batch_staged
 
 
+def _transpose_staged(*_, **__):
+    # Attention is linear in its values. Who wants that (`jax.linear_transpose`) is rare enough.
+    raise NotImplementedError(
+        "no linear transpose where an implementation is chosen per platform: ask for "
+        'implementation="xla"'
+    )
+
+
+ad.primitive_transposes[_staged] = _transpose_staged
+
+
 def _batch_size(args, axes) -> int:
     return next(x.shape[i] for x, i in zip(args, axes, strict=True) if i is not None)
 

@@ -365,6 +365,18 @@ class TestForwardMode:
         for got, exact in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5 * np.abs(exact).max())
 
+    def test_linear_transposes_name_the_implementation_that_has_them(self):
+        q, k, v = (jax.random.normal(jax.random.key(n), (1, n, 2, 8)) for n in (4, 600, 600))
+
+        def transposed(name):
+            attend = functools.partial(axattn.dot_product_attention, q, k, implementation=name)
+            return jax.linear_transpose(attend, v)(q)[0]
+
+        (want,) = jax.vjp(lambda v: axattn.dot_product_attention(q, k, v), v)[1](q)
+        close(transposed("xla"), want)
+        with pytest.raises(NotImplementedError, match='ask for implementation="xla"'):
+            transposed("xla_chunked")
+
 
 class TestStaging:
     def test_eval_shape(self, attend):
