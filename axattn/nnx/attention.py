@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.nnx.module import first_from
 
@@ -30,8 +29,15 @@ from axattn.nnx.parameters import is_plain
 from axattn.nnx.randomness import dropout_key
 from axattn.rotary import RotaryEmbedding
 
-# Flax's default is False, and stays: numpy's is equal to it, and is not the one that is given.
-_NOT_GIVEN: Any = np.False_
+
+class _NotGiven(int):
+    """Flax's default, False, and equal to it: no value that is given is this object."""
+
+    def __repr__(self) -> str:
+        return "False"
+
+
+_NOT_GIVEN: Any = _NotGiven(0)
 
 
 def _extends(base: Callable[..., None]):

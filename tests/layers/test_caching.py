@@ -156,6 +156,7 @@ def test_refused(api):
         ),
         (ValueError, "sow_weights", lambda: call(x, cache=cache, sow_weights=True)),
         (ValueError, "is_causal=False .* cache", lambda: call(x, cache=cache, is_causal=False)),
+        (ValueError, "is_causal=False .* cache", lambda: call(x, cache=cache, is_causal=np.False_)),
         (ValueError, "attention_fn", lambda: own(x, cache=cache)),
         (ValueError, "dropout", lambda: dropping(x, cache=cache)),
         (ValueError, r"inputs_q takes \[B, T, E\]", lambda: call(x[0], cache=cache)),
