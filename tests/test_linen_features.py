@@ -341,6 +341,22 @@ def test_fused_qkv_stands_back_for_interceptors():
     assert abs(grads[0]) > 1
 
 
+def test_captured_projections():
+    """What ``capture_intermediates`` finds is what the projections give, not an empty product."""
+    x, layer = inputs(), MultiHeadAttention(N)
+    variables = layer.init(jax.random.key(0), x)
+    options = dict(capture_intermediates=True, mutable=["intermediates"])
+    found, expected = (
+        layer.clone(fused_qkv=fused).apply(variables, x, **options)[1] for fused in (True, False)
+    )
+    assert found["intermediates"]["key"]["__call__"][0].shape == (
+        *x.shape[:-1],
+        N,
+        x.shape[-1] // N,
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 DECODING = {
     "plain": dict(),
     "rope": dict(rope=RotaryEmbedding()),

@@ -84,8 +84,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         parameter ``sinks`` ``[N]``, zeros at first.
       fused_qkv: one matrix product for those of query, key and value that project the same array.
         Their kernels are joined at each call and stay separate parameters. Where heads are sharded
-        over devices this can cost a reshard; ``capture_intermediates`` does not see projections.
-        Inside ``nn.intercept_methods`` each projection is called by itself.
+        over devices this can cost a reshard. Inside ``nn.intercept_methods``, and for
+        ``capture_intermediates``, each projection is called by itself.
       implementation: of `axattn.dot_product_attention`.
       logical_axes: box the parameters with names of their axes (``nn.with_logical_partitioning``),
         those of ``axattn.layers.axes``: embed, heads, kv_heads, head_dim.

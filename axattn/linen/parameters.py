@@ -17,11 +17,14 @@ def may_read_kernels() -> bool:
     """Whether a call of ``nn.DenseGeneral`` is Flax's product with its kernel, and nothing more.
 
     It is more where ``nn.intercept_methods`` is in force: an interceptor may change what goes in
-    and what comes out (adapters do). Flax has no public word for that; were its private stack of
-    interceptors to move, all projections would be called, which is slower and never wrong.
+    and what comes out (adapters do); and where ``capture_intermediates`` asks for what comes out.
+    Flax has no public word for either; were its private stack of interceptors to move, all
+    projections would be called, which is slower and never wrong.
     """
     intercepted = getattr(flax_module, "_global_interceptor_stack", True)
-    return nn.DenseGeneral is _DENSE and _DENSE.__call__ is _CALL and not intercepted
+    captures = getattr(getattr(flax_module, "_context", None), "capture_stack", ())
+    watched = bool(intercepted) or any(captures[-1:])
+    return nn.DenseGeneral is _DENSE and _DENSE.__call__ is _CALL and not watched
 
 
 def parameters(
