@@ -7,7 +7,6 @@ of the size of N heads of keys exists.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -70,8 +69,7 @@ def backward(
         # A rounded output or weight moves delta, and so all scores of a row together. In gradients
         # of queries and keys this drowns in other roundings; a bias that broadcasts along the keys
         # sums it up.
-        exact = dataclasses.replace(call, value=call.value.astype(dtype))
-        out, _ = forward(exact, blocks, rounded=False)
+        out, _ = forward(call, blocks, rounded=False)
     delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
     # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
     # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).

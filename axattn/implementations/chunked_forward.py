@@ -5,6 +5,7 @@ Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682; Dao, ar
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +27,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and LSE ``[B, T, N]``.
 
-    The LSE, and an output that is not rounded, are in the accumulator's dtype.
+    The LSE is in the accumulator's dtype. So are an output that is not rounded, and the weights and
+    values that it is made of.
     """
     dtype = call.query.dtype if rounded else call.accumulator_dtype
+    if not rounded:
+        call = dataclasses.replace(call, value=call.value.astype(dtype))
     if not blocks.by_row:
         return _forward(call, blocks, dtype)
     out, lse = lax.map(lambda b: _forward(call.row(b), blocks, dtype), jnp.arange(call.batch))

@@ -56,8 +56,7 @@ def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array
 
 def _exact(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """A hop with weights and output that are not rounded to 16 bits."""
-    wide = dataclasses.replace(call, value=call.value.astype(jnp.float32))
-    return chunked_forward.forward(wide, blocks.choose(call, "cpu"), rounded=False)
+    return chunked_forward.forward(call, blocks.choose(call, "cpu"), rounded=False)
 
 
 def _merged_hops(ring: Ring, call: AttentionCall, attend: Callable) -> tuple[jax.Array, jax.Array]:
