@@ -12,12 +12,42 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from axattn import attention
 from axattn.implementations import blocks, registry
 
 # Before any backend starts: shard_map is tested on simulated devices.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    """Keep what XLA compiles, for all workers and for the next run: compiling is most of the time.
+
+    In the folder that JAX_COMPILATION_CACHE_DIR names, or with pytest's own cache (which
+    ``--cache-clear`` empties). A program is found by its text, its options and the versions of JAX
+    and XLA, so what is found is what would have been compiled.
+    """
+    if not jax.config.jax_compilation_cache_dir and hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def compiled_anew():
+    """No program comes from the cache: what a compiler says while it compiles is looked at."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("aot"):
+            item.fixturenames.insert(0, "compiled_anew")
 
 
 _tests = itertools.count(1)
@@ -27,7 +57,7 @@ _tests = itertools.count(1)
 def _forget_programs():
     """JAX keeps thousands of compiled programs alive; these tests would take gigabytes."""
     yield
-    if next(_tests) % 50 == 0:
+    if next(_tests) % 200 == 0:
         jax.clear_caches()
 
 

@@ -53,7 +53,7 @@ def test_optimized(small_blocks, name):
     precision.check(cases.make(name, jnp.float32), jit=jax.jit)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1023, 1024), (799, 3), (64, 2048)], ids=str)
 def test_long(shape, dtype):
@@ -64,7 +64,7 @@ def test_long(shape, dtype):
     precision.check(call, ("xla", "xla_chunked", None), jit=jax.jit)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "G, H", [(1, 64), (1, 256), (2, 80), (4, 128), (8, 64), (16, 64), (16, 128), (16, 256)]
 )

@@ -216,7 +216,7 @@ LATENT = dict(
     num_heads=4, kv_lora_rank=12, q_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4,
     v_head_dim=5, dtype=jnp.bfloat16,
 )  # fmt: skip
-X = jnp.ones((2, T, E))
+X = np.ones((2, T, E), np.float32)
 IDS = jnp.array([0, 0, 0, 1, 1, 1])
 
 

@@ -39,7 +39,7 @@ def check(tool, arguments, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_mypy(tmp_path):
     check("mypy", ["--strict", f"--cache-dir={tmp_path / 'cache'}"], tmp_path)
 

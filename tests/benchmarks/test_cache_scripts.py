@@ -79,7 +79,7 @@ def test_generate_bench(tmp_path):
     assert found["generation"][1]["speedup"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_generate_bench_smoke():
     done = script("generate_bench.py", "--preset=smoke")
     assert done.returncode == 0, done.stderr

@@ -346,7 +346,7 @@ def script(*args, timeout=120):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_smoke(tmp_path):
     files = {"json": tmp_path / "out.json", "markdown": tmp_path / "out.md"}
     flags = (f"--{flag}={path}" for flag, path in files.items())
@@ -361,7 +361,7 @@ def test_smoke(tmp_path):
     assert "| mla4/b2/64/dense/fp8 | mosaic_gpu |" in files["markdown"].read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_budget(tmp_path):
     path = tmp_path / "out.json"
     done = script("--preset=smoke", "--cases=mla", "--budget_minutes=0", f"--json={path}")

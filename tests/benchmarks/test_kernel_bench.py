@@ -331,7 +331,7 @@ def script(*args, timeout=120):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_smoke(tmp_path):
     files = {"json": tmp_path / "out.json", "markdown": tmp_path / "out.md"}
     flags = (f"--{flag}={path}" for flag, path in files.items())
@@ -347,7 +347,7 @@ def test_smoke(tmp_path):
     assert "| packed | 3 documents |" in files["markdown"].read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_budget():
     done = script("--preset=smoke", "--cases=causal", "--budget_minutes=0")
     assert done.returncode == 0, done.stderr

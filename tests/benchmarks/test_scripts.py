@@ -104,7 +104,7 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
     assert 1 <= len(output.read(path)[0]) < 5
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["attention_bench.py", "crossover_bench.py"])
 def test_function_benchmarks(name):
     arguments = {

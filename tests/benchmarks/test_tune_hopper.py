@@ -98,8 +98,8 @@ def kernels(monkeypatch):
         ("forward", "full"),
         ("query_grad", "masked"),
         ("key_grad", "capped"),
-        *(pytest.param(kernel, "general", marks=pytest.mark.slow) for kernel in TILES),
-        pytest.param("key_grad", "biased", marks=pytest.mark.slow),
+        *(pytest.param(kernel, "general", marks=pytest.mark.ci) for kernel in TILES),
+        pytest.param("key_grad", "biased", marks=pytest.mark.ci),
     ],
 )
 def test_right_candidates_are_timed(kernels, kernel, name):

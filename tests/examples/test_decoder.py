@@ -69,7 +69,7 @@ def test_chunks_agree_with_the_whole(kind, kv_heads):
 
 
 @pytest.mark.parametrize(
-    "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ring", "paged"))]
+    "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("ring", "paged"))]
 )
 def test_the_trained_model_in_chunks(trained, kind):
     tokens = tokens_of(len(data.VOCABULARY), batch=2)

@@ -87,7 +87,7 @@ def rows_of_one():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("arguments", "mesh"),
     [

@@ -73,7 +73,7 @@ def test_a_coarser_cache_would_not_pass(logits, finer, coarser):
 
 @pytest.mark.parametrize(
     "dtype, kind, chunk_size",
-    [("int8", "ring", 512), pytest.param("int4", "paged", 64, marks=pytest.mark.slow)],
+    [("int8", "ring", 512), pytest.param("int4", "paged", 64, marks=pytest.mark.ci)],
 )
 def test_neither_kind_nor_chunks_matter(logits, dtype, kind, chunk_size):
     """A chunk reads its own keys from the cache, too: as coarse as those of chunks before."""

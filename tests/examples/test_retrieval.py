@@ -121,7 +121,7 @@ def test_at_every_place(trained, kind, dtype, chunk_size):
     np.testing.assert_array_equal(got.tokens, np.tile(want, (len(prompts), 1)))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind, dtype, chunk_size", MEETINGS)
 def test_over_every_cache(trained, kind, dtype, chunk_size):
     np.testing.assert_array_equal(answers_of(trained, kind, dtype, chunk_size), questions()[2])

@@ -9,7 +9,7 @@ import pytest
 from axattn.layers.positions import rotate
 from axattn.rotary import RotaryEmbedding
 
-Q, K = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 2, 8))
+Q, K = (np.ones((2, 5, n, 8), np.float32) for n in (4, 2))
 ROPE = RotaryEmbedding()
 
 

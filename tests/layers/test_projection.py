@@ -10,8 +10,9 @@ import pytest
 from axattn.layers.projection import fused_projections
 
 E, H = 6, 4
-KERNELS = [jax.random.normal(jax.random.key(n), (E, n, H)) for n in (4, 2, 1)]
-BIASES = [jnp.linspace(-1.0, 1.0, n * H).reshape(n, H) for n in (4, 2, 1)]
+RNG = np.random.default_rng(0)
+KERNELS = [RNG.normal(size=(E, n, H)).astype(np.float32) for n in (4, 2, 1)]
+BIASES = [np.linspace(-1.0, 1.0, n * H, dtype=np.float32).reshape(n, H) for n in (4, 2, 1)]
 
 
 def same(*arrays):

@@ -12,7 +12,7 @@ from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from axattn.plotting import axes, plot_mask, style
 from tests.plotting.pictures import check_legible, pixel, rendered
 
-IDS = jnp.repeat(jnp.arange(4), jnp.array([10, 30, 17, 23]), total_repeat_length=80)
+IDS = np.repeat(np.arange(4), [10, 30, 17, 23])
 MASKS = {
     "causal": Mask.causal(),
     "window": Mask.causal() & Mask.window(20, 0),

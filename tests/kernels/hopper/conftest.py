@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/kernels/hopper" in item.path.as_posix():
             item.add_marker(recent)
+            item.add_marker(pytest.mark.hopper)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ NAMES = (
 PARTED = {"causal_offset", "packed", "window_pair"}  # among two cores
 
 
-@pytest.fixture(params=["fused", pytest.param("split", marks=pytest.mark.slow)])
+@pytest.fixture(params=["fused", pytest.param("split", marks=pytest.mark.ci)])
 def small_blocks(request, monkeypatch):
     monkeypatch.setattr(tiles, "forward_tiles", lambda *_: OTHER)
     monkeypatch.setattr(tiles, "backward_tiles", lambda *_: WAYS[request.param])
@@ -120,7 +120,7 @@ def test_both_layouts_give_the_same_bits(interpreted, small_blocks, monkeypatch)
 
 @pytest.mark.parametrize(
     "small_blocks, cores",
-    [("fused", 2), pytest.param("split", 1, marks=pytest.mark.slow)],
+    [("fused", 2), pytest.param("split", 1, marks=pytest.mark.ci)],
     indirect=True,
 )
 def test_deterministic(interpreted, small_blocks):

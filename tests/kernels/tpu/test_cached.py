@@ -70,7 +70,7 @@ def attend_and_check(cache, query, lengths=LENGTHS, reference=None, how=None, **
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", caches.KINDS)
-@pytest.mark.parametrize("tokens", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [1, pytest.param(20, marks=pytest.mark.ci)])
 def test_kinds(kind, dtype, tokens):
     """A decode step, and a prompt's end."""
     query = queries(tokens, 6, dtype="float32" if dtype == "float32" else "bfloat16")
@@ -128,7 +128,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("block_q", [pytest.param(4, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("block_q", [pytest.param(4, marks=pytest.mark.ci), 2])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature, block_q):
     """Speculative steps, in one tile and in two."""
@@ -196,7 +196,7 @@ def test_shapes(head_dim, value_dim, heads, kv_heads, tokens):
     attend_and_check(cache, queries(tokens, heads, head_dim))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.ci), "int8"])
 @pytest.mark.parametrize("page", [8, 16, 64, 96, 128, 256])
 def test_pages(page, dtype):
     """Pages smaller than a block, as large, larger, and of a size that no block is a multiple of."""

@@ -38,7 +38,7 @@ LAYOUTS = ("tokens", "heads")
 
 def names():
     for i, name in enumerate(sorted(set(cases.CASES) - REFUSED)):
-        marks = () if name in QUICK else pytest.mark.slow
+        marks = () if name in QUICK else pytest.mark.ci
         yield pytest.param(LAYOUTS[i % 2], name, marks=marks)
 
 

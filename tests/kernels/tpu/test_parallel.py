@@ -11,7 +11,7 @@ from axattn import parallel
 from tests.kernels.tpu.test_calls import arrays, close, gradients
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_ring(interpreted):
     """Two devices whose tokens are in zigzag order: positions say where they are."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
