@@ -20,10 +20,6 @@ import axattn
 from axattn import Mask
 from tests import reference
 
-# Compiling takes most of the time of these tests, and less with these (XLA:CPU's own debug options).
-# The program is the same up to its code generation.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
 ULPS = 2
 
 
@@ -32,21 +28,15 @@ def dropout_words(rng) -> np.ndarray:
     return np.asarray(jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32))
 
 
-@functools.cache
-def _quick_options() -> dict:
-    """Those of the options that this version of XLA, and this backend, have."""
-    known = {}
-    for name, value in QUICK.items():
-        try:
-            jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
-            known[name] = value
-        except jax.errors.JaxRuntimeError:
-            pass
-    return known
-
-
-def quick_jit(function, **options):
-    return jax.jit(function, compiler_options=_quick_options(), **options)
+# As users have it; other programs of the tests are compiled in less time (tests/conftest.py).
+optimized_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+    },
+)
+quick_jit = jax.jit
 
 
 @dataclasses.dataclass(repr=False)
@@ -139,10 +129,13 @@ def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str
 
     An implementation is a name, or a function in the place of `axattn.dot_product_attention`.
     """
-    arrays = {k: v for k, v in call.options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
-    static = {k: v for k, v in call.options.items() if k not in arrays}
+    return results_of_each([call], implementations, jit=jit)[0]
 
-    def program(inputs, arrays, cotangents):
+
+def results_of_each(calls, implementations, *, jit=quick_jit) -> list[dict]:
+    """The same of calls that differ in the values of arrays only: one program serves them all."""
+
+    def program(static, inputs, arrays, cotangents):
         def run(implementation):
             def attend(inputs):
                 function = implementation
@@ -150,17 +143,26 @@ def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str
                     function = functools.partial(
                         axattn.dot_product_attention, implementation=implementation
                     )
-                return function(**inputs, **arrays, **static, return_residual=True)
+                return function(**inputs, **arrays, **dict(static), return_residual=True)
 
             (out, lse), pull = jax.vjp(attend, inputs)
             return {"out": out, "lse": lse, **pull(cotangents)[0]}
 
         return [run(implementation) for implementation in implementations]
 
-    found = jit(program)(call.poisoned(), arrays, call.cotangents)
-    return {
-        name: jax.tree.map(np.asarray, r) for name, r in zip(implementations, found, strict=True)
-    }
+    program = jit(program, static_argnums=0)
+    found = []
+    for call in calls:
+        arrays = {
+            k: v for k, v in call.options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))
+        }
+        static = tuple((k, v) for k, v in call.options.items() if k not in arrays)
+        of_call = jax.tree.map(
+            np.asarray, program(static, call.poisoned(), arrays, call.cotangents)
+        )
+        found.append(dict(zip(implementations, of_call, strict=True)))
+    assert program._cache_size() == 1
+    return found
 
 
 def plain_results(call: Call) -> dict[str, np.ndarray]:
@@ -288,7 +290,10 @@ def _one_minus_cosine(a, b):
     return 0.5 * np.linalg.norm(a / max(lengths[0], 1e-300) - b / lengths[1]) ** 2
 
 
-def check(call: Call, implementations=("xla", "xla_chunked"), *, jit=quick_jit) -> None:
-    plain = plain_results(call)
-    for name, found in results(call, implementations, jit=jit).items():
-        assert_right(call, found, plain, name)
+def check(calls, implementations=("xla", "xla_chunked"), *, jit=quick_jit) -> None:
+    """Every result obeys the rule: those of one call, or of some that differ in values only."""
+    calls = [calls] if isinstance(calls, Call) else calls
+    for call, found in zip(calls, results_of_each(calls, implementations, jit=jit), strict=True):
+        plain = plain_results(call)
+        for name in implementations:
+            assert_right(call, found[name], plain, name)
