@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
+from axattn._typing import present
+
 
 def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     """First 32-bit word of Threefry-2x32-20 at counter ``(high, low)``; all uint32, broadcast.
@@ -202,8 +204,9 @@ def debug_check(ok: jax.Array, message: str) -> None:
     payload, metadata = jax.tree.flatten(error)
     # Newer versions number the checks of a program themselves.
     code = checkify.next_code() if hasattr(checkify, "next_code") else 0
+    number: Any = np.int32(code)
     error = checkify.Error(
-        {effect: jnp.logical_not(ok)}, {effect: np.int32(code)}, {code: metadata}, {effect: payload}
+        {effect: jnp.logical_not(ok)}, {effect: number}, {code: metadata}, {effect: payload}
     )
     checkify._check_error(error, debug=True)
 
@@ -272,13 +275,14 @@ def linear(
     args = vary_over((residuals, tangents), varying_axes(*jax.tree.leaves((residuals, tangents))))
     leaves, structure = jax.tree.flatten(args)
     shapes, results_structure = jax.tree.flatten(results)
+    residuals_structure: Any = jax.tree.structure(args[0])
     if transpose is not None:
-        transpose = _Transpose(transpose, structure.children()[0], results_structure)
+        transpose = _Transpose(transpose, residuals_structure, results_structure)
     found = _linear.bind(
         *leaves,
         forward=_Flat(forward, structure),
         transpose=transpose,
-        num_residuals=structure.children()[0].num_leaves,
+        num_residuals=residuals_structure.num_leaves,
         results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
         refusal=refusal,
     )
@@ -372,7 +376,8 @@ for _primitive in (_staged, _linear):
 def _lower_staged(ctx, *values, branches, results, refusal):
     from jax._src.interpreters import mlir as jax_mlir
 
-    functions, rules = dict(branches), {}
+    functions = dict(branches)
+    rules: dict[str, Any] = {}
     for platform in jax_mlir._platforms_for_eqn(ctx):
         # A platform of a plugin takes what a CPU does, where all that we know have something.
         function = functions.get(platform, functions.get("cpu") if len(functions) > 1 else None)
@@ -417,8 +422,8 @@ def _lowering_device(backend, platform: str):
         )
     if platform == "tpu":
         # Pallas asks for the kind of TPU. What it makes for the oldest runs on the others.
-        known = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
-        return _abstract_device(*known, "tpu", None)
+        kind, cores = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
+        return _abstract_device(kind, cores, "tpu", None)
     return None
 
 
@@ -599,7 +604,7 @@ def optimized_hlo(compiled: jax.stages.Compiled):
 
     RuntimeError where this jaxlib cannot read what a newer compiler wrote.
     """
-    return compiled.runtime_executable().hlo_modules()[0]
+    return present(compiled.runtime_executable()).hlo_modules()[0]
 
 
 def hlo_cost_analysis(module) -> dict[str, float] | None:
@@ -615,7 +620,7 @@ def hlo_cost_analysis(module) -> dict[str, float] | None:
 
 def hlo_module_from_proto(proto: bytes):
     """An HloModule from a serialized HloModuleProto."""
-    from jaxlib import _hlo
+    from jaxlib import _hlo  # type: ignore[attr-defined]  # an extension without stubs
 
     return _hlo.HloModule.from_serialized_hlo_module_proto(proto)
 
@@ -714,10 +719,11 @@ def cuda_runtime_version() -> int | None:
 
 def gpu_interpreter():
     """Parameters with which a Mosaic GPU kernel runs on the CPU and its races are detected."""
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-    except ImportError:  # jax 0.11
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    from jax.experimental.pallas import mosaic_gpu
+
+    if hasattr(mosaic_gpu, "InterpretGPUParams"):
+        return mosaic_gpu.InterpretGPUParams(detect_races=True)
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.11
 
     return InterpretGPUParams(detect_races=True)
 

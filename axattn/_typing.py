@@ -32,7 +32,10 @@ __all__ = [
     "QkNorm",
     "Shaped",
     "Strategy",
+    "present",
 ]
+
+_Type = TypeVar("_Type")
 
 # What a call gets as ``cache`` it returns, with the same type.
 CacheType = TypeVar("CacheType", bound="Cache | HeldCache")
@@ -42,16 +45,24 @@ Implementation = Literal["xla", "xla_chunked", "mosaic_gpu", "mosaic_tpu", "cudn
 Strategy = Literal["ring", "gather", "ulysses"]
 Layout = Literal["contiguous", "zigzag"]
 QkNorm = Literal["layer", "rms"]
-_Precision = (
-    Literal[
-        "default", "high", "highest", "fastest",
-        "float32", "bfloat16_3x", "tensorfloat32", "bfloat16",
-    ]
+_PrecisionName = Literal[
+    "default", "high", "highest", "fastest", "float32", "bfloat16_3x", "tensorfloat32", "bfloat16"
+]
+Precision = (
+    _PrecisionName
     | lax.Precision
+    | tuple[_PrecisionName, _PrecisionName]
+    | tuple[lax.Precision, lax.Precision]
     | lax.DotAlgorithm
     | lax.DotAlgorithmPreset
-)  # fmt: skip
-Precision = _Precision | tuple[_Precision, _Precision]
+)
+
+
+def present(value: _Type | None) -> _Type:
+    """``value``, which is not None here: what was found out before says so, in no type's words."""
+    assert value is not None
+    return value
+
 
 try:
     from jaxtyping import (
@@ -77,4 +88,5 @@ except ImportError:
         def __class_getitem__(cls, item):
             return Any
 
-    Bool = Float = Float32 = Int = Integer = Key = Num = PyTree = Shaped = _Unchecked
+    if not TYPE_CHECKING:
+        Bool = Float = Float32 = Int = Integer = Key = Num = PyTree = Shaped = _Unchecked

@@ -268,7 +268,7 @@ class Explanation(dict[str, "str | None"]):
         return self.by_platform[self.platform]
 
     def __str__(self) -> str:
-        taken = {}
+        taken: dict[str, list[str]] = {}
         for platform, name in self.by_platform.items():
             taken.setdefault(name, []).append(platform)
         lines = []

@@ -11,6 +11,7 @@ from jax import lax
 
 from axattn import quantization
 from axattn._jax_compat import is_known
+from axattn._typing import present
 from axattn.dtypes import accumulator
 from axattn.mask_parts import Layout, Span
 from axattn.masks import Mask, positions_or_default
@@ -94,8 +95,11 @@ class AttentionCall:
     @property
     def may_be_empty(self) -> bool:
         """Whether that is so, or may be when sizes that are symbolic now are known."""
-        sizes = (self.batch, self.q_len, self.kv_len)
-        return not all(is_known(lambda n=n: n >= 1, otherwise=False) for n in sizes)
+
+        def is_positive(size: int) -> bool:
+            return is_known(lambda: size >= 1, otherwise=False)
+
+        return not all(map(is_positive, (self.batch, self.q_len, self.kv_len)))
 
     @property
     def batch(self) -> int:
@@ -107,7 +111,7 @@ class AttentionCall:
 
     @property
     def kv_len(self) -> int:
-        return self.key.shape[1] if self.stored is None else self.stored.kv_len
+        return present(self.key).shape[1] if self.stored is None else self.stored.kv_len
 
     @property
     def num_heads(self) -> int:
@@ -115,7 +119,7 @@ class AttentionCall:
 
     @property
     def num_kv_heads(self) -> int:
-        return self.key.shape[2] if self.stored is None else self.stored.num_kv_heads
+        return present(self.key).shape[2] if self.stored is None else self.stored.num_kv_heads
 
     @property
     def group(self) -> int:
@@ -128,7 +132,9 @@ class AttentionCall:
 
     @property
     def value_head_dim(self) -> int:
-        return self.value.shape[3] if self.stored is None else self.stored.value_head_dim
+        if self.stored is None:
+            return present(self.value).shape[3]
+        return self.stored.value_head_dim
 
     @property
     def product_dtype(self) -> Any:

@@ -155,7 +155,7 @@ def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
       (3, (32, 4, 8))
     """
     axis = _axis(axis)
-    depths = {}
+    depths: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         where, shape = _joined(path), jnp.shape(leaf)
         if not -len(shape) <= axis < len(shape):
@@ -205,9 +205,10 @@ def stack_layers(layers: Sequence[Any], axis: int = 0, *, axis_name: str | None 
     axis, layers = _axis(axis), list(layers)
     if not layers:
         raise ValueError("layers takes at least one, got none")
+    structure: Any
     first, structure = jax.tree_util.tree_flatten_with_path(layers[0])
     for i, layer in enumerate(layers):
-        if jax.tree.structure(layer) != structure:
+        if structure != jax.tree.structure(layer):
             raise ValueError(
                 f"layers takes trees of one structure, got in layer {i} {jax.tree.structure(layer)}"
                 f" and in layer 0 {structure}"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._jax_compat import threefry_2x32
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.mask_parts import Span
 
@@ -32,7 +33,7 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
         rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
         rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
     columns = kv.slots.astype(jnp.uint32)[None, None, None, None]
-    bits = threefry_2x32(call.dropout_key, rows[..., None], columns)
+    bits = threefry_2x32(present(call.dropout_key), rows[..., None], columns)
     # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
     threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
     return bits >= jnp.uint32(threshold)

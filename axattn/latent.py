@@ -23,7 +23,7 @@ N = 128, R = 512, D = 128, P = 64, h = 128. Over a cache::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -369,7 +369,7 @@ def extend(
         out, cache = cache.extend(query, key, lengths=lengths, **options)
         return _expanded(out, value_up, precision), cache
 
-    before, cache = cache.lengths, cache.append(key, lengths=lengths)
+    before, cache = cache.lengths, cast(CacheType, cache.append(key, lengths=lengths))
     written = cache.lengths - before
 
     def naive():
@@ -399,7 +399,7 @@ def extend(
     return out, cache
 
 
-def _is_empty(cache: Cache) -> bool | Array:
+def _is_empty(cache: CacheType) -> bool | Array:
     """Whether no row holds a token: a bool where this can be known."""
     empty = (cache.lengths == 0).all()
     return bool(empty) if is_concrete(empty) else empty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,18 @@ from axattn import serialization
 
 # What a block of scores can be. The first and the last are promises, the middle is "look inside".
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+class Slots(Protocol):
+    """Slots of one axis, and the positions of their tokens: a `Span`, or some of its slots."""
+
+    @property
+    def slots(self) -> jax.Array: ...
+
+    @property
+    def positions(self) -> jax.Array: ...
+
+    def take(self, array: jax.Array, axis: int) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Static(int):
     """
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """One conjunct. As a pytree, ``Static`` fields are its structure and the others children."""
 
@@ -116,7 +129,7 @@ class Part:
             decode=lambda plain: tuple(_Leaf if v is None else Static(v) for v in plain),
         )
 
-    def allowed(self, q: Span, kv: Span) -> jax.Array:
+    def allowed(self, q: Slots, kv: Slots) -> jax.Array:
         """Boolean tile, broadcastable to ``[B, N, q.size, kv.size]``."""
         raise NotImplementedError
 

@@ -35,6 +35,7 @@ from axattn.mask_parts import (
     Part,
     Prefix,
     Segments,
+    Slots,
     Span,
     Static,
     Window,
@@ -232,15 +233,16 @@ class Mask(serialization.Serializable):
         """Same parts in the same order, with equal numbers and arrays (traced: the same ones)."""
         if not isinstance(other, Mask):
             return NotImplemented
-        (mine, structure), (theirs, other_structure) = map(jax.tree.flatten, (self, other))
-        return structure == other_structure and all(map(_same, mine, theirs))
+        mine, theirs = map(jax.tree.leaves, (self, other))
+        structure: Any = jax.tree.structure(self)
+        return structure == jax.tree.structure(other) and all(map(_same, mine, theirs))
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
 
     # ---- answers ------------------------------------------------------------------------------
 
-    def tile(self, q: Span, kv: Span) -> jax.Array | None:
+    def tile(self, q: Slots, kv: Slots) -> jax.Array | None:
         """The mask of one tile of scores, as an implementation asks for it.
 
         Args:

@@ -134,11 +134,11 @@ def _restore(name: str, like: Any, state: Any, differences: list[str]) -> Any:
         }
         return None if differences else dataclasses.replace(like, **children)
     if isinstance(like, tuple):
-        children = _named(like)
-        if not isinstance(state, Mapping) or set(state) != {key for key, _ in children}:
+        named = _named(like)
+        if not isinstance(state, Mapping) or set(state) != {key for key, _ in named}:
             got = sorted(state) if isinstance(state, Mapping) else state
-            return differs(got, [key for key, _ in children])
-        found = [_restore(key, x, state[key], differences) for key, x in children]
+            return differs(got, [key for key, _ in named])
+        found = [_restore(key, x, state[key], differences) for key, x in named]
         return type(like)(*found) if hasattr(like, "_fields") else tuple(found)
     if like is None or isinstance(like, int):
         same = (state is None) == (like is None) and (like is None or np.array_equal(state, like))
@@ -151,9 +151,9 @@ def _restore(name: str, like: Any, state: Any, differences: list[str]) -> Any:
     if array.shape != like.shape or array.dtype != like.dtype:
         return differs(_of(state), _of(like))
     # A copy that can be donated, where the target lies.
-    array = jnp.array(array, copy=True)
+    copied = jnp.array(array, copy=True)
     sharding = getattr(like, "sharding", None)
-    return array if sharding is None else jax.device_put(array, sharding)
+    return copied if sharding is None else jax.device_put(copied, sharding)
 
 
 def _named(value: tuple) -> list[tuple[str, Any]]:
