@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +53,13 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
             kv //= 2
     # Of symbolic lengths these are symbolic, too: a block is never longer than its array.
     q, kv = smaller_size(call.q_len, q), smaller_size(call.kv_len, kv)
-    if cached and call.stored.block_table is not None:
+    if call.stored is not None and call.stored.block_table is not None:
         kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
     return Blocks(q, kv, by_row, folded)
 
 
-class Visits(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Visits:
     """The key/value blocks to visit: the first ``count`` of ``order``."""
 
     order: jax.Array  # int32 [num_kv]

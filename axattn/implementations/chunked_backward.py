@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
 from axattn.implementations.blocks import Blocks
@@ -90,9 +91,9 @@ def backward(
     dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
     return Gradients(
         dquery,
-        dkey.astype(call.key.dtype),
-        dvalue.astype(call.value.dtype),
-        None if call.bias is None else shared.bias.astype(call.bias.dtype),
+        dkey.astype(present(call.key).dtype),
+        dvalue.astype(present(call.value).dtype),
+        None if call.bias is None else present(shared.bias).astype(call.bias.dtype),
         dsinks,
         shared.scale,
     )
@@ -102,18 +103,19 @@ def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared)
     """Batch rows one at a time; what they share is summed on the way."""
     own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # which may be symbolic
     start = shared._replace(bias=None) if own_bias else shared
+    dtypes = present(call.key).dtype, present(call.value).dtype
 
     def step(shared, b):
         row_given = _Given(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
         if own_bias:
             shared = shared._replace(bias=empty_bias)
         dquery, dkey, dvalue, shared = _backward(call.row(b), blocks, row_given, shared)
-        grads = (dquery[0], dkey[0].astype(call.key.dtype), dvalue[0].astype(call.value.dtype))
+        grads = (dquery[0], dkey[0].astype(dtypes[0]), dvalue[0].astype(dtypes[1]))
         if own_bias:
             return shared._replace(bias=None), (*grads, shared.bias[0])
         return shared, (*grads, None)
 
-    empty_bias = shared.bias[:1] if own_bias else None
+    empty_bias = present(shared.bias)[:1] if own_bias else None
     shared, (dquery, dkey, dvalue, biases) = lax.scan(step, start, jnp.arange(call.batch))
     return dquery, dkey, dvalue, shared._replace(bias=biases) if own_bias else shared
 
@@ -191,8 +193,8 @@ class _QueryTile(NamedTuple):
 def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
     call, kv = cut.call, cut.kv_span(j)
     dquery, (dkey, dvalue, shared) = carry
-    key = kv_rows(call, call.key, kv, clean=partial)
-    value = kv_rows(call, call.value, kv, clean=partial)
+    key = kv_rows(call, present(call.key), kv, clean=partial)
+    value = kv_rows(call, present(call.value), kv, clean=partial)
 
     dots = tile.query.scores(key)
     scores, capped = cut.scores(dots, tile.q, kv)
@@ -243,8 +245,8 @@ def _add_bias_tile(
     tile = dscores.reshape(batch, kv_heads * group, rows, columns)
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
     tile = tile.sum(summed, keepdims=True)
-    start = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
-    start = tuple(jnp.asarray(first, jnp.int32) for first in start)  # alike under x64, too
+    first = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
+    start = tuple(jnp.asarray(n, jnp.int32) for n in first)  # alike under x64, too
     return lax.dynamic_update_slice(
         total, tile + lax.dynamic_slice(total, start, tile.shape), start
     )

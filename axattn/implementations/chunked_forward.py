@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
 from axattn.implementations.blocks import Blocks
@@ -32,7 +33,7 @@ def forward(
     """
     dtype = call.query.dtype if rounded else call.accumulator_dtype
     if not rounded:
-        call = dataclasses.replace(call, value=call.value.astype(dtype))
+        call = dataclasses.replace(call, value=present(call.value).astype(dtype))
     if not blocks.by_row:
         return _forward(call, blocks, dtype)
     out, lse = lax.map(lambda b: _forward(call.row(b), blocks, dtype), jnp.arange(call.batch))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.mask_parts import Causal, Dense, Lengths, Window
 
 
 def refuses(call: AttentionCall) -> str | None:
     """Why this call cannot go to cuDNN, or None."""
-    for what, present in (
+    for what, asked in (
         ("a cache", call.stored is not None),
         ("logits_soft_cap", call.logits_soft_cap is not None),
         ("sinks", call.sinks is not None),
@@ -27,7 +28,7 @@ def refuses(call: AttentionCall) -> str | None:
         ("precision", call.precision is not None),
         ("a traced scale", call.traced_scale is not None),
     ):
-        if present:
+        if asked:
             return f"does not support {what}"
     sizes = (call.batch, call.q_len, call.kv_len)
     if not all(isinstance(size, int) for size in sizes):
@@ -60,7 +61,7 @@ def _mask_refusal(call: AttentionCall) -> str | None:
             return "does not support a window open to one side"
         if isinstance(part, Window) and part.right != 0 and Causal not in kinds:
             return "does not support a window to the right without causal"
-        if isinstance(part, Window) and call.q_len > call.kv_len + part.left:
+        if isinstance(part, Window) and call.q_len > call.kv_len + present(part.left):
             return "does not support a window that leaves rows without keys"
     if len(set(kinds)) != len(kinds):
         return "does not support two masks of one kind"
@@ -93,7 +94,7 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
         elif isinstance(part, Window):
             # (L, 0) means causal here; jax.nn without is_causal would look at the future.
             options["is_causal"] = True
-            options["local_window_size"] = (int(part.left), 0)
+            options["local_window_size"] = (int(present(part.left)), 0)
         elif isinstance(part, Lengths):
             options["query_seq_lengths"] = _per_row(part.q, call.q_len, call)
             options["key_value_seq_lengths"] = _per_row(part.kv, call.kv_len, call)
@@ -102,8 +103,8 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
     try:
         out = jax.nn.dot_product_attention(
             call.query,
-            call.key,
-            call.value,
+            present(call.key),
+            present(call.value),
             call.bias,
             mask,
             scale=call.scale,
@@ -126,9 +127,8 @@ def _rows_with_keys(call: AttentionCall, options: dict, mask) -> jax.Array | Non
     """Rows ``[B, T, N or 1, 1]`` that attend to something; cuDNN leaves the others undefined."""
     if mask is not None:
         q, kv = call.spans()
-        rows = jnp.broadcast_to(
-            call.mask.tile(q, kv), (mask.shape[0], mask.shape[1], call.q_len, call.kv_len)
-        ).any(-1)
+        tile = present(call.mask.tile(q, kv))
+        rows = jnp.broadcast_to(tile, (*mask.shape[:2], call.q_len, call.kv_len)).any(-1)
         return rows.transpose(0, 2, 1)[..., None]
     if "query_seq_lengths" in options:
         slots = jnp.arange(call.q_len)[None]

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from axattn._jax_compat import linear, staged, vary_over, varying_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import (
     blocks,
@@ -62,7 +64,7 @@ class Way:
         if way.name == "xla":
             out, lse = xla.attend(call)
             return out, lse.astype(call.accumulator_dtype)
-        return chunked_forward.forward(call, way.blocks)
+        return chunked_forward.forward(call, present(way.blocks))
 
     def backward(self, call: AttentionCall, *arrays: jax.Array) -> Gradients:
         way = self._on_device(call)
@@ -72,7 +74,7 @@ class Way:
             )
         if way.name == "xla":
             return _xla_backward(call, *arrays)
-        return chunked_backward.backward(call, way.blocks, *arrays, whole=way.whole)
+        return chunked_backward.backward(call, present(way.blocks), *arrays, whole=way.whole)
 
     def _on_device(self, call: AttentionCall) -> Way:
         """This way, or the other one; refused where there is none."""
@@ -286,7 +288,8 @@ def _gradients_like(call: AttentionCall) -> Gradients:
 
 
 def _without_inputs(call: AttentionCall) -> AttentionCall:
-    return dataclasses.replace(call, **dict.fromkeys(_INPUTS))
+    absent: dict[str, Any] = dict.fromkeys(_INPUTS)
+    return dataclasses.replace(call, **absent)
 
 
 def _with_inputs(rest: AttentionCall, inputs: Gradients) -> AttentionCall:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -151,7 +153,7 @@ def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array
 def _decode(call: AttentionCall, name: str, interpret: bool) -> tuple[jax.Array, jax.Array]:
     from axattn.kernels.hopper import decode, decode_tiles, latent
 
-    options = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
+    options: dict[str, Any] = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
     if name == "latent":
         return latent.decode(call, decode_tiles.latent_tiles(call), **options)
     return decode.decode(call, decode_tiles.decode_tiles(call), **options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from axattn._jax_compat import is_known
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import mosaic_gpu
 
@@ -69,7 +70,7 @@ def _over_cache(
     for kernels, there in (("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")):
         if platform == there and reasons[kernels] is None:
             return kernels
-    if call.stored.block_table is not None or platform != "tpu":
+    if present(call.stored).block_table is not None or platform != "tpu":
         return "xla_chunked"
     # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.
     return "xla_chunked" if _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._jax_compat import is_known
+from axattn._typing import present
 from axattn.call import DECODE_ROWS, AttentionCall
 from axattn.implementations.products import Folded, Grouped, weighted_mean
 from axattn.implementations.scores import zero_unused
@@ -44,20 +45,20 @@ class _OfArrays:
     """Keys and values ``[B, S, K, size]``."""
 
     def __init__(self, call: AttentionCall, query: jax.Array, *, folded: bool):
-        self.call = call
+        self.call, self.key, self.value = call, present(call.key), present(call.value)
         self.product = (Folded if folded else Grouped)(
             query, call.num_kv_heads, call.precision, call.accumulator_dtype
         )
 
     def dots(self, kv):
-        return self.product.scores(kv_rows(self.call, self.call.key, kv, clean=False))
+        return self.product.scores(kv_rows(self.call, self.key, kv, clean=False))
 
     def outputs(self, weights, kv, *, clean):
-        value = kv_rows(self.call, self.call.value, kv, clean=clean)
+        value = kv_rows(self.call, self.value, kv, clean=clean)
         return self.product.outputs(weights.astype(value.dtype), value)
 
     def mean(self, weights, total, kv):
-        value = kv_rows(self.call, self.call.value, kv, clean=True)
+        value = kv_rows(self.call, self.value, kv, clean=True)
         return weighted_mean(self.product.outputs, weights, total, value)
 
 
@@ -74,7 +75,7 @@ class _OfCache:
     """
 
     def __init__(self, call: AttentionCall, query: jax.Array):
-        self.call, self.stored, self.dtype = call, call.stored, call.product_dtype
+        self.call, self.stored, self.dtype = call, present(call.stored), call.product_dtype
         self.options = {
             "precision": call.precision,
             "preferred_element_type": call.accumulator_dtype,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
 from axattn.implementations.flash import PLATFORMS
@@ -129,9 +130,9 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
         return Plan(tuple((p, _choice(call, p, reasons, lowered)) for p in PLATFORMS))
     chosen = {}
     for platform in PLATFORMS:
-        own = (MOSAIC.get(platform) if name == "mosaic" else name for name in names)
-        own = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
-        if found := _until_sure([name for name in own if lowered[name] is None]):
+        own = [MOSAIC.get(platform) if name == "mosaic" else name for name in names]
+        there = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
+        if found := _until_sure([name for name in there if lowered[name] is None]):
             chosen[platform] = found
     refusal = "; ".join(
         f'implementation "{name}" {lowered[name] or reasons[name] or "is for other platforms"}'
@@ -193,7 +194,7 @@ def _flash(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
 
 def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
     axes = varying_axes(*jax.tree.leaves(call))
-    return vary_over(_with_lse(call, *IMPLEMENTATIONS[name].attend(call)), axes)
+    return vary_over(_with_lse(call, *present(IMPLEMENTATIONS[name].attend)(call)), axes)
 
 
 def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:

@@ -43,7 +43,8 @@ def in_one_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _mergeable(call: AttentionCall, batched: AttentionCall) -> bool:
+def _mergeable(call: AttentionCall, batched: Any) -> bool:
+    """``batched`` is the call with bools in the place of arrays."""
     if call.dropout_key is not None:  # whose bits belong to the rows of each call
         return False
     if any(jax.tree.leaves([getattr(batched, name) for name in _OF_ALL])):
@@ -95,8 +96,8 @@ class _Merge:
         return self.rows(array, batched)
 
 
-def _merged(merge: _Merge, call: AttentionCall, batched: AttentionCall) -> AttentionCall:
-    changes = {}
+def _merged(merge: _Merge, call: AttentionCall, batched: Any) -> AttentionCall:
+    changes: dict[str, Any] = {}
     for name in _OF_ROWS:
         combine = merge.rows if name in ("query", "key", "value") else merge.perhaps_rows
         if getattr(call, name) is not None:
@@ -110,7 +111,7 @@ def _merged(merge: _Merge, call: AttentionCall, batched: AttentionCall) -> Atten
     return dataclasses.replace(call, **changes)
 
 
-def _merged_cache(merge: _Merge, stored: Stored, batched: Stored) -> Stored:
+def _merged_cache(merge: _Merge, stored: Stored, batched: Any) -> Stored:
     """Caches end to end; their pages are counted through."""
     changes: dict[str, Any] = {"batch": merge.size * merge.batch}
     together = any(jax.tree.leaves(batched.arrays))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -103,16 +104,16 @@ def has_dense_mask(call: AttentionCall) -> bool:
     return any(map(_is_dense, call.mask.parts))
 
 
-def _is_dense(part: object) -> bool:
+def _is_dense(part: object) -> TypeGuard[Dense]:
     return isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
 
 
-def key_mask(part: object) -> bool:
+def key_mask(part: object) -> TypeGuard[Dense]:
     """Whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
     return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
 
 
-def row_mask(part: object) -> bool:
+def row_mask(part: object) -> TypeGuard[Dense]:
     """Whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
     return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def padded(array: jax.Array, length: int, fill: int = 0, *, axis: int = 1) -> jax.Array:
+def padded(array: jax.Array, length: int, fill: float = 0, *, axis: int = 1) -> jax.Array:
     """``array`` with one axis filled up to ``length``."""
     missing = length - array.shape[axis]
     if not missing:

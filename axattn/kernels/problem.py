@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeVar
+
+import jax
 
 from axattn.call import AttentionCall
 
@@ -52,7 +55,10 @@ class Problem:
         return self.num_heads // self.num_kv_heads
 
 
-def cdiv(a: int, b: int) -> int:
+_Number = TypeVar("_Number", int, jax.Array)
+
+
+def cdiv(a: _Number, b: int) -> _Number:
     return -(-a // b)
 
 

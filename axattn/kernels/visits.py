@@ -135,14 +135,15 @@ class Visits(NamedTuple):
     before: jax.Array
     full: jax.Array
     total: jax.Array
-    order: object | None
+    order: Any | None
 
     @classmethod
     def load(cls, gmem: Mapping[str, Any], batch: jax.Array, tile: jax.Array) -> Visits:
         spans = gmem["spans"]
         row = batch if spans.shape[0] > 1 else jnp.int32(0)
-        numbers = (spans[row, tile, jnp.int32(i)] for i in range(4))
-        return cls(*numbers, gmem["order"].at[row, tile] if "order" in gmem else None)
+        first, before, full, total = (spans[row, tile, jnp.int32(i)] for i in range(4))
+        order = gmem["order"].at[row, tile] if "order" in gmem else None
+        return cls(first, before, full, total, order)
 
     def block(self, n: jax.Array) -> jax.Array:
         """The block of visit ``n``: full ones for n < ``full``, partial ones after them."""
