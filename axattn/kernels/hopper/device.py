@@ -17,6 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn import _jax_compat
 
+# Versions of JAX differ in what type checkers see of these: arguments, and what is abstract.
+_load: Any = plgpu.load
+_Tiling: Any = plgpu.TilingTransform
+_Swizzle: Any = plgpu.SwizzleTransform
+
 REGISTER_TILE = plgpu.Layout.WGMMA
 
 # How 8-bit numbers of a tile come from swizzled shared memory, four at a time.
@@ -88,7 +93,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any, block: int):
     widths = (n // dtype.itemsize for n in ((64, 32) if dtype.itemsize == 1 else (128, 64, 32)))
     summed = dtype.itemsize == 2
     columns = next(n for n in widths if shape[-1] % n == 0 and (block % n == 0 or not summed))
-    atom = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)
+    atom = _Tiling((8, columns)), _Swizzle(columns * dtype.itemsize)
     return plgpu.SMEM(shape, dtype, transforms=atom)
 
 
@@ -179,17 +184,17 @@ def load_vector(ref, axis: int) -> jax.Array:
 
 
 def load_as(ref, layout: Any) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return _load(ref, layout=layout, optimized=False)
 
 
 def load_tile(ref) -> jax.Array:
     """A row-major tile of shared memory as a register tile."""
-    return plgpu.load(ref, layout=REGISTER_TILE, optimized=False)
+    return _load(ref, layout=REGISTER_TILE, optimized=False)
 
 
 def load_codes(ref) -> jax.Array:
     """A tile of 8-bit numbers in swizzled shared memory, as bfloat16 in registers."""
-    codes = plgpu.load(ref, layout=CODE_TILE)
+    codes = _load(ref, layout=CODE_TILE)
     if codes.dtype != jnp.int8:
         # Exact, and the only way from float8 that Hopper's compiler has.
         codes = codes.astype(jnp.float32)
@@ -198,15 +203,15 @@ def load_codes(ref) -> jax.Array:
 
 def load_operand(ref) -> jax.Array:
     """A tile of 16-bit numbers in swizzled shared memory as a register tile."""
-    return plgpu.load(ref, layout=REGISTER_TILE)
+    return _load(ref, layout=REGISTER_TILE)
 
 
-def spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def spread(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A vector along ``axis`` as a register tile of ``shape``."""
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def spread_over_codes(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def spread_over_codes(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A vector over the rows of a tile of codes, as that tile."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), CODE_TILE)
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from axattn._typing import present
 from axattn.kernels import visits
 from axattn.kernels.hopper import device, prepare, softmax
 from axattn.kernels.hopper.operands import Operands
@@ -184,7 +185,7 @@ def _operand(work: Work, name: str, block: Block, n, *, partial: bool) -> Any:
             if source.scaled:
                 prepare.converted(numbers, operand, columns, used)
             else:
-                prepare.cleaned(operand, used, columns)
+                prepare.cleaned(operand, present(used), columns)
 
     plgpu.commit_smem()
     work.meet()
@@ -206,7 +207,8 @@ def _softmax(work: Work, scores: Scores, n, state: State, dots: jax.Array, *, pa
 def _finish(work: Work, state: State) -> None:
     """Divides by the sums, and writes the rows and their LSE."""
     problem, item = work.cut.problem, work.item
-    top, total, scale = state.top, state.total, 1.0
+    top, total = state.top, state.total
+    scale: float | jax.Array = 1.0
     if "sinks" in work.gmem:
         # A sink is a key with its own logit and no value.
         sink = head_vector(work.gmem["sinks"], item.rows, ROWS) * LOG2E

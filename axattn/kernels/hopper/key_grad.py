@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from axattn._typing import present
 from axattn.kernels import visits
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
@@ -273,7 +274,7 @@ def _step(work: _Work, head: jax.Array, n, sums: _Sums, *, partial: bool) -> _Su
     if dvalue is not None:
         dropped = weights.dropped().astype(problem.dtype)
     if dkey is None:
-        dvalue = add(dvalue, dropped, dout)
+        dvalue = add(present(dvalue), dropped, dout)
     elif dvalue is None:
         dweights = device.product(*other)
     else:

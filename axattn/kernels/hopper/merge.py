@@ -169,7 +169,8 @@ def _finish(cut: Any, gmem: Mapping[str, Any], staged: Any, sequence, row, mean:
     heads, group = cut.problem.num_kv_heads, cut.packing.group
     batch, kv_head = div(sequence, heads), rem(sequence, heads)
     token, head = div(row, group), kv_head * group + rem(row, group)
-    top, total, factor = mean.top, mean.total, 1.0
+    top, total = mean.top, mean.total
+    factor: float | jax.Array = 1.0
     if "sinks" in gmem:
         # A sink is a key with its own logit and no value.
         sink = gmem["sinks"][head] * LOG2E

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations.scores import zero_unused
 from axattn.kernels.hopper.rows import stored_length
@@ -55,8 +56,8 @@ def of(call: AttentionCall) -> Operands:
     problem = Problem.of(call)
     arrays = {"query": stored_rows(call, call.query, stored_length(problem.q_len))}
     if call.stored is None:
-        arrays["key"] = _stored_keys(call, call.key, problem)
-        arrays["value"] = _stored_keys(call, call.value, problem)
+        arrays["key"] = _stored_keys(call, present(call.key), problem)
+        arrays["value"] = _stored_keys(call, present(call.value), problem)
     else:
         arrays["query"] = arrays["query"].astype(call.product_dtype)
         arrays.update(Source.of(call).arrays(call))
@@ -88,7 +89,7 @@ def score_arrays(call: AttentionCall) -> dict[str, jax.Array]:
     if call.sinks is not None:
         arrays["sinks"] = call.sinks.astype(jnp.float32)
     if call.stored is not None and call.stored.key_center is not None:
-        shift = call.stored.center_dots(call.query, jnp.float32)
+        shift = present(call.stored.center_dots(call.query, jnp.float32))
         shift = shift.reshape(call.batch, call.num_heads, call.q_len)
         arrays["row_shift"] = padded(shift, rows, axis=-1)
     if call.dropout_key is not None:
@@ -117,7 +118,7 @@ def with_transposed_tiles(operands: Operands) -> Operands:
 
 def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
     """The bias, as a vector where it broadcasts over rows or over keys."""
-    bias = call.bias
+    bias = present(call.bias)
     if bias.shape[2] == 1:
         vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
         return {"key_bias": padded(vector.astype(jnp.float32), keys, axis=-1)}

@@ -92,13 +92,13 @@ def produce(
     sources: Callable[[jax.Array], Callable[[str], Any]],
 ) -> None:
     """Fills the rings step by step, in their order, with ``sources(n)(name)`` in HBM."""
-    rings = {name: ring for name, ring in rings.items() if ring is not None}
+    own = {name: ring for name, ring in rings.items() if ring is not None}
 
     def step(n, _):
         source = sources(n)
-        for name, ring in rings.items():
+        for name, ring in own.items():
             ring.copy(n, source(name))
 
     lax.fori_loop(0, steps, step, None)
-    for ring in rings.values():
+    for ring in own.values():
         ring.drain(steps)

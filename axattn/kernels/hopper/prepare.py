@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from axattn._typing import present
 from axattn.kernels.hopper import device
 from axattn.stored import NEVER
 
@@ -63,7 +64,7 @@ def used_slots(
         row = batch if ref.shape[0] > 1 else jnp.int32(0)
         held = device.load_as(ref.at[row, pl.ds(slot, block)], layout) < NEVER
         used = held if used is None else used & held
-    return used
+    return present(used)
 
 
 def _slices(columns: range) -> list:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn._typing import present
 from axattn.kernels.problem import cdiv
 
 # A worker with fewer blocks than this waits for memory more than it reads.
@@ -46,7 +47,7 @@ class Shape:
     @property
     def most_parts(self) -> int:
         """Of a sequence, under a fixed split."""
-        return cdiv(self.blocks, self.split)
+        return cdiv(self.blocks, present(self.split))
 
     @property
     def grid(self) -> int:
@@ -154,7 +155,8 @@ def _int(number: Any) -> jax.Array:
     return jnp.asarray(number, jnp.int32)
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """One part of a worker's share, inside a kernel."""
 
     batch: jax.Array

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from axattn._typing import present
 from axattn.kernels.hopper import device
 from axattn.kernels.problem import LOG2E, Problem
 from axattn.kernels.threefry import threefry
@@ -112,8 +113,13 @@ class Scores:
             return dots
         return dots + self._over_queries(self._of_rows("row_shift"))
 
-    def scores(self, dots: jax.Array, kv_slot: jax.Array, tiles: Tiles) -> tuple[jax.Array, Any]:
-        """Scores before the mask, and tanh(scaled products / cap) where there is a cap."""
+    def scores(
+        self, dots: jax.Array, kv_slot: jax.Array | None, tiles: Tiles
+    ) -> tuple[jax.Array, Any]:
+        """Scores before the mask, and tanh(scaled products / cap) where there is a cap.
+
+        ``kv_slot`` is the block's first slot, which is not needed unless `reads_keys`.
+        """
         problem, ratio = self.problem, None
         if problem.logits_soft_cap is None:
             scores = dots * (problem.scale * LOG2E)
@@ -125,19 +131,18 @@ class Scores:
             scores = scores + bias * LOG2E
         return scores, ratio
 
-    def _biases(self, kv_slot: jax.Array, tiles: Tiles):
+    def _biases(self, kv_slot: jax.Array | None, tiles: Tiles):
         if tiles.bias is not None:
             yield device.load_tile(tiles.bias).astype(jnp.float32)
         if "key_bias" in self.gmem:
             ref = _vector_of_head(self.gmem["key_bias"], self.rows.batch, self.rows.head)
-            yield self._over_keys(ref.at[pl.ds(kv_slot, self.shape[self.kv_axis])])
+            yield self._over_keys(ref.at[pl.ds(present(kv_slot), self.shape[self.kv_axis])])
         if "row_bias" in self.gmem:
             yield self._over_queries(self._of_rows("row_bias"))
         if "slopes" in self.gmem or "row_slopes" in self.gmem:
             # Press et al., arXiv 2108.12409, symmetric: -slope * |i - j|.
-            distance = self._over_queries(self._of_rows("q_positions")) - self._kv_positions(
-                kv_slot
-            )
+            positions = self._kv_positions(present(kv_slot))
+            distance = self._over_queries(self._of_rows("q_positions")) - positions
             yield jnp.abs(distance).astype(jnp.float32) * -self._slopes()
 
     def allowed(self, kv_slot: jax.Array, tiles: Tiles) -> jax.Array:
@@ -168,7 +173,7 @@ class Scores:
 
     # ---- dropout ------------------------------------------------------------------------------
 
-    def kept(self, kv_slot: jax.Array) -> jax.Array | None:
+    def kept(self, kv_slot: jax.Array | None) -> jax.Array | None:
         """Weights that dropout leaves, the same as `axattn.dropout.keep_tile` has; None for all."""
         if "dropout" not in self.gmem:
             return None
@@ -180,7 +185,7 @@ class Scores:
             row = (self.rows.batch + ref[jnp.int32(2)]) * problem.num_heads + self.rows.head
             head = row if self.rows.heads == 1 else row + lax.div(index, jnp.int32(size))
             slots = head * problem.q_len + slots
-        columns = kv_slot + device.index_tile(self.shape, self.kv_axis)
+        columns = present(kv_slot) + device.index_tile(self.shape, self.kv_axis)
         bits = threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
         # Unsigned bits >= rate * 2^32, as a signed comparison.
         threshold = min(round(problem.dropout_rate * 2**32), 2**32 - 1) - 2**31

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from axattn._typing import present
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.rows import ROWS
 from axattn.kernels.hopper.scores import Scores, Tiles
@@ -66,7 +67,7 @@ def update(
     else:
         dots, _ = scores.scores(dots, kv_slot, tiles)
     if partial:
-        dots = jnp.where(scores.allowed(kv_slot, tiles), dots, -jnp.inf)
+        dots = jnp.where(scores.allowed(present(kv_slot), tiles), dots, -jnp.inf)
     new = jnp.maximum(top, dots.max(axis=1) * factor)
     # While a row has seen nothing, its maximum is -inf and must not shift.
     shift = jnp.where(new == -jnp.inf, 0.0, new)
@@ -80,6 +81,6 @@ def update(
         weights = weights * device.spread(scales.value(), shape, 1)
         if partial:
             # The scale of a slot that holds nothing may be NaN. (Computed again, not kept.)
-            allowed = scores.allowed(device.unknown(kv_slot), tiles)
+            allowed = scores.allowed(device.unknown(present(kv_slot)), tiles)
             weights = jnp.where(allowed, weights, 0.0)
     return Update(weights, decay, new, total)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn import quantization
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels.hopper import device
 from axattn.kernels.hopper.device import div, rem
@@ -66,8 +67,9 @@ class Source:
     def of(cls, call: AttentionCall) -> Source:
         dirty = call.mask.kv_lengths() is not None or call.kv_positions is not None
         if call.stored is None:
-            batch, slots, heads, _ = call.key.shape
-            return cls("arrays", call.key.dtype.name, heads, slots, batch, 1, False, dirty)
+            key = present(call.key)
+            batch, slots, heads, _ = key.shape
+            return cls("arrays", key.dtype.name, heads, slots, batch, 1, False, dirty)
         stored, table = call.stored, call.stored.block_table
         return cls(
             "rows" if table is None else "pages",
@@ -91,24 +93,25 @@ class Source:
 
     def arrays(self, call: AttentionCall) -> dict[str, jax.Array]:
         """What the kernels read, by name; slots of arrays are rounded up to 8."""
-        found = {}
+        found: dict[str, jax.Array] = {}
         if call.mask.kv_lengths() is not None:
             lengths = jnp.asarray(call.mask.kv_lengths(), jnp.int32)
             found["kv_lengths"] = jnp.broadcast_to(lengths, (call.batch,))
         if self.kind == "arrays":
             missing = -self.page_size % ROW_GROUP
             pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, missing), (0, 0), (0, 0)))
-            return found | {"key": pad(call.key), "value": pad(call.value)}
-        arrays = call.stored.arrays
+            return found | {"key": pad(present(call.key)), "value": pad(present(call.value))}
+        stored = present(call.stored)
+        arrays = stored.arrays
         found["key"] = self._numbers(arrays.keys)
         if not self.values_in_keys:
-            found["value"] = self._numbers(arrays.values)
+            found["value"] = self._numbers(present(arrays.values))
         if self.scaled:
-            found["key_scales"] = arrays.key_scales.reshape(-1)
+            found["key_scales"] = present(arrays.key_scales).reshape(-1)
             if not self.values_in_keys:
-                found["value_scales"] = arrays.value_scales.reshape(-1)
+                found["value_scales"] = present(arrays.value_scales).reshape(-1)
         if self.kind == "pages":
-            found["block_table"] = call.stored.block_table
+            found["block_table"] = present(stored.block_table)
         return found
 
     def _numbers(self, array: jax.Array) -> jax.Array:
@@ -163,9 +166,9 @@ class Source:
         return KeyScales(functools.partial(load, "key"), functools.partial(load, "value"))
 
     def _scales(self, block: Block, block_kv: int) -> jax.Array:
-        piece = pl.ds(0, self._piece(block_kv))
-        count = block.scales.shape[0]
-        vectors = [device.load_vector(block.scales.at[i, piece], 1) for i in range(count)]
+        scales, piece = present(block.scales), pl.ds(0, self._piece(block_kv))
+        count = scales.shape[0]
+        vectors = [device.load_vector(scales.at[i, piece], 1) for i in range(count)]
         return vectors[0] if count == 1 else jnp.concatenate(vectors)
 
     # ---- HBM ----------------------------------------------------------------------------------

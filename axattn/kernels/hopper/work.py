@@ -108,9 +108,9 @@ class Cut:
         batch, kv_head = div(head, problem.num_kv_heads), rem(head, problem.num_kv_heads)
         slot = tile * self.q_block
         if self.pack == 1:
-            rows = slot + warpgroup * ROWS
+            first = slot + warpgroup * ROWS
             own = kv_head * problem.group + unit
-            return Item(batch, kv_head, tile, Rows(batch, own, rows, rows), jnp.bool_(True))
+            return Item(batch, kv_head, tile, Rows(batch, own, first, first), jnp.bool_(True))
         member = unit * self.warpgroups + warpgroup
         last = problem.group // self.pack - 1
         own = kv_head * problem.group + jnp.minimum(member, last) * self.pack

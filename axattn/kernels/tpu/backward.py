@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels import gradients, masks
 from axattn.kernels.problem import Problem
@@ -67,17 +68,17 @@ class _Wants(NamedTuple):
 
 def _fused(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpret):
     cut, scalars, inputs = _inputs(call, given, tiles, "q")
-    problem = cut.problem
+    problem, dtype = cut.problem, present(call.key).dtype
     whole = (cut.kv_heads, cut.num_kv * cut.block_kv)
     shape = (problem.batch, problem.num_kv_heads, whole[1])
     sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
     outputs = {"dquery": operands.result_of_queries(cut, problem.head_dim, call.query.dtype)}
     for name, size in sizes.items():
-        outputs[name] = Operand(jax.ShapeDtypeStruct((*shape, size), call.key.dtype), None, None)
+        outputs[name] = Operand(jax.ShapeDtypeStruct((*shape, size), dtype), None, None)
     scratch = _row_scratch(call, cut) | _query_scratch(cut)
     for name, size in sizes.items():
         scratch[f"{name}_sums"] = pltpu.VMEM((*whole, size), jnp.float32)
-        scratch[f"{name}_block"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), call.key.dtype)
+        scratch[f"{name}_block"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), dtype)
     dquery, dkey, dvalue = kernel(
         functools.partial(_fused_body, cut, call.precision),
         cut,
@@ -117,7 +118,7 @@ def _key_grad(call: AttentionCall, given: gradients.Given, tiles: Tiles, interpr
     sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
     outputs, scratch = {}, _row_scratch(call, cut)
     for name, size in sizes.items():
-        result = jax.ShapeDtypeStruct((*shape, size), call.key.dtype)
+        result = jax.ShapeDtypeStruct((*shape, size), present(call.key).dtype)
         outputs[name] = operands.of_keys_and_values(cut, result)
         scratch[f"{name}_sums"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), jnp.float32)
     dkey, dvalue = kernel(

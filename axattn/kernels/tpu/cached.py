@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from axattn import quantization
 from axattn._jax_compat import result_of
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels import masks
 from axattn.kernels.tpu import cached_codes, cached_copies, cached_operands
@@ -110,7 +111,7 @@ def _scratch(cut: Cut, sources: Mapping[str, jax.Array]) -> list[Any]:
 def _cost(call: AttentionCall) -> pl.CostEstimate:
     """The products over all slots, and the bytes of the slots of the batch, read once."""
     pairs = call.batch * call.num_heads * call.q_len * call.kv_len
-    stored = call.stored
+    stored = present(call.stored)
     sizes = [call.head_dim] + [call.value_head_dim] * (stored.arrays.values is not None)
     per_slot = sum(quantization.bytes_per_vector(stored.dtype, size) for size in sizes)
     outer = call.batch * call.q_len * call.num_heads
@@ -161,8 +162,8 @@ class _Step:
         return Fetch(batch, lax.rem(step, jnp.int32(cut.tiles)), self.scalars.spans[step * 4] + n)
 
 
-def _kernel(cut: Cut, precision, vectors, sources, *refs) -> None:
-    refs = iter(refs)
+def _kernel(cut: Cut, precision, vectors, sources, *arguments) -> None:
+    refs = iter(arguments)
 
     def named(names):
         return {name: next(refs) for name in names}
@@ -269,7 +270,7 @@ def _update(step: _Step, tile: Tile, end, *, partial: bool) -> None:
     if scales is not None:
         weights = weights * scales
         if partial:  # a scale may be NaN where no token is
-            weights = jnp.where(allowed, weights, 0.0)
+            weights = jnp.where(present(allowed), weights, 0.0)
     summed = _product(weights.astype(values.dtype), values, slots, step.precision)
     step.sums[heads] = step.sums[heads] * decay + summed
 

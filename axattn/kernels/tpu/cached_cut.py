@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels import masks, visits
 from axattn.kernels.problem import Problem, cdiv, round_up
@@ -131,17 +132,18 @@ def scalars(call: AttentionCall, cut: Cut) -> Scalars:
         slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         ends = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
     spans = _parted(spans, cut.parts)
-    table = jnp.zeros(1, jnp.int32)
+    stored, table = present(call.stored), jnp.zeros(1, jnp.int32)
     if cut.paged:
         # Entries that no slot in use needs may be garbage, and their pages may be copied.
-        pages = call.stored.arrays.keys.shape[0]
-        table = jnp.clip(call.stored.block_table.astype(jnp.int32), 0, pages - 1).reshape(-1)
+        pages = stored.arrays.keys.shape[0]
+        table = present(stored.block_table).astype(jnp.int32)
+        table = jnp.clip(table, 0, pages - 1).reshape(-1)
     return Scalars(
         spans.reshape(-1),
         _following(spans[..., 3].reshape(-1), cut),
         jnp.broadcast_to(ends, (batch,)).astype(jnp.int32),
         table,
-        jnp.asarray(call.stored.first_row, jnp.int32).reshape(1),
+        jnp.asarray(stored.first_row, jnp.int32).reshape(1),
     )
 
 

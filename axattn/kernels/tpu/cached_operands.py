@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels import masks
 from axattn.kernels.padding import padded
@@ -49,8 +50,8 @@ def row_vectors(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
         sinks = call.sinks.astype(jnp.float32)[None, :, None] * LOG2E
         found["sinks"] = _vector(sinks, cut)
     if _bias_kind(call) == "rows":
-        found["row_bias"] = _vector(call.bias[..., 0].astype(jnp.float32), cut)
-    shift = call.stored.center_dots(call.query, jnp.float32)
+        found["row_bias"] = _vector(present(call.bias)[..., 0].astype(jnp.float32), cut)
+    shift = present(call.stored).center_dots(call.query, jnp.float32)
     if shift is not None:
         found["row_shift"] = _vector(shift.reshape(call.batch, call.num_heads, call.q_len), cut)
     return found
@@ -64,13 +65,14 @@ def sources(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
     kv_positions, kv_segments, key_bias   [B or 1, 1, S']
     bias, allowed          [B or 1, K or 1, tiles, rows, S']
     """
-    arrays = {k: v for k, v in call.stored.arrays._asdict().items() if v is not None}
+    stored = present(call.stored)
+    arrays = {k: v for k, v in stored.arrays._asdict().items() if v is not None}
     for name in cut.turned & set(arrays):
         arrays[name] = jnp.swapaxes(arrays[name], 2, 3)  # as it lies: no copy
     if not cached_copies.scales_in_place(cut):
         for name in cached_copies.SCALES:
             if name in arrays:
-                arrays[name] = _padded_keys(_row_by_row(call.stored, arrays[name]), cut)
+                arrays[name] = _padded_keys(_row_by_row(stored, arrays[name]), cut)
     if call.kv_positions is not None:
         arrays["kv_positions"] = _padded_keys(call.kv_positions[:, None], cut, NEVER)
     for part in call.mask.parts:
@@ -78,14 +80,14 @@ def sources(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
             arrays["kv_segments"] = _keys(part.kv_ids[:, None], cut)
     kind = _bias_kind(call)
     if kind == "keys":
-        arrays["key_bias"] = _keys(call.bias[:, :, 0].astype(jnp.float32), cut)
+        arrays["key_bias"] = _keys(present(call.bias)[:, :, 0].astype(jnp.float32), cut)
     elif kind == "both":
-        arrays["bias"] = _tiles(call.bias.astype(jnp.float32), cut)
+        arrays["bias"] = _tiles(present(call.bias).astype(jnp.float32), cut)
     allowed = masks.dense_mask(call)
     if allowed is not None:
         # Bytes in whole tiles, or words.
-        kind = jnp.int8 if cut.rows % 32 == 0 else jnp.int32
-        arrays["allowed"] = _tiles(allowed.astype(kind), cut)
+        dtype = jnp.int8 if cut.rows % 32 == 0 else jnp.int32
+        arrays["allowed"] = _tiles(allowed.astype(dtype), cut)
     return arrays
 
 
@@ -116,7 +118,7 @@ def _bias_kind(call: AttentionCall) -> str | None:
     return "keys" if call.bias.shape[1:3] == (1, 1) else "both"
 
 
-def _rows_of(array: jax.Array, cut: Cut, fill: float | int = 0) -> jax.Array:
+def _rows_of(array: jax.Array, cut: Cut, fill: float = 0) -> jax.Array:
     """``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``; ``fill`` in the padding."""
     return padded(by_tile(array, cut, fill), cut.rows, fill, axis=3)
 

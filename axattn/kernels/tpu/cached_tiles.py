@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 
 from axattn import quantization
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels import masks
 from axattn.kernels.problem import Problem, cdiv, round_up
@@ -40,7 +41,7 @@ class CachedTiles:
 
 def refuses(call: AttentionCall) -> str | None:
     """Why this cache is none for the kernel, or None."""
-    stored = call.stored
+    stored = present(call.stored)
     if stored.dtype not in ("bfloat16", "float32", *quantization.LIMITS):
         return f"does not support a cache of {stored.dtype}"
     if stored.page_size % 8:
@@ -94,7 +95,7 @@ def _query_tokens(call: AttentionCall) -> list[int]:
 
 
 def cut_of(call: AttentionCall, tiles: CachedTiles, cores: int) -> Cut:
-    problem, stored = Problem.of(call), call.stored
+    problem, stored = Problem.of(call), present(call.stored)
     paged = stored.block_table is not None
     if tiles.block_kv % LANES:
         raise ValueError(f"block_kv takes a multiple of {LANES}, got {tiles.block_kv}")
@@ -133,7 +134,7 @@ def _heads_together(problem: Problem, tiles: CachedTiles, scaled: bool) -> int:
 
 def _turned(call: AttentionCall) -> frozenset[str]:
     """Which arrays lie with the slots last."""
-    arrays = call.stored.arrays
+    arrays = present(call.stored).arrays
     pairs = ("keys", arrays.keys), ("values", arrays.values)
     return frozenset(name for name, x in pairs if x is not None and slots_are_lanes(x.shape[-1]))
 
@@ -141,7 +142,7 @@ def _turned(call: AttentionCall) -> frozenset[str]:
 def _stored_bytes(call: AttentionCall, cut: Cut) -> int:
     """Of one slot of all heads in VMEM, whose rows are whole lanes."""
     sizes = [call.head_dim]
-    if call.stored.arrays.values is not None:
+    if present(call.stored).arrays.values is not None:
         sizes.append(call.value_head_dim)
     return cut.kv_heads * sum(
         quantization.bytes_per_vector(cut.stored, round_up(size, LANES)) for size in sizes

@@ -37,8 +37,8 @@ def kernel(
     def run(*refs):
         body(Scalars(*refs[:count]), dict(zip(names, refs[count:], strict=True)))
 
-    semantics = ("parallel",) * (4 - sequential) + ("arbitrary",) * sequential
-    arrays = [operand.array for operand in inputs.values()]
+    semantics: Any = ("parallel",) * (4 - sequential) + ("arbitrary",) * sequential
+    arrays: list[Any] = [operand.array for operand in inputs.values()]
     return pl.pallas_call(
         run,
         out_shape=[

@@ -98,11 +98,11 @@ class Cut:
 
     def visit(self, b, tile, spans, order) -> visits.Visits:
         row = (b if self.rows_vary else 0) * self.tiles + tile
-        numbers = (spans[row * 4 + i] for i in range(4))
+        first, before, full, total = (spans[row * 4 + i] for i in range(4))
         if not self.listed:
-            return visits.Visits(*numbers, None)
+            return visits.Visits(first, before, full, total, None)
         blocks = self.num_kv if self.major == "q" else self.num_q
-        return visits.Visits(*numbers, _Listed(order, row * blocks))
+        return visits.Visits(first, before, full, total, _Listed(order, row * blocks))
 
 
 class _Listed(NamedTuple):

@@ -19,11 +19,13 @@ SUBLANES = 8
 
 
 class Cut(Protocol):
-    problem: Problem
-    block_q: int
+    @property
+    def problem(self) -> Problem: ...
+    @property
+    def block_q(self) -> int: ...
 
 
-def by_tile(array: jax.Array, cut: Cut, fill: float | int = 0) -> jax.Array:
+def by_tile(array: jax.Array, cut: Cut, fill: float = 0) -> jax.Array:
     """``[B or 1, N or 1, T, ...]`` as ``[B or 1, K or 1, tiles, G * block_q, ...]``.
 
     ``fill`` stands behind the last token.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations.scores import zero_unused
 from axattn.kernels import masks
@@ -33,7 +34,7 @@ from axattn.stored import NEVER
 class Operand:
     """An array and the block of it that a step has; None: it stays in HBM."""
 
-    array: jax.Array
+    array: jax.Array | jax.ShapeDtypeStruct
     block: tuple[int, ...] | None
     index: Callable[[Place], tuple] | None
 
@@ -56,7 +57,7 @@ def of(call: AttentionCall, cut: Cut) -> dict[str, Operand]:
     bias, allowed          [B or 1, N or 1, T, S]; int8 where it is a mask
     """
     found = {"query": of_queries(cut, call.query)}
-    for name, array in (("key", call.key), ("value", call.value)):
+    for name, array in (("key", present(call.key)), ("value", present(call.value))):
         found[name] = of_keys_and_values(cut, stored_keys(call, cut, array))
     low, high = masks.bounds(call)
     found["high"] = over_rows(cut, high[:, None], -NEVER)
@@ -125,8 +126,9 @@ def of_queries(cut: Cut, array: jax.Array) -> Operand:
 
 def result_of_queries(cut: Cut, size: int, dtype: Any) -> Operand:
     """A result that `as_queries` makes ``[B, T, N, size]`` of."""
-    shape = (cut.problem.q_len, cut.problem.num_heads)
-    shape = (cut.problem.batch, *(shape[::-1] if cut.heads_first else shape), size)
+    tokens, heads = cut.problem.q_len, cut.problem.num_heads
+    middle = (heads, tokens) if cut.heads_first else (tokens, heads)
+    shape = (cut.problem.batch, *middle, size)
     return _over_queries(cut, jax.ShapeDtypeStruct(shape, dtype))
 
 
@@ -143,13 +145,13 @@ def _over_queries(cut: Cut, array: Any) -> Operand:
     return Operand(array, block, lambda at: (at.batch, at.q, at.heads, 0))
 
 
-def of_keys_and_values(cut: Cut, array: jax.Array) -> Operand:
+def of_keys_and_values(cut: Cut, array: jax.Array | jax.ShapeDtypeStruct) -> Operand:
     """``[B, K, S', size]``."""
     block = (1, cut.kv_heads, cut.block_kv, array.shape[-1])
     return Operand(array, block, lambda at: (at.batch, at.heads, at.kv, 0))
 
 
-def over_rows(cut: Cut, vector: jax.Array, fill: float | int = 0) -> Operand:
+def over_rows(cut: Cut, vector: jax.Array, fill: float = 0) -> Operand:
     """A vector ``[B or 1, N or 1, T or 1]``; ``fill`` stands behind the last row."""
     vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.q_len))
     array = by_tile(vector, cut, fill)[:, :, :, None]
@@ -173,7 +175,7 @@ def rows_apart(cut: Cut, array: jax.Array) -> jax.Array:
     return by_token(array[:, :, :, 0], cut)
 
 
-def over_keys(cut: Cut, vector: jax.Array, fill: float | int = 0) -> Operand:
+def over_keys(cut: Cut, vector: jax.Array, fill: float = 0) -> Operand:
     """A vector ``[B or 1, N or 1, S or 1]``; ``fill`` stands behind the last key."""
     vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.kv_len))
     array = padded(vector, cut.num_kv * cut.block_kv, fill, axis=2)

@@ -110,7 +110,8 @@ def for_each_head(cut: Cut, body) -> None:
 
 def here(cut: Cut, scalars: Scalars) -> Place:
     """The blocks of this step of the grid."""
-    return cut.place(*(pl.program_id(axis) for axis in range(4)), *scalars)
+    b, h, tile, n = (pl.program_id(axis) for axis in range(4))
+    return cut.place(b, h, tile, n, *scalars)
 
 
 def when_visited(cut: Cut, scalars: Scalars, step) -> None:
