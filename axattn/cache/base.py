@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from axattn import _jax_compat, quantization, serialization
-from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
+from axattn._typing import Array, ArrayLike, Bool, CacheType, Float, Float32, Integer
 from axattn.attention import dot_product_attention
 from axattn.cache.checks import as_array, counts_of, host, is_concrete
 from axattn.cache.fields import bytes_per_token, encode
@@ -122,7 +122,7 @@ class Cache(serialization.Serializable, abc.ABC):
             values_in_keys=self.values_in_keys,
         )
 
-    def next_positions(self, length: int) -> Integer[Array, "B T"]:
+    def next_positions(self: CacheType, length: int) -> Integer[Array, "B T"]:
         """Positions of the next tokens of each row: for RoPE.
 
         Args:
@@ -228,7 +228,7 @@ class Cache(serialization.Serializable, abc.ABC):
         q_positions: ArrayLike | None = None,
         is_causal: bool = True,
         **options: Any,
-    ) -> Float[Array, "B T N h"]:
+    ) -> Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]:
         """Attention of the newest tokens over all that is stored.
 
         Args:
@@ -263,7 +263,7 @@ class Cache(serialization.Serializable, abc.ABC):
 
     @overload
     def extend(
-        self,
+        self: CacheType,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K h"] | None = ...,
@@ -271,11 +271,11 @@ class Cache(serialization.Serializable, abc.ABC):
         lengths: ArrayLike | None = ...,
         return_residual: Literal[False] = ...,
         **options: Any,
-    ) -> tuple[Float[Array, "B T N h"], Self]: ...
+    ) -> tuple[Float[Array, "B T N h"], CacheType]: ...
 
     @overload
     def extend(
-        self,
+        self: CacheType,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K h"] | None = ...,
@@ -283,11 +283,11 @@ class Cache(serialization.Serializable, abc.ABC):
         lengths: ArrayLike | None = ...,
         return_residual: Literal[True],
         **options: Any,
-    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self]: ...
+    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], CacheType]: ...
 
     @overload
     def extend(
-        self,
+        self: CacheType,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K h"] | None = ...,
@@ -296,18 +296,20 @@ class Cache(serialization.Serializable, abc.ABC):
         return_residual: bool,
         **options: Any,
     ) -> tuple[
-        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], CacheType
     ]: ...
 
     def extend(
-        self,
+        self: CacheType,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K h"] | None = None,
         *,
         lengths: ArrayLike | None = None,
         **options: Any,
-    ) -> tuple[Float[Array, "B T N h"], Self]:
+    ) -> tuple[
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], CacheType
+    ]:
         """`append`, then `attend` from the same tokens: one step of a layer.
 
         Args:
@@ -332,7 +334,8 @@ class Cache(serialization.Serializable, abc.ABC):
                 f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}; "
                 "append and attend apart take other numbers"
             )
-        cache = self.append(key, value, lengths=lengths)
+        # Of a type that is one of two, as `CacheType` is, checkers lose which.
+        cache = cast(CacheType, self.append(key, value, lengths=lengths))
         written = cache.lengths - self.lengths
         return cache.attend(query, query_seq_lengths=written, **options), cache
 

@@ -27,10 +27,9 @@ def encode(key: Array, value: Array | None, dtype: str, stored: Any) -> KeyValue
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _encode(dtype: str, stored: Any, key: Array, value: Array | None) -> KeyValueArrays:
     if not quantization.is_quantized(dtype):
-        key, value = (
-            None if x is None else quantization.to_storage(x, dtype, stored) for x in (key, value)
-        )
-        return KeyValueArrays(key, value, None, None)
+        if value is not None:
+            value = quantization.to_storage(value, dtype, stored)
+        return KeyValueArrays(quantization.to_storage(key, dtype, stored), value, None, None)
     keys = quantization.quantize(key, dtype)
     if value is None:
         return KeyValueArrays(keys.codes, None, keys.scales, None)

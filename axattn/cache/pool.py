@@ -407,14 +407,15 @@ class PagePool:
     def _extend(self, sequence: _Sequence, length: int, write: str) -> None:
         """Room for ``length`` tokens, the last page made writable as `_plan` said."""
         pages = sequence.pages
-        last = pages[-1] if pages else None
+        last = len(pages) - 1
         if write == "copy":
-            pages[-1] = self._pages.copy(last)
-            self._pages.release(last)
+            shared = pages[last]
+            pages[last] = self._pages.copy(shared)
+            self._pages.release(shared)
         pages.extend(self._pages.take() for _ in range(self._pages_of(length) - len(pages)))
         if write == "trim":
             # All that could be evicted was taken just now, so no page follows this one in the tree.
-            self._pages.tree.trim(last, sequence.length % self._page_size)
+            self._pages.tree.trim(pages[last], sequence.length % self._page_size)
         sequence.length = length
 
     def _merge(self, index: int, old: int, new: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from axattn._typing import present
+
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -141,7 +143,8 @@ class RadixTree:
 
     def match(self, tokens: array) -> Match:
         """The longest prefix of ``tokens`` that is in the tree."""
-        node, pages = self._root, []
+        node = self._root
+        pages: list[int] = []
         for start in range(0, len(tokens), self._page_size):
             child, common = node.closest(tokens[start : start + self._page_size])
             if child is None:
@@ -167,7 +170,7 @@ class RadixTree:
         """
         above = self._root if parent is None else self._nodes[parent]
         child, common = above.closest(key)
-        if common == len(key):
+        if child is not None and common == len(key):
             return child.page if len(key) == self._page_size else page
         if page in self._nodes:
             self.remove(page)
@@ -178,7 +181,7 @@ class RadixTree:
         """Forgets ``page``, which no other page follows."""
         node = self._nodes[page]
         assert not node.children, f"page {page} has pages after it"
-        node.parent.discard(node)
+        present(node.parent).discard(node)
         del self._nodes[page]
 
     def trim(self, page: int, length: int) -> None:
@@ -187,7 +190,7 @@ class RadixTree:
         Forgets ``page`` altogether where another page begins with the tokens that remain.
         """
         node = self._nodes[page]
-        above, key = node.parent, node.key[:length]
+        above, key = present(node.parent), node.key[:length]
         self.remove(page)
         if above.closest(key)[1] < length:
             self._add(key, page, above)

@@ -14,14 +14,14 @@ from axattn.stored import KeyValueArrays
 
 
 class Places(NamedTuple):
-    """Where tokens go: token t of batch row b, for t < count, to position start + t.
+    """Where tokens go: token t of batch row b, for t < counts[b], to position start + t.
 
     Position p is slot ``p % C`` of a row of the arrays. Positions of one batch row lie in runs that
     end where C slots end; ``rows`` names the row of the arrays for each run.
     """
 
     start: jax.Array  # int32 [B]
-    count: jax.Array  # int32 [B]
+    counts: jax.Array  # int32 [B]
     rows: jax.Array  # int32 [B, runs]; of a run without tokens, anything
 
 
@@ -69,7 +69,7 @@ def _scatter(arrays: KeyValueArrays, tokens: KeyValueArrays, places: Places) -> 
     rows = jnp.take_along_axis(
         places.rows, jnp.clip(run, 0, places.rows.shape[1] - 1), axis=1, mode="clip"
     )
-    rows = jnp.where(order < places.count[:, None], rows, num_rows)  # out of bounds: dropped
+    rows = jnp.where(order < places.counts[:, None], rows, num_rows)  # out of bounds: dropped
     slots = positions % page_size
 
     def put(array, new):
@@ -91,7 +91,7 @@ def _slices(
 
     def put_run(i, arrays):
         b, r = i // runs, i % runs
-        start, count = places.start[b], places.count[b]
+        start, count = places.start[b], places.counts[b]
         row = jnp.clip(places.rows[b, r], 0, num_rows - 1)
         origin = (start // page_size + r) * page_size  # the position of slot 0 of this run
 
