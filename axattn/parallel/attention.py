@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from axattn._typing import Array, ArrayLike, Layout, Strategy
+from axattn._typing import Array, ArrayLike, Layout, Strategy, present
 from axattn.arguments import normalize
 from axattn.attention import dot_product_attention
 from axattn.call import AttentionCall
@@ -138,7 +138,8 @@ def attention(
     mesh = mesh_or_current(mesh)
     axes.check(mesh)
     where = _Where(layout, axes.size(mesh, "sequence"))
-    call, lead, implementation = _call(query, key, value, bias, mask, options, where)
+    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    call, lead, implementation = _call(given, where)
     plan = program.plan(
         call,
         axes,
@@ -204,9 +205,7 @@ def explain(
     }
 
     def look(arrays):
-        merged = {**given, **arrays}
-        positional = (merged.pop(name) for name in ("query", "key", "value", "bias", "mask"))
-        call, _, implementation = _call(*positional, merged, where)
+        call, _, implementation = _call({**given, **arrays}, where)
         found.extend(program.costs_of(call, axes, mesh, layout, links, implementation))
 
     jax.eval_shape(look, structs)
@@ -308,7 +307,8 @@ def local_attention(
     """
     shards = lax.axis_size(axis)
     where = _Where(layout, shards, lax.axis_index(axis))
-    call, lead, implementation = _call(query, key, value, bias, mask, options, where)
+    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    call, lead, implementation = _call(given, where)
     dense = any(isinstance(part, Dense) for part in call.mask.parts)
     if call.bias is not None or dense:
         raise NotImplementedError("bias and dense masks are for parallel.attention, not for this")
@@ -347,10 +347,8 @@ def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array)
     return (out, lse.reshape(*lead, *lse.shape[1:])) if call.return_residual else out
 
 
-def _call(
-    query, key, value, bias, mask, options, where: _Where
-) -> tuple[AttentionCall, tuple[int, ...], Any]:
-    bound = _SIGNATURE.bind(query, key, value, bias, mask, **options)
+def _call(options: dict[str, Any], where: _Where) -> tuple[AttentionCall, tuple[int, ...], Any]:
+    bound = _SIGNATURE.bind(**options)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     implementation = registry.check_names(arguments.pop("implementation"))
@@ -358,7 +356,7 @@ def _call(
     if arguments["q_offset"] is not None:
         # It counts from where the tokens are, not from their slots.
         further = where.positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
-        call = dataclasses.replace(call, q_positions=call.q_positions + further[None])
+        call = dataclasses.replace(call, q_positions=present(call.q_positions) + further[None])
     if call.stored is not None:
         raise ValueError("key takes an array, got a cache: ShardedCache has its own attend")
     return call, lead, implementation

@@ -98,7 +98,7 @@ class ShardedCache(HeldCache):
 
     @staticmethod
     def create(
-        kind: type[Cache],
+        kind: type[DenseCache | PagedCache | RingCache],
         *sizes: Any,
         axes: Axes,
         mesh: Any = None,
@@ -328,7 +328,7 @@ serialization.register(ShardedCache, ("cache",), _static, encode=_encode, decode
 
 
 @functools.cache
-def _maker(kind: type[Cache], given: tuple, axes: Axes, mesh: Any, num_kv_heads: int):
+def _maker(kind: Any, given: tuple, axes: Axes, mesh: Any, num_kv_heads: int):
     """The same function for the same sizes: then layers that are alike compile one program."""
 
     def make(center: jax.Array | None) -> ShardedCache:

@@ -152,7 +152,7 @@ def _ulysses(p: Problem, pairs: np.ndarray, links: Links) -> Cost:
     refusal = ulysses.refuses(p.num_heads, p.num_kv_heads, shards)
     if refusal:
         return Cost("ulysses", refusal)
-    flops = _flops(p, pairs.sum() / shards)
+    flops = _flops(p, float(pairs.sum()) / shards)
     rows = p.batch * p.q_len / shards * p.num_heads * (p.head_dim + p.value_head_dim) * p.itemsize
     keys = _kv_bytes(p, shards) * max(1, shards // p.num_kv_heads)
     sent = (rows + keys) * (shards - 1) / shards

@@ -20,6 +20,7 @@ from jax import lax
 from axattn import mask_parts as parts
 from axattn import serialization
 from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
 from axattn.cache import Cache, RingCache
 from axattn.cache.write import write
 from axattn.call import AttentionCall
@@ -95,7 +96,8 @@ class DealtCache(HeldCache):
           ValueError: shapes that differ, or pages that the pool does not have.
           TypeError: anything but integers.
         """
-        return dataclasses.replace(self, cache=self.cache.copy_pages(sources, targets))
+        paged: Any = self.cache
+        return dataclasses.replace(self, cache=paged.copy_pages(sources, targets))
 
     def fork(self, rows: Any) -> DealtCache:
         """A cache whose row i is row ``rows[i]`` of this one: as `axattn.cache.Cache.fork`.
@@ -133,10 +135,9 @@ def append(
     """The shard's ``cache`` with its share of tokens that fit: ``counts`` of those in each row."""
     shard, shards = lax.axis_index(axis), lax.axis_size(axis)
     before, after = (share(n, shard, shards) for n in (cache.lengths, cache.lengths + counts))
-    key, value = (
-        None if x is None else _own(x, (shard - cache.lengths) % shards, shards)
-        for x in (key, value)
-    )
+    first = (shard - cache.lengths) % shards
+    key = _own(key, first, shards)
+    value = None if value is None else _own(value, first, shards)
     local = dataclasses.replace(cache, lengths=before)
     tokens = cache._encoded(key, value)
     places = local._places(after - before, key.shape[1])
@@ -166,8 +167,8 @@ def attend(
     """Output and LSE of a call over the whole cache, on all shards the same."""
     local = _of_shard(call, cache, lax.axis_index(axis), lax.axis_size(axis))
     local = vary_over(local, varying_axes(*jax.tree.leaves(local)))
-    part = registry.attend(local, registry.plan(local, implementation))
-    out, lse = with_sinks(merged_over(axis, part), call.sinks)
+    out, lse = registry.attend(local, registry.plan(local, implementation))
+    out, lse = with_sinks(merged_over(axis, (out, present(lse))), call.sinks)
     return out.astype(call.query.dtype), lse
 
 
@@ -177,12 +178,13 @@ def _of_shard(call: AttentionCall, cache: Cache, shard: jax.Array, shards: int) 
     positions = positions_or_default(call.q_positions, call.q_len)
     offsets = [part.offset for part in call.mask.parts if isinstance(part, parts.Causal)]
     rest = [part for part in call.mask.parts if not isinstance(part, parts.Causal)]
+    known: dict[str, Any]
     if call.alibi_slopes is not None or _speak_of_positions(rest):
         known = dict(q_positions=positions, kv_positions=(slots * shards + shard)[None])
         causal = [parts.Causal(offset) for offset in offsets]
     else:
         # Without positions of keys kernels need not look at any.
-        last = functools.reduce(jnp.minimum, offsets) if offsets else 0
+        last: Any = functools.reduce(jnp.minimum, offsets) if offsets else 0
         last = positions + (last[:, None] if jnp.ndim(last) else last)
         known = dict(q_positions=(last - shard) // shards, kv_positions=None)
         causal = [parts.Causal(parts.Static(0))] if offsets else []

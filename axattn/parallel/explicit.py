@@ -11,6 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from axattn._jax_compat import explicit_sharding, with_auto_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.parallel import program
@@ -32,14 +33,14 @@ def attend(
 
 def _plan(call: AttentionCall, implementation) -> program.Plan | str:
     """Or why the call is left to the partitioner."""
-    mesh, (batch, sequence, heads, _) = explicit_sharding(call.query)
+    mesh, (batch, sequence, heads, _) = present(explicit_sharding(call.query))
     if call.stored is not None:
         return "key is a cache: ShardedCache needs no partitioner"
     if isinstance(sequence, tuple):
         if len(sequence) > 1:
             return f"the sequence of query has several mesh axes, {sequence}"
         sequence = sequence[0] if sequence else None
-    if sequence is None and any(_shares_out_slots(x) for x in (call.key, call.value)):
+    if sequence is None and any(_shares_out_slots(present(x)) for x in (call.key, call.value)):
         # A step over keys that are shared out: these are not to be moved.
         return "keys have a mesh axis for their sequence that queries have not"
     try:

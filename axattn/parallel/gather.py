@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,14 @@ from axattn.call import AttentionCall
 from axattn.masks import Mask
 
 Results = tuple[jax.Array, jax.Array]
+
+
+@overload
+def whole(array: jax.Array, axis: str, dim: int = ...) -> jax.Array: ...
+
+
+@overload
+def whole(array: jax.Array | None, axis: str, dim: int = ...) -> jax.Array | None: ...
 
 
 def whole(array: jax.Array | None, axis: str, dim: int = 1) -> jax.Array | None:

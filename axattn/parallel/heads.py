@@ -12,6 +12,7 @@ import dataclasses
 import jax
 from jax import lax
 
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.parallel.axes import Axes, names_of
 
@@ -58,4 +59,4 @@ def own(call: AttentionCall, axes: Axes, mesh, taken: tuple[str, ...]) -> Attent
     def take(array: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, first, count, 2)
 
-    return dataclasses.replace(call, key=take(call.key), value=take(call.value))
+    return dataclasses.replace(call, key=take(present(call.key)), value=take(present(call.value)))

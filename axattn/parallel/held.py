@@ -30,6 +30,7 @@ _FACTS = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class HeldCache(serialization.Serializable, abc.ABC):
     """A value like `axattn.cache.Cache`, in parts. ``isinstance(it, Cache)`` holds.
 
@@ -73,7 +74,8 @@ class HeldCache(serialization.Serializable, abc.ABC):
     @property
     def block_table(self) -> Integer[Array, "B pages"]:
         """int32 ``[B, pages_per_row]``, of a paged cache."""
-        return self.cache.block_table
+        paged: Any = self.cache
+        return paged.block_table
 
     next_positions = Cache.next_positions
     extend = Cache.extend
@@ -191,7 +193,8 @@ class HeldCache(serialization.Serializable, abc.ABC):
           ValueError: another shape; lengths beyond ``capacity``.
           TypeError: anything but integers.
         """
-        changed = self.whole.with_table(block_table, lengths)
+        paged: Any = self.whole
+        changed = paged.with_table(block_table, lengths)
         return self._with(block_table=changed.block_table, lengths=changed.lengths)
 
     def _checked_tokens(self, key: Any, value: Any, lengths: Any) -> Any:
@@ -201,7 +204,7 @@ class HeldCache(serialization.Serializable, abc.ABC):
         return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **changes))
 
 
-Cache.register(HeldCache)
+Cache.register(HeldCache)  # type: ignore[type-abstract]  # the stub asks for a concrete class
 
 
 def resized(cache: Cache, **sizes: int) -> Cache:

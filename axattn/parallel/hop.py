@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn import mask_parts as parts
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.masks import Mask
 
@@ -25,7 +26,7 @@ class Moving(NamedTuple):
 
 def moving(call: AttentionCall) -> Moving:
     ids = tuple(part.kv_ids for part in call.mask.parts if isinstance(part, parts.Segments))
-    return Moving(call.key, call.value, call.kv_positions, ids)
+    return Moving(present(call.key), present(call.value), call.kv_positions, ids)
 
 
 def shifted(tree, axis: str, shards: int, distance: int):

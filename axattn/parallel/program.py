@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from axattn._jax_compat import placed, platform_of_mesh, resharded
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import flash, registry
 from axattn.mask_parts import Dense
@@ -209,35 +210,38 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     def attend(call: AttentionCall) -> Results:
         chosen = registry.plan(call, plan.implementation)
         _check_platform(chosen, plan.platform)
-        return registry.attend(call, chosen)
+        out, lse = registry.attend(call, chosen)
+        return out, present(lse)
 
     if plan.strategy is None:
         return attend(call)
-    call = _with_positions(plan, call)
+    call, sequence = _with_positions(plan, call), present(axes.sequence)
     if plan.strategy == "gather":
-        return gather.attend(call, axes.sequence, attend)
+        return gather.attend(call, sequence, attend)
     if plan.strategy == "ulysses":
-        return ulysses.attend(call, axes.sequence, plan.shards, attend)
+        return ulysses.attend(call, sequence, plan.shards, attend)
     # Of one hop: a dense mask has the columns of all shards, and a hop is given its own.
-    here = lax.axis_index(axes.sequence)
+    here = lax.axis_index(sequence)
     hop_call = hop.call_of(call, hop.moving(call), here, here, first=True)
     chosen = _flash_plan(hop_call, plan.implementation)
     _check_platform(chosen, plan.platform)
     ways = flash.ways(hop_call, chosen.names, chosen.refusal, whole=False)
-    return ring.attend(ring.Ring(axes.sequence, plan.shards, plan.hops, ways), call)
+    return ring.attend(ring.Ring(sequence, plan.shards, plan.hops, ways), call)
 
 
 def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
     """Says where tokens are, where slots do not: `xla_chunked` and kernels count from 0."""
     if not layouts.speaks_of_positions(call.mask) and call.alibi_slopes is None:
         return call
-    here, changes = lax.axis_index(plan.axes.sequence), {}
+    sequence = present(plan.axes.sequence)
+    here = lax.axis_index(sequence)
+    changes: dict[str, Any] = {}
     for name, own in (("q_positions", call.q_len), ("kv_positions", call.kv_len)):
         # A shard's own, or those of all shards where they will be together.
         together = plan.strategy == "ulysses" or (plan.strategy, name) == ("gather", "kv_positions")
         given, length = getattr(call, name), own * plan.shards
         if given is not None:
-            changes[name] = gather.whole(given, plan.axes.sequence) if together else given
+            changes[name] = gather.whole(given, sequence) if together else given
         elif not together:
             slots = here * own + jnp.arange(own, dtype=jnp.int32)
             changes[name] = layouts.of_slots(plan.layout, slots, plan.shards, length)[None]
@@ -280,4 +284,5 @@ def _with_own_bits(plan: Plan, call: AttentionCall) -> AttentionCall:
         return call
     index = lax.axis_index(tuple(names)).astype(jnp.uint32)
     mixed = index * np.uint32(0x85EBCA6B)
-    return dataclasses.replace(call, dropout_key=call.dropout_key ^ jnp.stack([mixed, index]))
+    dropout_key = present(call.dropout_key) ^ jnp.stack([mixed, index])
+    return dataclasses.replace(call, dropout_key=dropout_key)

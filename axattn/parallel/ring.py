@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import blocks, chunked_forward, flash
 from axattn.implementations.chunked_backward import Gradients
@@ -43,7 +44,8 @@ def attend(ring: Ring, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     axes = varying_axes(*jax.tree.leaves(call)) | {ring.axis}
     call = vary_over(call, axes)
     inputs = Gradients(*(getattr(call, name) for name in Gradients._fields))
-    rest = dataclasses.replace(call, **dict.fromkeys(Gradients._fields))
+    absent: dict[str, Any] = dict.fromkeys(Gradients._fields)
+    rest = dataclasses.replace(call, **absent)
     return _ring(ring, inputs, rest)
 
 
@@ -130,10 +132,10 @@ def _backward(ring: Ring, residuals, cotangents):
         found = flash.gradients(ring.ways, local, out, lse, dout, dlse)
         return _added(sums, found, source * keys.key.shape[1]), found.sinks
 
-    sums = _Sums(*(
-        None if x is None else jnp.zeros_like(x, jnp.float32)
-        for x in (call.query, call.bias, call.traced_scale, call.key, call.value)
-    ))  # fmt: skip
+    inputs_of_sums = _Sums(
+        call.query, call.bias, call.traced_scale, present(call.key), present(call.value)
+    )
+    sums = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), inputs_of_sums)
     sums = vary_over(sums, varying_axes(*jax.tree.leaves(call)))
     keys = hop.moving(call)
     sums, sinks = one(keys, sums, 0, True)
@@ -159,7 +161,7 @@ def _backward(ring: Ring, residuals, cotangents):
             sums, _ = one(keys, sums, distance, False)
     sums = with_keys(sums, -ring.hops[-1])
     found = Gradients(sums.query, sums.key, sums.value, sums.bias, sinks, sums.scale)
-    cast = (
+    cast: Any = (
         None if x is None else x.astype(like.dtype) for x, like in zip(found, inputs, strict=True)
     )
     return Gradients(*cast), None
@@ -168,7 +170,7 @@ def _backward(ring: Ring, residuals, cotangents):
 def _added(sums: _Sums, found: Gradients, kv_first: jax.Array) -> _Sums:
     bias = sums.bias
     if bias is not None:
-        part = found.bias.astype(jnp.float32)
+        part = present(found.bias).astype(jnp.float32)
         if bias.shape[-1] != 1:
             part += hop.columns(bias, kv_first, part.shape[-1])
             bias = lax.dynamic_update_slice_in_dim(bias, part, kv_first, bias.ndim - 1)
@@ -177,7 +179,7 @@ def _added(sums: _Sums, found: Gradients, kv_first: jax.Array) -> _Sums:
     return _Sums(
         sums.query + found.query.astype(jnp.float32),
         bias,
-        None if sums.scale is None else sums.scale + found.traced_scale,
+        None if sums.scale is None else sums.scale + present(found.traced_scale),
         sums.key + found.key.astype(jnp.float32),
         sums.value + found.value.astype(jnp.float32),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -16,8 +17,7 @@ from axattn.parallel.axes import Axes, Names
 def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:
     """The call with a spec in the place of each array; ``kv_heads``: the axes of K."""
     tokens = axes.batch, axes.sequence
-    return dataclasses.replace(
-        call,
+    specs: dict[str, Any] = dict(
         query=PartitionSpec(*tokens, axes.heads, None),
         key=PartitionSpec(*tokens, kv_heads, None),
         value=PartitionSpec(*tokens, kv_heads, None),
@@ -31,6 +31,7 @@ def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:
         dropout_key=spec(call.dropout_key),
         first_row=PartitionSpec(),
     )
+    return dataclasses.replace(call, **specs)
 
 
 def of_mask(mask: Mask, axes: Axes) -> Mask:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn import mask_parts as parts
+from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.masks import Mask
 from axattn.parallel.gather import Results, whole
@@ -61,14 +62,14 @@ def attend(
     def part(one: parts.Part) -> parts.Part:
         if isinstance(one, parts.Segments):
             return parts.Segments(whole(one.q_ids, axis), whole(one.kv_ids, axis))
-        return parts.Dense(like_scores(one.array)) if isinstance(one, parts.Dense) else one
+        return parts.Dense(present(like_scores(one.array))) if isinstance(one, parts.Dense) else one
 
     out, lse = run(
         dataclasses.replace(
             call,
             query=by_heads(call.query),
-            key=of_keys(call.key),
-            value=of_keys(call.value),
+            key=of_keys(present(call.key)),
+            value=of_keys(present(call.value)),
             bias=like_scores(call.bias),
             sinks=own(call.sinks),
             alibi_slopes=own(call.alibi_slopes, 1),
