@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from axattn._typing import Array, ArrayLike, Float, Integer
+from axattn._typing import Array, ArrayLike, CacheType, Float, Integer
 from axattn.cache import Cache
 from axattn.layers.masking import as_given
 from axattn.layers.positions import rotate
@@ -14,7 +14,7 @@ from axattn.rotary import RotaryEmbedding
 
 
 def attend_over_cache(
-    cache: Cache,
+    cache: CacheType,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K h"],
@@ -25,7 +25,7 @@ def attend_over_cache(
     mask: Array | Mask | None,
     options: Mapping[str, Any],
     excluded: Mapping[str, bool],
-) -> tuple[Float[Array, "B T N h"], Cache]:
+) -> tuple[Float[Array, "B T N h"], CacheType]:
     """One step of a layer: rotate, append to the cache, attend over it.
 
     Keys and values are cast to the dtype of the cache, which its maker chose.
@@ -55,7 +55,7 @@ def attend_over_cache(
 
 
 def check_step(
-    inputs: str, cache: Cache, query: Float[Array, "..."], excluded: Mapping[str, bool]
+    inputs: str, cache: Any, query: Float[Array, "..."], excluded: Mapping[str, bool]
 ) -> None:
     """Raises what `attend_over_cache` says it raises, but for what the cache itself finds.
 

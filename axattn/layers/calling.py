@@ -81,9 +81,9 @@ def call_attention(
                 q_positions=positions,
             )
             if not (mask is None or isinstance(mask, Mask)):
-                mask = as_given(mask)
-                missing = tuple(range(array.ndim - mask.ndim))
-                array &= jnp.expand_dims(mask, missing)
+                given: Any = as_given(mask)
+                missing = tuple(range(array.ndim - given.ndim))
+                array &= jnp.expand_dims(given, missing)
             flax_kwargs["mask"] = array
     if is_causal:
         options["is_causal"] = True

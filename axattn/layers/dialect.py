@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from axattn._typing import Array, Float
+from axattn._typing import Array, Float, present
 from axattn.attention import dot_product_attention
 from axattn.dtypes import accumulator
 from axattn.layers.masking import as_given
@@ -79,4 +79,5 @@ def flax_attention(
     if attend is not dot_product_attention:
         raise NotImplementedError(f"attend={attend!r} has no place for einsum hooks")
     weights = weights_of(dropout_rate=dropout_rate)
-    return weighted_sum(weights.astype(query.dtype), value, einsum=value_einsum).astype(query.dtype)
+    out = weighted_sum(weights.astype(query.dtype), value, einsum=present(value_einsum))
+    return out.astype(query.dtype)

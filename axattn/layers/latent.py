@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +11,8 @@ import numpy as np
 from jax import lax
 
 from axattn import _jax_compat, latent
-from axattn._typing import Array, ArrayLike, Float, Integer
+from axattn._typing import Array, ArrayLike, CacheType, Float, Integer
 from axattn.attention import dot_product_attention
-from axattn.cache import Cache
 from axattn.cache.checks import is_concrete
 from axattn.layers.caching import check_step
 from axattn.layers.masking import as_given
@@ -85,7 +84,7 @@ class Projected:
         """Whether one of the two has no kernel to read."""
         return callable(self.key_up) or callable(self.value_up)
 
-    def promoted(self, promote: Callable[[tuple[Array, ...]], tuple[Array, ...]]) -> Projected:
+    def promoted(self, promote: Callable[[tuple[Array, ...]], Sequence[Array]]) -> Projected:
         """The same in one dtype, as ``promote(arrays)`` brings them to it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {name: x for name, x in fields.items() if not callable(x)}
@@ -190,11 +189,11 @@ def attend(
     form: latent.Form | None,
     mask: Array | Mask | None,
     is_causal: bool | None,
-    cache: Cache | None,
+    cache: CacheType | None,
     lengths: ArrayLike | None,
     options: Mapping[str, Any],
     excluded: Mapping[str, bool],
-) -> tuple[Float[Array, "*batch T N h"], Cache | None]:
+) -> tuple[Float[Array, "*batch T N h"], CacheType | None]:
     """Attention of a layer, and its cache with the new tokens.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +16,7 @@ def fused_projections(
     kernels: Sequence[Float[Array, "E heads H"]],
     biases: Sequence[Float[Array, "heads H"]] | None,
     *,
-    promote: Callable[..., Sequence[Array | None]],
+    promote: Callable[..., Sequence[Any]],
     dot_general: Callable[..., Array] | None = None,
     **dot_general_kwargs,
 ) -> tuple[Float[Array, "*batch T heads H"], ...]:

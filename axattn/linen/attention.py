@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
-from axattn.cache import Cache
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm, present
 from axattn.layers import decode
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
@@ -184,9 +183,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         kv_positions: Integer[Array, "*batch S"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         kv_segment_ids: Integer[Array, "*batch S"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
@@ -224,6 +223,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
 
         norm = qk_norm_kind(self.normalize_qk, self.qk_norm, self.qk_norm_per_head)
         if norm is not None:
+            norm_cls: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]]
             norm_cls = {"layer": functools.partial(nn.LayerNorm, use_bias=False), "rms": nn.RMSNorm}
             features = -1 if self.qk_norm_per_head else (-2, -1)
             axes = LOGICAL_AXES if self.qk_norm_per_head else ALL_HEADS_NORM_AXES
@@ -421,7 +421,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         return fused_projections(
             list(inputs.values()),
             [kernel for kernel, _ in arrays],
-            [bias for _, bias in arrays] if self.use_bias else None,
+            [present(bias) for _, bias in arrays] if self.use_bias else None,
             promote=functools.partial(promote_dtype, dtype=self.dtype),
             dot_general=self.qkv_dot_general,
             precision=self.precision,
@@ -465,7 +465,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
       (1, 8, 32)
     """
 
-    @overload
+    @overload  # type: ignore[override]  # of one input, as Flax's own
     def __call__(
         self,
         inputs_q: Float[Array, "*batch T E"],
@@ -509,9 +509,9 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         is_causal: bool | None = None,
         positions: Integer[Array, "*batch T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
 
         Args:
@@ -533,6 +533,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         Raises:
           ValueError, TypeError, NotImplementedError: as `MultiHeadDotProductAttention`.
         """
+        given: Any = cache  # for either overload
         return MultiHeadDotProductAttention.__call__(
             self,
             inputs_q,
@@ -543,7 +544,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
             is_causal=is_causal,
             positions=positions,
             segment_ids=segment_ids,
-            cache=cache,
+            cache=given,
             lengths=lengths,
         )
 

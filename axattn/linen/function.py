@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn import attention
 from axattn._jax_compat import einsum_by
-from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision
+from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
 from axattn.layers.dialect import flax_attention
 from axattn.layers.options import requested
 from axattn.masks import Mask
@@ -147,7 +147,7 @@ def dot_product_attention(
             dropout_rate,
             deterministic,
             dtype,
-            precision,
+            cast(Any, precision),  # Flax's type of it is narrower than what it takes
             module,
             force_fp32_for_softmax,
             einsum_dot_general,
@@ -160,7 +160,7 @@ def dot_product_attention(
 
     def sow(weights):
         weights = weights if force_fp32_for_softmax else weights.astype(query.dtype)
-        module.sow("intermediates", "attention_weights", weights)
+        present(module).sow("intermediates", "attention_weights", weights)
 
     return flax_attention(
         query,

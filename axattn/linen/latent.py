@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from axattn import latent
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
-from axattn.cache import Cache
-from axattn.layers.latent import LatentSizes, Projected, attend
+from axattn.layers.latent import LatentSizes, Projected, Up, attend
 from axattn.layers.norms import normalized
 from axattn.layers.options import requested
 from axattn.linen.parameters import may_read_kernels, named, parameters
@@ -154,9 +153,9 @@ class MultiHeadLatentAttention(nn.Module):
         is_causal: bool | None = None,
         positions: Integer[Array, "*leading T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], Cache]:
+    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], CacheType]:
         """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:
@@ -231,7 +230,8 @@ class MultiHeadLatentAttention(nn.Module):
             name=name,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=self.precision,
+            # Flax's type of it is narrower than what it takes.
+            precision=cast(Any, self.precision),
             kernel_init=named(self, self.kernel_init, name, "kernel"),
             bias_init=named(self, self.bias_init, name, "bias"),
             **options,
@@ -260,11 +260,11 @@ class MultiHeadLatentAttention(nn.Module):
         down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
         down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
         down = normalized(norm("kv_norm"), down)
-        ups = (
-            self._dense((self.num_heads, size), use_bias=False, name=name)
-            for name, size in (("key_up", self.qk_nope_head_dim), ("value_up", self.v_head_dim))
-        )
-        if may_read_kernels():
-            ups = (parameters(up, down)[0] for up in ups)
-        projected = Projected(query, down, key_rope, *ups)
+
+        def up(name: str, size: int) -> Up:
+            layer = self._dense((self.num_heads, size), use_bias=False, name=name)
+            return parameters(layer, down)[0] if may_read_kernels() else layer
+
+        key_up, value_up = up("key_up", self.qk_nope_head_dim), up("value_up", self.v_head_dim)
+        projected = Projected(query, down, key_rope, key_up, value_up)
         return projected.promoted(lambda arrays: promote_dtype(*arrays, dtype=self.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 from flax.linen import module as flax_module
@@ -44,6 +45,6 @@ def named(
     init: Callable[..., Array],
     *path: str,
     axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES,
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """``init`` of the parameter at ``path``, boxed with its axes where the layer's are named."""
     return nn.with_logical_partitioning(init, axes[path]) if layer.logical_axes else init

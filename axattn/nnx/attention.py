@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 
-from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
-from axattn.cache import Cache
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm, present
 from axattn.layers import decode as decoding
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.caching import attend_over_cache, reads_caches
@@ -184,12 +183,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         )
         self.normalize_qk = norm is not None
         if norm == "rms" or (norm == "layer" and not qk_norm_per_head):
-            self.query_ln, self.key_ln = (
+            norms: Any = [  # of either kind, where Flax has layer norms
                 self._new_norm(norm, name, () if qk_norm_per_head else heads, rngs, flax_kwargs)
                 for name, heads in (("query_ln", (num_heads,)), ("key_ln", (self.num_kv_heads,)))
-            )
+            ]
+            self.query_ln, self.key_ln = norms
         if norm is not None:
-            self.query_ln.epsilon = self.key_ln.epsilon = qk_norm_epsilon
+            for layer in (self.query_ln, self.key_ln):
+                present(layer).epsilon = qk_norm_epsilon
         if out_use_bias is not None and out_use_bias != self.use_bias:
             self.out.use_bias = out_use_bias
             self.out.bias = (
@@ -218,6 +219,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         """Over the features of each head, or of that many heads together."""
         shape = (*heads, self.head_dim)
         axes = tuple(range(-len(shape), 0))
+        make: dict[str, Callable[..., nnx.RMSNorm | nnx.LayerNorm]]
         make = {"layer": functools.partial(nnx.LayerNorm, use_bias=False), "rms": nnx.RMSNorm}
         return make[norm](
             math.prod(shape),
@@ -304,9 +306,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         kv_positions: Integer[Array, "*batch S"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
         kv_segment_ids: Integer[Array, "*batch S"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
@@ -368,7 +370,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
         query, key, value = self._project((inputs_q, inputs_k, inputs_v), qkv_sharding)
         if self.normalize_qk:
-            query, key = normalized(self.query_ln, query), normalized(self.key_ln, key)
+            query = normalized(present(self.query_ln), query)
+            key = normalized(present(self.key_ln), key)
 
         asked_to_decode = self.decode if decode is None else decode
         decode = cache is None and first_from(
@@ -388,10 +391,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 self.rope, query, key, positions, kv_positions, 0 if index is None else index
             )
         if index is not None:
-            key = decoding.append(self.cached_key[...], index, key)
-            value = decoding.append(self.cached_value[...], index, value)
-            self.cached_key[...], self.cached_value[...] = key, value
-            self.cache_index[...] = index + 1
+            cached_key, cached_value = present(self.cached_key), present(self.cached_value)
+            key = decoding.append(cached_key[...], index, key)
+            value = decoding.append(cached_value[...], index, value)
+            cached_key[...], cached_value[...] = key, value
+            present(self.cache_index)[...] = index + 1
 
         dropout_rng = None
         if self.dropout_rate > 0.0:
@@ -477,7 +481,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         return fused_projections(
             inputs,
             [f.kernel[...] for f in layers],
-            [f.bias[...] for f in layers] if self.use_bias else None,
+            [present(f.bias)[...] for f in layers] if self.use_bias else None,
             promote=lambda *arrays: self.qkv_promote_dtype(arrays, dtype=self.dtype),
             dot_general=self.qkv_dot_general,
             precision=self.precision,
@@ -511,7 +515,7 @@ class SelfAttention(MultiHeadAttention):
       (1, 6, 32)
     """
 
-    @overload
+    @overload  # type: ignore[override]  # of one input, as Flax's own
     def __call__(
         self,
         inputs_q: Float[Array, "*batch T E"],
@@ -563,9 +567,9 @@ class SelfAttention(MultiHeadAttention):
         qkv_sharding: Any = None,
         positions: Integer[Array, "*batch T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], Cache]:
+    ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
 
         Args:
@@ -588,6 +592,7 @@ class SelfAttention(MultiHeadAttention):
         Raises:
           ValueError, TypeError, NotImplementedError: as `MultiHeadAttention`.
         """
+        given: Any = cache  # for either overload
         return super().__call__(
             inputs_q,
             mask=mask,
@@ -600,7 +605,7 @@ class SelfAttention(MultiHeadAttention):
             qkv_sharding=qkv_sharding,
             positions=positions,
             segment_ids=segment_ids,
-            cache=cache,
+            cache=given,
             lengths=lengths,
         )
 

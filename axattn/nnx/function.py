@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from axattn import attention
-from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision
+from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
 from axattn.layers.dialect import flax_attention
 from axattn.masks import Mask
 
@@ -98,7 +98,7 @@ def dot_product_attention(
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
 
     def sow(weights):
-        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
+        present(module).sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
 
     return flax_attention(
         query,

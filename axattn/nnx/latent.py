@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +13,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 from axattn import latent
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
-from axattn.cache import Cache
 from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
 from axattn.layers.norms import normalized
 from axattn.layers.options import requested, static
@@ -138,7 +137,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 use_bias=bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                precision=precision,
+                precision=cast(Any, precision),  # Flax's type of it is narrower than what it takes
                 kernel_init=kernel_init,
                 bias_init=bias_init,
                 rngs=rngs,
@@ -221,9 +220,9 @@ class MultiHeadLatentAttention(nnx.Module):
         is_causal: bool | None = None,
         positions: Integer[Array, "*leading T"] | None = None,
         segment_ids: Integer[Array, "*batch T"] | None = None,
-        cache: Cache | None = None,
+        cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
-    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], Cache]:
+    ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], CacheType]:
         """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 
@@ -18,7 +19,7 @@ def name_axes(
     ``nnx.logical_axis_rules``.
     """
     for path, names in axes.items():
-        found = layer
+        found: Any = layer
         for name in path:
             found = getattr(found, name, None)
         if isinstance(found, nnx.Param) and not found.get_metadata().get("out_sharding"):

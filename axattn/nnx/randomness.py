@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from flax import nnx
 
 from axattn._typing import Array
 
 
-def dropout_key(rngs: nnx.Rngs | nnx.RngStream | None, layer: nnx.Module) -> Array:
+class _HasRngs(Protocol):
+    @property
+    def rngs(self) -> Any: ...
+
+
+def dropout_key(rngs: nnx.Rngs | nnx.RngStream | None, layer: _HasRngs) -> Array:
     """A new key: of the call's ``rngs``, or of those that the layer keeps.
 
     Raises:
