@@ -79,7 +79,7 @@ def collectives(text: str, num_devices: int) -> tuple[tuple[Collective, ...], tu
     """The same of a program's HLO text."""
     reader = _Reader(hlo.Module(text), num_devices)
     found = reader.read(reader.module.entry)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if reader.unknown:
         notes = (f"{reader.unknown} loop(s) of a trip count not known here send once",)
     listed = (Collective(kind, count, sent) for kind, (count, sent) in found.items())

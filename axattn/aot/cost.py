@@ -118,9 +118,8 @@ class _Loops:
             body = _jax_compat.hlo_module_from_proto(hlo.with_entry(self._proto, name))
             found = _known(_jax_compat.hlo_cost_analysis(body)) or (0.0, 0.0)
             # XLA's generic analysis knows nothing of kernels, not even what they say themselves.
-            self._once[name] = tuple(
-                a + b for a, b in zip(found, self.estimated(name), strict=True)
-            )
+            estimated = self.estimated(name)
+            self._once[name] = found[0] + estimated[0], found[1] + estimated[1]
         return self._once[name]
 
     def estimated(self, name: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from axattn._typing import present
 from axattn.aot.collectives import Collective
 from axattn.aot.targets import target as find_target
 
@@ -176,7 +177,8 @@ class Report:
         """Arguments + outputs + temporaries - aliased, in whatever memory the target has."""
         if self.argument_bytes is None:
             return None
-        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
+        made = present(self.output_bytes) + present(self.temp_bytes)
+        return self.argument_bytes + made - present(self.alias_bytes)
 
     @property
     def hbm_bytes(self) -> int | None:

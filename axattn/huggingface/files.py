@@ -107,9 +107,10 @@ def load(
         config = read_config(config)
     if layers is None:
         layers = range(text_config(config)["num_hidden_layers"])
-    elif isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers takes an iterable of integers, got {layers!r}")
-    layers = [int(COUNT_OR_0.check("layers", layer)) for layer in layers]
+    asked: Any = layers
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        raise TypeError(f"layers takes an iterable of integers, got {asked!r}")
+    layers = [int(COUNT_OR_0.check("layers", layer)) for layer in asked]
     tensors = SafeTensors(folder)
     return {layer: attention_params(tensors, config, layer, dtype=dtype) for layer in layers}
 
@@ -138,7 +139,7 @@ class SafeTensors(Mapping[str, np.ndarray]):
         return {name: self._folder / file for name, file in names.items()}
 
     def _found(self) -> dict[str, pathlib.Path]:
-        files = {}
+        files: dict[str, pathlib.Path] = {}
         for file in sorted(self._folder.glob("*.safetensors")):
             with self._opened(file) as opened:
                 files |= dict.fromkeys(opened.keys(), file)

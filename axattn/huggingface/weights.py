@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,13 +99,14 @@ class _Layer:
             part, first = "h.{}.self_attention.", "dense"
         part = part.format(spec.layer)
         wanted = [f"{prefix}{part}" for prefix in _PREFIXES]
-        self.prefix = next((p for p in wanted if f"{p}{first}.weight" in tensors), None)
-        if self.prefix is None:
+        prefix = next((p for p in wanted if f"{p}{first}.weight" in tensors), None)
+        if prefix is None:
             self.refuse_codes(f"{wanted[0]}{first}.weight is not there")
             raise KeyError(
                 f"no tensor {wanted[0]}{first}.weight (nor with another prefix: "
                 f"{', '.join(map(repr, _PREFIXES[1:]))})"
             )
+        self.prefix = prefix
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """A tensor of this shape."""
@@ -146,7 +147,9 @@ class _Layer:
     def into_heads(self, name: str, inputs: int, heads: int, size: int, bias: bool) -> dict:
         """A projection to heads: PyTorch has its weight as ``[heads * size, inputs]``."""
         kernel = self.array(f"{name}.weight", heads * size, inputs)
-        found = {"kernel": kernel.reshape(heads, size, inputs).transpose(2, 0, 1)}
+        found: dict[str, np.ndarray] = {
+            "kernel": kernel.reshape(heads, size, inputs).transpose(2, 0, 1)
+        }
         if bias:
             found["bias"] = self.array(f"{name}.bias", heads * size).reshape(heads, size)
         return found
@@ -193,7 +196,7 @@ def _grouped(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
     return params
 
 
-def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, dict]:
+def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, Any]:
     """One projection's heads as those of queries, keys and values, which lie so in each group."""
     ends = (heads // groups, (heads + kv_heads) // groups)
     params: dict[str, dict] = {"query": {}, "key": {}, "value": {}}
@@ -229,7 +232,7 @@ def _latent(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _dequantized(
-    name: str, codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]
+    name: str, codes: np.ndarray, scales: np.ndarray, block: Sequence[int]
 ) -> np.ndarray:
     """Codes times the scale of their block, float32."""
     takes = tuple(-(-n // b) for n, b in zip(codes.shape, block, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from axattn.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 _POINT = 1 / 72  # inches
 _LABEL = 9  # points, of the text at ticks and in legends
@@ -40,8 +40,13 @@ def slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
 def _inches(ax: Axes) -> tuple[float, float]:
     """Width and height of the axes, before a layout makes room for labels."""
     box = ax.get_position()
-    width, height = ax.figure.get_size_inches()
+    width, height = _size(ax.figure)
     return width * box.width, height * box.height
+
+
+def _size(figure: Figure | SubFigure) -> tuple[float, float]:
+    """Width and height in inches, also of what is part of a figure."""
+    return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
 def patches(colors: Iterable[str]) -> tuple[Any, ...]:
@@ -51,7 +56,7 @@ def patches(colors: Iterable[str]) -> tuple[Any, ...]:
     return tuple(Patch(facecolor=color, edgecolor="#999999") for color in colors)
 
 
-def sample(face: str, dash: str) -> Any:
+def sample(face: str, dash: Literal["-", "none"]) -> Any:
     """A legend's handle for markers of any implementation whose inside has this colour."""
     from matplotlib.lines import Line2D
 
@@ -73,8 +78,8 @@ def legend_below(ax: Axes, handles: Mapping[str, Any]) -> None:
 
     alone = len(ax.figure.axes) == 1
     ax.legend(
-        handles.values(),
-        handles.keys(),
+        list(handles.values()),
+        list(handles),
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
@@ -82,7 +87,7 @@ def legend_below(ax: Axes, handles: Mapping[str, Any]) -> None:
         borderaxespad=0,
         frameon=False,
         fontsize=_LABEL,
-        ncols=_columns(handles, ax.figure.get_figwidth() if alone else _inches(ax)[0]),
+        ncols=_columns(handles, _size(ax.figure)[0] if alone else _inches(ax)[0]),
     )
 
 

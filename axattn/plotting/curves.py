@@ -203,7 +203,7 @@ def _field(kind: str, panel: Panel, may_differ: bool) -> str:
 def _names(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, str]:
     """What the legend calls each line; those that are refused everywhere say so."""
     words = {"out_of_memory": "out of memory", "unsupported": "refused"}
-    names = {}
+    names: dict[str, str] = {}
     for line in dict.fromkeys(map(benchmark.line, rows)):
         own = [row for row in rows if benchmark.line(row) == line]
         there = [row for row in own if row.get("status", _OK) == _OK]
@@ -266,8 +266,12 @@ class _Picture:
     def _label(self, quantity: _Quantity) -> str:
         if self.field != "memory_bytes":
             return quantity.label
-        kinds = {row.get("memory_kind") for row in self.panel.rows} - {None}
-        return {"host": "host memory"}.get(*kinds, *kinds) if len(kinds) == 1 else quantity.label
+        rows = [row for row in self.panel.rows if row.get("memory_kind") is not None]
+        kinds = {row["memory_kind"] for row in rows}
+        if len(kinds) != 1:
+            return quantity.label
+        (kind,) = kinds
+        return {"host": "host memory"}.get(kind, kind)
 
     def _lines(self) -> dict[str, list[Row]]:
         lines: dict[str, list[Row]] = {}
@@ -278,7 +282,10 @@ class _Picture:
     def _line(self, rows: Sequence[Row], look: style.Style, name: str) -> None:
         x, y = [row[self.panel.x] for row in rows], [row[self.field] for row in rows]
         deviation = [row.get("time_stddev") or row.get("time_std") or 0 for row in rows]
-        options = dict(color=look.color, marker=look.marker, linestyle=look.dash, markersize=5)
+        options: dict[str, Any] = dict(
+            color=look.color, marker=look.marker, linestyle=look.dash, markersize=5
+        )
+        drawn: Any
         if self.field == "time" and any(deviation):
             drawn = self.axis.errorbar(x, y, yerr=deviation, capsize=2, label=name, **options)
         else:

@@ -142,7 +142,7 @@ def _blocks(block_q: int | None, block_kv: int | None) -> tuple[int, int] | None
         raise ValueError(
             f"block_q and block_kv go together, got block_q={block_q}, block_kv={block_kv}"
         )
-    if block_q is None:
+    if block_q is None or block_kv is None:
         return None
     _at_least_one("block_q", block_q)
     _at_least_one("block_kv", block_kv)
@@ -201,8 +201,8 @@ class _Sample:
         steps = np.arange(per_cell) * cell // per_cell
         slots = (np.arange(cells)[:, None] * cell + steps).reshape(-1)
         real = slots < length
-        slots = jnp.asarray(np.minimum(slots, length - 1), jnp.int32)
-        return _Sample(slots, jnp.take(positions, slots, axis=1), real, per_cell)
+        there = jnp.asarray(np.minimum(slots, length - 1), jnp.int32)
+        return _Sample(there, jnp.take(positions, there, axis=1), real, per_cell)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
         return array if array.shape[axis] == 1 else jnp.take(array, self.slots, axis)
@@ -224,8 +224,8 @@ def _shares(mask: Mask, queries: _Sample, keys: _Sample, head: int) -> np.ndarra
     total = len(queries.slots) // queries.per_cell
     for start in range(0, total, per_strip):
         strip = queries.part(start, min(per_strip, total - start))
-        tile = mask.tile(strip, keys)
-        tile = np.ones((1, 1, 1, 1), bool) if tile is None else np.asarray(tile)
+        allowed = mask.tile(strip, keys)
+        tile = np.ones((1, 1, 1, 1), bool) if allowed is None else np.asarray(allowed)
         tile = tile[0, head if tile.shape[1] > 1 else 0]
         tile = tile & strip.real[:, None] & keys.real
         sums = tile.reshape(len(strip.slots), -1, keys.per_cell).sum(2, dtype=np.int32)
@@ -236,12 +236,12 @@ def _shares(mask: Mask, queries: _Sample, keys: _Sample, head: int) -> np.ndarra
 
 def _mixed(shares: np.ndarray, masked: str, attended: str) -> np.ndarray:
     """RGB ``[..., 3]`` in 0 to 1: from the one colour to the other."""
-    masked, attended = furniture.rgb(masked), furniture.rgb(attended)
-    return masked + shares[..., None] * (attended - masked)
+    first, last = furniture.rgb(masked), furniture.rgb(attended)
+    return first + shares[..., None] * (last - first)
 
 
 def _elements(shares: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
-    handles = {"attended": (style.FULL,), "masked": (style.EMPTY,)}
+    handles: dict[str, tuple[str, ...]] = {"attended": (style.FULL,), "masked": (style.EMPTY,)}
     return _mixed(shares, style.EMPTY, style.FULL), handles
 
 

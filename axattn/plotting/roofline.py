@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from axattn._typing import present
 from axattn.aot.report import Report
 from axattn.aot.targets import TARGETS, Target
 from axattn.aot.targets import target as find_target
@@ -76,8 +77,10 @@ class RooflinePoint:
         """
         if report.refusal is not None:
             raise ValueError(f"report of {label!r} takes a compiled program, got {report.refusal}")
+        # The point refuses None.
+        counts: dict[str, Any] = dict(flops=report.flops, bytes_accessed=report.bytes_accessed)
         return RooflinePoint(
-            label, report.flops, report.bytes_accessed, seconds, report.cost_is_lower_bound
+            label, **counts, seconds=seconds, is_lower_bound=report.cost_is_lower_bound
         )
 
     @property
@@ -153,7 +156,7 @@ def plot_roofline(
     for point in points:
         look, measured = looks[point.label], point.seconds is not None
         most = _roof(chip, point.intensity)
-        rate = point.flops / point.seconds if measured else most
+        rate = most if point.seconds is None else point.flops / point.seconds
         label = f"{point.label}{': lower bounds' if point.is_lower_bound else ''}"
         if measured:
             label = f"{label}: {100 * rate / most:.3g} % of the roof"
@@ -192,4 +195,4 @@ def plot_roofline(
 
 
 def _roof(chip: Target, intensity: float) -> float:
-    return min(chip.peak_bf16_flops, chip.hbm_bandwidth * intensity)
+    return min(present(chip.peak_bf16_flops), present(chip.hbm_bandwidth) * intensity)
