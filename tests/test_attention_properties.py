@@ -16,13 +16,13 @@ from tests.cases import Shape
 from tests.precision import Call
 
 QUICK = settings(
-    max_examples=8,
+    max_examples=5,
     phases=[Phase.explicit, Phase.generate],  # shrinking would compile a hundred programs
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(QUICK, max_examples=60)
+THOROUGH = settings(QUICK, max_examples=20)
 
 
 @st.composite
@@ -88,17 +88,13 @@ def calls(draw, dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)):
     return call
 
 
-def check_any(call):
-    precision.check(call)
-
-
 @QUICK
 @given(call=calls())
 def test_any_call(small_blocks, call):
-    check_any(call)
+    precision.check(call)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.ci
 @THOROUGH
 @given(
     call=calls(),
@@ -106,7 +102,7 @@ def test_any_call(small_blocks, call):
 )
 def test_any_call_in_any_blocks(force_blocks, call, blocks):
     force_blocks(*blocks)
-    check_any(call)
+    precision.check(call)
 
 
 @settings(QUICK, max_examples=6)

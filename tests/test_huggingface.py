@@ -40,15 +40,8 @@ LAYERS = [(model, layer) for model in MODELS for layer in ((0,) if "falcon" in m
 
 # Small ones: of each model a layer with what is new in it, then the rest.
 NEW = [
-    *[
-        ("mixtral", 0),
-        ("qwen2_moe", 0),
-        ("qwen3_moe", 0),
-        ("gemma", 0),
-        ("phi3", 0),
-        ("gpt_oss", 0),
-    ],
-    *[("granite", 0), ("olmo2", 0), ("smollm3", 1), ("glm4", 0), ("llama4", 0), ("llama4", 1)],
+    *(("mixtral", 0), ("qwen2_moe", 0), ("qwen3_moe", 0), ("gemma", 0), ("phi3", 0), ("gpt_oss", 0)),
+    *(("granite", 0), ("olmo2", 0), ("smollm3", 1), ("glm4", 0), ("llama4", 0), ("llama4", 1)),
 ]
 SMALL = [*NEW, ("qwen2_moe", 1), ("gpt_oss", 1), ("smollm3", 0)]
 
@@ -60,37 +53,29 @@ def layer_of(model, layer):
     return spec, params, *passed[layer]
 
 
-@pytest.mark.parametrize("model, layer", LAYERS)
-def test_full_pass(model, layer):
-    spec, params, x, want = layer_of(model, layer)
-    linen = jax.jit(lambda p, x: spec.linen().apply({"params": p}, x, is_causal=spec.is_causal))
-    np.testing.assert_allclose(linen(params, x), want, atol=1e-5, rtol=1e-5)
-    ours = spec.nnx(rngs=nnx.Rngs(0))
-    nnx.update(ours, params)
-    got = nnx.jit(lambda layer, x: layer(x, is_causal=spec.is_causal))(ours, x)
-    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+def passes():
+    """Every layer once everyday, small ones in turn in each dialect; the others in CI."""
+    for i, (model, layer) in enumerate([*LAYERS, *NEW, *SMALL[len(NEW) :]]):
+        everyday = "linen" if i < len(LAYERS) or i % 2 else "nnx"
+        for dialect in ("linen", "nnx"):
+            marks = () if dialect == everyday else pytest.mark.ci
+            if i >= len(LAYERS) + len(NEW):
+                marks = pytest.mark.exhaustive
+            elif model in ("mistral", "llama_bias", "falcon_mha", "deepseek_v2") and marks:
+                marks = pytest.mark.exhaustive  # others have all that their layers are made of
+            yield pytest.param(dialect, model, layer, marks=marks)
 
 
-@pytest.mark.parametrize(
-    "dialect, model, layer",
-    [
-        pytest.param(
-            dialect,
-            *one,
-            marks=[] if one in NEW and i % 2 == (dialect == "nnx") else pytest.mark.exhaustive,
-        )
-        for i, one in enumerate(SMALL)
-        for dialect in ("linen", "nnx")
-    ],
-)
-def test_full_pass_of_a_small_model(dialect, model, layer):
+@pytest.mark.parametrize("dialect, model, layer", list(passes()))
+def test_full_pass(dialect, model, layer):
     spec, params, x, want = layer_of(model, layer)
     if dialect == "linen":
-        got = jax.jit(lambda p, x: spec.linen().apply({"params": p}, x, is_causal=True))(params, x)
+        apply = jax.jit(lambda p, x: spec.linen().apply({"params": p}, x, is_causal=spec.is_causal))
+        got = apply(params, x)
     else:
         ours = spec.nnx(rngs=nnx.Rngs(0))
         nnx.update(ours, params)
-        got = nnx.jit(lambda layer, x: layer(x, is_causal=True))(ours, x)
+        got = nnx.jit(lambda layer, x: layer(x, is_causal=spec.is_causal))(ours, x)
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -110,14 +95,22 @@ def cache_for(spec, x, kind):
     return cache.with_table(np.arange(2 * batch * 3)[::-1][: batch * 3].reshape(batch, 3))
 
 
-STEPPED = [("dense", *one) for one in LAYERS]
-STEPPED += [("paged", "llama", 0), ("paged", "deepseek_v3", 0)]
-STEPPED += [("ring", "mistral", 0), ("ring", "gemma3", 0)]
-STEPPED += [("ring", "gpt_oss", 0), ("dense", "olmo2", 0), ("dense", "smollm3", 1)]
+# What a layer does to a cache: windows, norms of keys, sinks, rotated parts, latents; every kind of cache.
+STEPPED = [
+    *(("ring", "gemma3", 0), ("paged", "deepseek_v3", 0), ("dense", "falcon_gqa", 0)),
+    ("ring", "gpt_oss", 0),
+]
+STEPPED_IN_CI = [
+    *(("paged", "llama", 0), ("ring", "mistral", 0), ("dense", "olmo2", 0), ("dense", "smollm3", 1)),
+    *(("dense", model, layer) for model, layer in LAYERS if model in ("gemma2", "qwen3")),
+    *(("dense", "deepseek_v2", 1), ("dense", "deepseek_v3_halves", 0), ("dense", "falcon_mqa", 0)),
+]
+REST = [("dense", *one) for one in [*LAYERS, *SMALL]]
+STEPPED += [pytest.param(*row, marks=pytest.mark.ci) for row in STEPPED_IN_CI]
 STEPPED += [
-    pytest.param("dense", *one, marks=pytest.mark.exhaustive)
-    for one in SMALL
-    if ("dense", *one) not in STEPPED
+    pytest.param(*row, marks=pytest.mark.exhaustive)
+    for row in REST
+    if row not in STEPPED and row not in STEPPED_IN_CI
 ]
 
 
