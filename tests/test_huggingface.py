@@ -40,7 +40,14 @@ LAYERS = [(model, layer) for model in MODELS for layer in ((0,) if "falcon" in m
 
 # Small ones: of each model a layer with what is new in it, then the rest.
 NEW = [
-    *(("mixtral", 0), ("qwen2_moe", 0), ("qwen3_moe", 0), ("gemma", 0), ("phi3", 0), ("gpt_oss", 0)),
+    *(
+        ("mixtral", 0),
+        ("qwen2_moe", 0),
+        ("qwen3_moe", 0),
+        ("gemma", 0),
+        ("phi3", 0),
+        ("gpt_oss", 0),
+    ),
     *(("granite", 0), ("olmo2", 0), ("smollm3", 1), ("glm4", 0), ("llama4", 0), ("llama4", 1)),
 ]
 SMALL = [*NEW, ("qwen2_moe", 1), ("gpt_oss", 1), ("smollm3", 0)]
@@ -101,7 +108,12 @@ STEPPED = [
     ("ring", "gpt_oss", 0),
 ]
 STEPPED_IN_CI = [
-    *(("paged", "llama", 0), ("ring", "mistral", 0), ("dense", "olmo2", 0), ("dense", "smollm3", 1)),
+    *(
+        ("paged", "llama", 0),
+        ("ring", "mistral", 0),
+        ("dense", "olmo2", 0),
+        ("dense", "smollm3", 1),
+    ),
     *(("dense", model, layer) for model, layer in LAYERS if model in ("gemma2", "qwen3")),
     *(("dense", "deepseek_v2", 1), ("dense", "deepseek_v3_halves", 0), ("dense", "falcon_mqa", 0)),
 ]

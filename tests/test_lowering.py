@@ -140,6 +140,7 @@ def test_a_named_kernel_is_refused_where_it_is_not_lowered_for_its_platform(name
         lowered(attend, structs(N=1021, K=1021, H=256), "tpu", implementation="mosaic_tpu")
 
 
+@pytest.mark.ci
 def test_derivatives_of_the_default_where_it_is_xla_alone():
     """The kernels of other platforms, which have fewer, stand beside it."""
     arrays = [jax.random.normal(jax.random.key(i), (1, 40, 2, 2)) for i in range(3)]

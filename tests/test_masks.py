@@ -143,7 +143,10 @@ def assert_sound(
 TIGHT = {name for name in MASKS if not name.startswith(("segments", "and", "dense"))}
 
 
-@pytest.mark.parametrize("blocks", [(4, 4), (5, 3), (1, 1), (16, 32)])
+OTHER_BLOCKS = [pytest.param(b, marks=pytest.mark.ci) for b in ((1, 1), (16, 32))]
+
+
+@pytest.mark.parametrize("blocks", [(4, 4), (5, 3), *OTHER_BLOCKS])
 def test_block_map(blocks):
     found = for_all(lambda mask, positions: mask.block_map(T, S, *blocks, **positions))
     for (name, kind), states in found.items():
