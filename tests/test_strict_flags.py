@@ -241,6 +241,7 @@ def check_nnx(make, cache, **options):
     check(lambda s, x, c: nnx.merge(graph, s)(x, cache=c, deterministic=True), state, X, cache)
 
 
+@pytest.mark.ci
 def test_linen():
     layer = axattn.linen.GroupedQueryAttention(4, num_kv_heads=2, **FIELDS)
     cache = RingCache.create(2, 4, 2, 8, dtype="bfloat16", max_append=8)
@@ -248,6 +249,7 @@ def test_linen():
     check(functools.partial(checkpoints.mha_to_gqa, num_kv_heads=1), variables)
 
 
+@pytest.mark.ci
 def test_nnx():
     fields = dict(FIELDS, num_kv_heads=2, fused_qkv=True, decode=False)
     make = functools.partial(axattn.nnx.GroupedQueryAttention, 4, E, **fields)
@@ -255,6 +257,7 @@ def test_nnx():
     check_nnx(lambda: make(rngs=nnx.Rngs(0)), cache, segment_ids=IDS, is_causal=True)
 
 
+@pytest.mark.ci
 def test_latent_layers():
     make = functools.partial(axattn.nnx.MultiHeadLatentAttention, in_features=E, **LATENT)
     cache = DenseCache.create(2, 16, **latent.cache_sizes(12, 4), dtype="bfloat16")
@@ -264,6 +267,7 @@ def test_latent_layers():
     check(lambda variables, x: layer.apply(variables, x, is_causal=True), variables, X)
 
 
+@pytest.mark.ci
 def test_caches_of_flax():
     """One token at a time into Flax's own collection, and into NNX's variables."""
     fields = dict(rope=RotaryEmbedding(), dtype=jnp.bfloat16)
@@ -290,6 +294,7 @@ def test_caches_of_flax():
     check(lambda state, x: nnx.merge(graph, state)(x), state, X[:, :1])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("form", ["naive", "absorbed"])
 def test_latent_attention(form):
     shapes = (2, T, 4, 10), (2, T, 12), (2, T, 4), (12, 4, 6), (12, 4, 5)
@@ -307,6 +312,7 @@ def test_latent_attention(form):
 AXES = parallel.Axes(batch="data", heads="model", sequence="context")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "strategy, layout",
     [
@@ -335,6 +341,7 @@ def test_strategies(mesh_of, strategy, layout):  # noqa: F811
     check(with_gradients(attend), arrays, options)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind, dtype", [("dense", "bfloat16"), ("paged", "int8")])
 def test_caches_of_several_devices(mesh_of, kind, dtype):  # noqa: F811
     mesh = mesh_of(data=2, model=2, context=2)
