@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 from axattn.cache import DenseCache, PagedCache, RingCache
 
@@ -18,6 +19,11 @@ QUANTIZED = ("int8", "float8_e4m3fn", "int4")
 B, K, G, H, h = 3, 2, 3, 16, 8
 N = K * G
 PAGE = 8
+
+
+def ci(*rows):
+    """Rows of a table that everyday tests leave out."""
+    return [pytest.param(*row, marks=pytest.mark.ci) for row in rows]
 
 
 def make(
@@ -43,6 +49,18 @@ def tokens(
     rng = np.random.default_rng(seed)
     shapes = (kv_heads * group, head_dim), (kv_heads, head_dim), (kv_heads, value_dim)
     return [jnp.asarray(rng.normal(size=(batch, length, *s)), dtype) for s in shapes]
+
+
+append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))
+
+
+def grown(cache, key, value, lengths, *, step=8):
+    """The cache with so many of the tokens in each row."""
+    for at in range(0, key.shape[1], step):
+        here = slice(at, at + step)
+        cache = append(cache, key[:, here], value[:, here], np.clip(lengths - at, 0, step))
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    return cache
 
 
 def float_dtype(dtype):
@@ -98,8 +116,11 @@ def contents(cache):
     return results
 
 
-def poisoned(cache):
-    """The cache with NaN, or garbage, wherever no token is, and a table to match."""
+def poisoned(cache, room=0):
+    """The cache with NaN, or garbage, wherever no token is, and a table to match.
+
+    Rows keep the pages that ``room`` more tokens need.
+    """
     used = np.zeros((cache.arrays.keys.shape[0], cache.arrays.keys.shape[2]), bool)
     for b in range(cache.batch):
         for row, slot, _ in places(cache, b):
@@ -107,15 +128,14 @@ def poisoned(cache):
     garbage = {"uint8": 0x7F, "uint16": 0x7FC1, "int8": 99, "int4": 5}
 
     def poison(array):
-        bad = jnp.asarray(garbage.get(str(array.dtype), np.nan), array.dtype)
+        bad = np.asarray(garbage.get(str(array.dtype), np.nan)).astype(array.dtype)
         keep = used[:, None, :].reshape(len(used), 1, -1, *(1 for _ in array.shape[3:]))
-        return jnp.where(keep, array, bad)
+        return jnp.asarray(np.where(keep, np.asarray(array), bad))
 
     changes = {"arrays": jax.tree.map(poison, cache.arrays)}
     if isinstance(cache, PagedCache):
-        table = np.array(cache.block_table)
+        table, ends = np.array(cache.block_table), np.asarray(cache.lengths) + room
         for b in range(cache.batch):
-            needed = -(-int(cache.lengths[b]) // cache.page_size)
-            table[b, needed:] = [10**6, -7, -1, 3][b % 4]
+            table[b, -(-int(ends[b]) // cache.page_size) :] = [10**6, -7, -1, 3][b % 4]
         changes["block_table"] = jnp.asarray(table)
     return dataclasses.replace(cache, **changes)

@@ -25,15 +25,12 @@ from hypothesis.stateful import (
 
 from axattn.cache.pool import PagePool, PoolExhaustedError, UnknownSequenceError
 
-QUICK = settings(
-    max_examples=100,
-    stateful_step_count=40,
+SETTINGS = settings(
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-THOROUGH = settings(QUICK, max_examples=600, stateful_step_count=60)
 
 POISON = -2  # in free pages; no hash of a prefix is negative
 
@@ -437,10 +434,14 @@ class PoolMachine(RuleBasedStateMachine):
         assert have.tokens_stored == len(slots)
 
 
-def test_pool_against_a_model():
-    run_state_machine_as_test(PoolMachine, settings=QUICK)
-
-
-@pytest.mark.exhaustive
-def test_pool_against_a_model_for_longer():
-    run_state_machine_as_test(PoolMachine, settings=THOROUGH)
+@pytest.mark.parametrize(
+    "examples, steps",
+    [
+        (40, 40),
+        pytest.param(100, 40, marks=pytest.mark.ci),
+        pytest.param(600, 60, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_pool_against_a_model(examples, steps):
+    more = settings(SETTINGS, max_examples=examples, stateful_step_count=steps)
+    run_state_machine_as_test(PoolMachine, settings=more)
