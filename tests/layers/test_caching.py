@@ -15,7 +15,7 @@ import axattn.linen
 import axattn.nnx
 from axattn.cache import DenseCache, PagedCache, PagePool, RingCache
 from axattn.rotary import RotaryEmbedding
-from tests.precision import quick_jit
+from tests.caches import ci
 
 B, T, E, N, H = 3, 24, 32, 4, 8
 LENGTHS = np.array([24, 13, 0])
@@ -43,93 +43,78 @@ def layer(api, name, **options):
     options = {"rope": RotaryEmbedding(), **kv_heads, **options}
     if api == "linen":
         module = getattr(axattn.linen, name)(num_heads=N, **options)
-        params = module.clone(deterministic=True).init(jax.random.key(0), jnp.ones((B, T, E)))
+        params = jax.jit(module.clone(deterministic=True).init)(jax.random.key(0), inputs())
         return functools.partial(module.apply, params)
     rngs = flax_nnx.Rngs(0)
     return getattr(axattn.nnx, name)(num_heads=N, in_features=E, decode=False, rngs=rngs, **options)
 
 
-def inputs(dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(B, T, E)), dtype)
+def inputs():
+    return np.random.default_rng(1).normal(size=(B, T, E)).astype(np.float32)
 
 
-def stepwise(call, x, cache, steps, lengths=LENGTHS):
-    step = quick_jit(lambda x, cache, n: call(x, cache=cache, lengths=n))
-    outs, done = [], 0
-    for size in steps:
-        real = np.clip(lengths - done, 0, size).astype(np.int32)
-        y, cache = step(x[:, done : done + size], cache, real)
+def forward(call, x, **options):
+    return jax.jit(lambda x: call(x, is_causal=True, **options))(x)
+
+
+def stepwise(call, x, cache, size=12):
+    step = jax.jit(lambda x, cache, n: call(x, cache=cache, lengths=n))
+    outs = []
+    for at in range(0, T, size):
+        y, cache = step(x[:, at : at + size], cache, np.clip(LENGTHS - at, 0, size))
         outs.append(y)
-        done += size
-    return jnp.concatenate(outs, 1), cache
+    return np.concatenate(outs, 1), cache
 
 
-def assert_rows(got, want, lengths=LENGTHS, **tolerance):
-    for b, n in enumerate(lengths):
-        np.testing.assert_allclose(got[b, :n], want[b, :n], **tolerance)
-
-
-@pytest.mark.parametrize("kind", ["dense", "ring", "paged"])
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_steps_are_one_forward_pass(api, name, kind):
-    call, x = layer(api, name), inputs()
-    y, cache = stepwise(call, x, make_cache(kind, LAYERS[name]), (12, 1, 1, 10))
-    assert_rows(y, call(x, is_causal=True), atol=2e-6)
-    np.testing.assert_array_equal(cache.lengths, LENGTHS)
+OPTIONS = {
+    "none": {},
+    "window": dict(window=(5, 0)),
+    "scores": dict(logits_soft_cap=2.0, scale=0.4),
+    "sinks": dict(sinks=True, qk_norm="rms"),
+    "fused": dict(fused_qkv=True, rope=None),
+}
 
 
 @pytest.mark.parametrize(
-    "dtype, near", [("bfloat16", 0.02), ("int8", 0.02), ("float8_e4m3fn", 0.1), ("int4", 0.3)]
-)
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_precision_belongs_to_the_cache(api, dtype, near):
-    """Keys and values are cast or quantized to what the cache stores; the layer is the same."""
-    call, x = layer(api, "GroupedQueryAttention"), inputs()
-    full = call(x, is_causal=True)
-    for kind in ("dense", "paged"):
-        y, cache = stepwise(call, x, make_cache(kind, 2, dtype), (12, 12))
-        assert y.dtype == full.dtype
-        assert_rows(y, full, atol=near * float(jnp.abs(full).max()))
-        assert cache.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "options",
+    "api, name, kind, dtype, options",
     [
-        dict(window=(5, 0)),
-        dict(logits_soft_cap=2.0, scale=0.4),
-        dict(sinks=True, qk_norm="rms"),
-        dict(fused_qkv=True, rope=None),
+        ("linen", "MultiHeadAttention", "dense", "float32", "sinks"),
+        ("nnx", "SelfAttention", "ring", "float32", "window"),
+        ("linen", "GroupedQueryAttention", "ring", "bfloat16", "fused"),
+        ("nnx", "GroupedQueryAttention", "dense", "int8", "scores"),
+        ("linen", "MultiQueryAttention", "paged", "float32", "none"),
+        *ci(
+            ("nnx", "MultiHeadAttention", "paged", "bfloat16", "fused"),
+            ("linen", "SelfAttention", "dense", "float8_e4m3fn", "window"),
+            ("linen", "GroupedQueryAttention", "paged", "int4", "scores"),
+            ("nnx", "GroupedQueryAttention", "ring", "float32", "sinks"),
+            ("nnx", "MultiQueryAttention", "dense", "float32", "none"),
+        ),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_options(api, options):
-    call, x = layer(api, "GroupedQueryAttention", **options), inputs()
-    full = call(x, is_causal=True)
-    for kind in ("dense", "ring"):
-        y, _ = stepwise(call, x, make_cache(kind, 2), (12, 1, 11))
-        assert_rows(y, full, atol=2e-6)
+def test_steps_are_one_forward_pass(api, name, kind, dtype, options):
+    """Keys and values are cast or quantized to what the cache stores; the layer is the same."""
+    call, x = layer(api, name, **OPTIONS[options]), inputs()
+    y, cache = stepwise(call, x, make_cache(kind, LAYERS[name], dtype))
+    full = forward(call, x)
+    near = {"float32": 1e-6, "float8_e4m3fn": 0.1, "int4": 0.3}.get(dtype, 0.02)
+    for b, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(y[b, :n], full[b, :n], atol=near * np.abs(full).max())
+    np.testing.assert_array_equal(cache.lengths, LENGTHS)
+    assert y.dtype == full.dtype and cache.dtype == dtype
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_mask_and_positions(api):
+    """And no lengths: all tokens are real."""
     call, x = layer(api, "SelfAttention"), inputs()
     visible = np.random.default_rng(4).random((B, 1, T, T + 8)) < 0.7
     visible[..., np.arange(T), np.arange(T)] = True
-    full = call(x, is_causal=True, mask=visible[..., :T], positions=np.arange(T) + 7)
-    y, _ = call(
-        x, cache=make_cache("dense", N), mask=visible.astype(np.float32), positions=np.arange(T) + 7
-    )
+    at = dict(positions=np.arange(T) + 7)
+    full = forward(call, x, mask=visible[..., :T], **at)
+    step = jax.jit(lambda x, c: call(x, cache=c, mask=visible.astype(np.float32), **at))
+    y, cache = step(x, make_cache("dense", N))
     np.testing.assert_allclose(y, full, atol=2e-6)
-
-
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_without_lengths_all_tokens_are_real(api):
-    call, x = layer(api, "MultiQueryAttention"), inputs()
-    y, cache = call(x, cache=make_cache("dense", 1))
-    np.testing.assert_allclose(y, call(x, is_causal=True), atol=2e-6)
     np.testing.assert_array_equal(cache.lengths, [T] * B)
 
 
@@ -191,8 +176,8 @@ def test_a_cache_is_made_and_used_in_scan():
 
         return jax.lax.scan(one, x, caches)
 
-    want = x + call(x, is_causal=True)
-    want = want + call(want, is_causal=True)
+    plain = jax.jit(lambda x: x + call(x, is_causal=True))
+    want = plain(plain(x))
     got, stacked = model(x[:, :16], stacked)
     rest, stacked = model(x[:, 16:], stacked)
     np.testing.assert_allclose(jnp.concatenate([got, rest], 1), want, atol=5e-6)
@@ -202,13 +187,13 @@ def test_a_cache_is_made_and_used_in_scan():
 def test_continuous_batching_with_shared_prefixes():
     """Requests come and go over one pool: each gets what it would have got alone."""
     call = layer("nnx", "GroupedQueryAttention")
-    embed = jnp.asarray(np.random.default_rng(3).normal(size=(50, E)), jnp.float32)
+    embed = np.random.default_rng(3).normal(size=(50, E)).astype(np.float32)
     rng = np.random.default_rng(2)
     page, pages_per_row, width = 4, 6, 8
     pool = PagePool(14, page)
     cache = PagedCache.create(B, 14, page, pages_per_row, 2, H, dtype="float32")
-    step = quick_jit(lambda x, cache, n: call(x, cache=cache, lengths=n))
-    copy = quick_jit(lambda cache, s, t: cache.copy_pages(s, t))
+    step = jax.jit(lambda x, cache, n: call(x, cache=cache, lengths=n))
+    copy = jax.jit(lambda cache, s, t: cache.copy_pages(s, t))
     system = rng.integers(0, 50, 7).tolist()
     waiting = [system + rng.integers(0, 50, n).tolist() for n in (5, 9, 2, 11, 1, 6)]
     rows: list = [None] * B
@@ -251,8 +236,10 @@ def test_continuous_batching_with_shared_prefixes():
     assert shared >= 7
     assert pool.statistics().pages_in_use == 0
     assert len(outputs) == 6
+    alone = jax.jit(lambda x: call(x, is_causal=True))
     for pieces in outputs.values():
-        ids = np.array(pieces[0][0])
-        full = np.asarray(call(embed[ids][None], is_causal=True)[0])
+        ids = np.zeros(page * pages_per_row, int)  # what follows a causal prefix has no part in it
+        ids[: len(pieces[0][0])] = pieces[0][0]
+        full = np.asarray(alone(embed[ids][None])[0])
         for _, first, got in pieces:
             np.testing.assert_allclose(got, full[first : first + len(got)], atol=5e-6)

@@ -9,6 +9,7 @@ import pytest
 
 from axattn import linen
 from axattn.layers import decode
+from tests.precision import optimized_jit
 
 BATCH, LENGTH, FEATURES = 4, 4096, 256
 
@@ -22,7 +23,9 @@ def step_memory(layer: nn.Module):
         return y, new["cache"]
 
     token = jax.ShapeDtypeStruct((BATCH, 1, FEATURES), jnp.float32)
-    lowered = jax.jit(step, donate_argnums=0).lower(variables["cache"], variables["params"], token)
+    lowered = optimized_jit(step, donate_argnums=0).lower(
+        variables["cache"], variables["params"], token
+    )
     return lowered.compile().memory_analysis()
 
 

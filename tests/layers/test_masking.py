@@ -64,7 +64,7 @@ def test_every_layer_refuses_a_bias():
     x, rngs = jnp.ones((1, T, E)), nnx.Rngs(0)
     latent = axattn.linen.MultiHeadLatentAttention(num_heads=N, **SIZES)
     bound = [
-        m.bind(jax.jit(m.init)(jax.random.key(0), x))
+        m.bind(jax.tree.map(jnp.zeros_like, jax.eval_shape(m.init, jax.random.key(0), x)))
         for m in (axattn.linen.MultiHeadAttention(num_heads=N), latent)
     ]
     layers = [

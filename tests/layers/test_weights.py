@@ -13,22 +13,23 @@ import axattn
 import axattn.linen
 from axattn import Mask
 from axattn.layers.weights import attention_weights, weighted_sum
+from tests.caches import ci
 
 T, S, N, H = 5, 7, 4, 8
 
 OPTIONS = {
-    "plain": dict(),
-    "causal": dict(is_causal=True, q_offset=jnp.array(2)),
-    "window": dict(local_window_size=(1, 2)),
-    "cap": dict(logits_soft_cap=0.5, scale=0.7),
-    "sinks": dict(sinks=jnp.linspace(-1.0, 1.0, N)),
-    "bias": dict(bias=jnp.linspace(-1.0, 1.0, N * T * S).reshape(N, T, S)),
-    "dense mask": dict(mask=jnp.arange(T * S).reshape(T, S) % 3 > 0),
-    "empty rows": dict(mask=(jnp.arange(T) != 2)[:, None]),
-    "structured": dict(mask=Mask.lengths(kv=3) & Mask.causal(1)),
-    "segments": dict(
-        query_segment_ids=jnp.array([0, 0, 1, 1, 1]),
-        key_value_segment_ids=jnp.array([0, 0, 0, 1, 1, 1, 1]),
+    "causal": dict(is_causal=True, q_offset=np.array(2), local_window_size=(1, 2)),
+    "scores": dict(
+        logits_soft_cap=0.5,
+        scale=0.7,
+        sinks=np.linspace(-1.0, 1.0, N, dtype=np.float32),
+        bias=np.linspace(-1.0, 1.0, N * T * S, dtype=np.float32).reshape(N, T, S),
+    ),
+    "masks": dict(mask=(np.arange(T * S).reshape(T, S) % 3 > 0) & (np.arange(T) != 2)[:, None]),
+    "structured": dict(
+        mask=Mask.lengths(kv=3) & Mask.causal(1),
+        query_segment_ids=np.array([0, 0, 1, 1, 1]),
+        key_value_segment_ids=np.array([0, 0, 0, 1, 1, 1, 1]),
     ),
     "dropout": dict(dropout_rate=0.4, dropout_rng=jax.random.key(0)),
     "broadcast dropout": dict(
@@ -39,10 +40,8 @@ OPTIONS = {
 
 def arrays(lead, kv_heads, dtype=jnp.float32):
     shapes = ((T, N, H), (S, kv_heads, H), (S, kv_heads, 6))
-    keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(
-        jax.random.normal(k, (*lead, *shape), dtype) for k, shape in zip(keys, shapes, strict=True)
-    )
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=(*lead, *shape)), dtype) for shape in shapes)
 
 
 SHAPES = [((), 4), ((2,), 2), ((2, 3), 1)]  # batch dimensions and K
@@ -55,14 +54,19 @@ SHAPES = [((), 4), ((2,), 2), ((2, 3), 1)]  # batch dimensions and K
 )
 def test_same_as_the_function(options, lead, kv_heads):
     q, k, v = arrays(lead, kv_heads)
-    weights = attention_weights(q, k, v, **options)
+
+    @jax.jit
+    def both(q, k, v):
+        weights = attention_weights(q, k, v, **options)
+        want = axattn.dot_product_attention(q, k, v, **options)
+        return weights, weighted_sum(weights, v), want
+
+    weights, got, want = both(q, k, v)
     assert weights.shape == (*lead, N, T, S) and weights.dtype == jnp.float32
-    np.testing.assert_allclose(
-        weighted_sum(weights, v), axattn.dot_product_attention(q, k, v, **options), atol=1e-5
-    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [4, *ci((2,))])
 def test_einsum_hooks(kv_heads):
     q, k, v = arrays((2,), kv_heads)
     seen = []
@@ -71,18 +75,19 @@ def test_einsum_hooks(kv_heads):
         seen.append((subscripts, [x.shape for x in operands]))
         return jnp.einsum(subscripts, *operands)
 
-    call = functools.partial(
-        axattn.linen.dot_product_attention, q, k, v, mask=jnp.tri(T, S), logits_soft_cap=2.0
-    )
-    hooks = dict(qk_attn_weights_einsum=einsum, attn_weights_value_einsum=einsum)
-    np.testing.assert_allclose(call(**hooks), call(), atol=1e-5)
+    def call(**options):
+        attend = functools.partial(axattn.linen.dot_product_attention, mask=np.tri(T, S))
+        return jax.jit(functools.partial(attend, logits_soft_cap=2.0, **options))(q, k, v)
+
+    hooks, plain = dict(qk_attn_weights_einsum=einsum, attn_weights_value_einsum=einsum), call()
+    np.testing.assert_allclose(call(**hooks), plain, atol=1e-5)
     if kv_heads == N:  # what quantized einsums written for Flax know
         assert [s for s, _ in seen] == ["...qhd,...khd->...hqk", "...hqk,...khd->...qhd"]
     assert all(shapes[1] in (k.shape, v.shape) for _, shapes in seen)
     dropped = dict(dropout_rate=0.5, dropout_rng=jax.random.key(1))
     np.testing.assert_allclose(call(**hooks, **dropped), call(**dropped), atol=1e-5)
     np.testing.assert_allclose(
-        call(einsum_dot_general=jax.lax.dot_general, precision="highest"), call(), atol=1e-5
+        call(einsum_dot_general=jax.lax.dot_general, precision="highest"), plain, atol=1e-5
     )
 
 
