@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,14 @@ N, E = 8, 32
 
 
 def x(seed=1):
-    return jax.random.normal(jax.random.key(seed), (2, 5, E))
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, E)), jnp.float32)
+
+
+def made(module, *rest):
+    """Variables as ``init`` has them, with other numbers, and without compiling it."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x(), *rest)
+    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype), shapes)
 
 
 class Model(nn.Module):
@@ -37,7 +46,7 @@ class Model(nn.Module):
 
 
 def test_heads_are_means_of_consecutive_heads():
-    variables = Model().init(jax.random.key(0), x())
+    variables = made(Model())
     pooled = mha_to_gqa(variables, 2)
     old, new = (tree["params"]["first"]["key"] for tree in (variables, pooled))
     assert new["kernel"].shape == (E, 2, E // N) and new["bias"].shape == (2, E // N)
@@ -63,9 +72,9 @@ def test_heads_are_means_of_consecutive_heads():
     assert jax.tree.map(jnp.shape, pooled) == jax.tree.map(lambda s: s.shape, shapes)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_exact_where_heads_of_a_group_agree(kv_heads):
-    variables = Model().init(jax.random.key(0), x())
+    variables = made(Model())
 
     def same_in_group(path, leaf):
         if path[-2].key not in ("key", "value") or leaf.ndim < 2 or leaf.shape[-2] != N:
@@ -74,16 +83,16 @@ def test_exact_where_heads_of_a_group_agree(kv_heads):
 
     variables = jax.tree_util.tree_map_with_path(same_in_group, variables)
     model = Model(axattn.linen.MultiHeadDotProductAttention, dict(num_kv_heads=kv_heads))
-    np.testing.assert_allclose(
-        model.apply(mha_to_gqa(variables, kv_heads), x()),
-        Model().apply(variables, x()),
-        atol=1e-5,
+    got, want = (
+        jax.jit(m.apply)(v, x())
+        for m, v in ((model, mha_to_gqa(variables, kv_heads)), (Model(), variables))
     )
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_containers_and_boxes_are_kept():
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads", "kv"))
-    variables = nn.MultiHeadAttention(N, kernel_init=init).init(jax.random.key(0), x())
+    variables = made(nn.MultiHeadAttention(N, kernel_init=init))
     kernel = mha_to_mqa(variables)["params"]["value"]["kernel"]
     assert isinstance(kernel, nn.LogicallyPartitioned)
     assert kernel.names == ("embed", "heads", "kv") and kernel.value.shape == (E, 1, E // N)
@@ -93,7 +102,7 @@ def test_containers_and_boxes_are_kept():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("on_host", [True, False])
 def test_dtype_is_kept_and_the_mean_is_float32(dtype, on_host):
-    variables = nn.MultiHeadAttention(N, param_dtype=dtype).init(jax.random.key(0), x())
+    variables = made(nn.MultiHeadAttention(N, param_dtype=dtype))
     if on_host:
         variables = jax.tree.map(np.asarray, variables)
     new = mha_to_gqa(variables, 2)["params"]["key"]["kernel"]
@@ -124,7 +133,7 @@ def test_layers_stacked_by_scan():
             return nn.MultiHeadAttention(N)(x), None
 
     scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
-    variables = scanned.init(jax.random.key(0), x(), None)
+    variables = made(scanned, None)
     stacked = mha_to_gqa(variables, 2)
     assert stacked["params"]["MultiHeadAttention_0"]["key"]["kernel"].shape == (3, E, 2, E // N)
     one = mha_to_gqa(jax.tree.map(lambda leaf: leaf[1], variables), 2)
@@ -132,13 +141,13 @@ def test_layers_stacked_by_scan():
 
 
 def test_twice_is_once():
-    variables = nn.MultiHeadAttention(N).init(jax.random.key(0), x())
+    variables = made(nn.MultiHeadAttention(N))
     once, twice = mha_to_mqa(variables), mha_to_mqa(mha_to_gqa(variables, 4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once, twice)
 
 
 def test_errors_name_the_layer():
-    variables = Model().init(jax.random.key(0), x())
+    variables = made(Model())
     with pytest.raises(ValueError, match=r"params/\w+/key/bias has 8 heads .*num_kv_heads=3"):
         mha_to_gqa(variables, 3)
     with pytest.raises(ValueError, match="must be positive, got 0"):
@@ -180,11 +189,12 @@ class NNXBlock(nnx.Module):
 DEPTH = 3
 
 
+@functools.cache
 def scanned_linen():
     scan = nn.scan(
         LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
     )
-    variables = jax.jit(scan().init)(jax.random.key(0), x(), None)
+    variables = made(scan(), None)
     want, _ = jax.jit(scan().apply)(variables, x(), None)
 
     @jax.jit
@@ -194,6 +204,7 @@ def scanned_linen():
     return variables["params"], want, step
 
 
+@functools.cache
 def scanned_nnx():
     @nnx.split_rngs(splits=DEPTH)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -215,8 +226,8 @@ def test_scanned_layers_generate_apart(scanned):
     assert len(layers) == DEPTH
     caches = [DenseCache.create(2, 5, 2, E // N, dtype="float32") for _ in layers]
     outs = []
-    for first, last in ((0, 3), (3, 5)):
-        y = x()[:, first:last]
+    for at in range(5):
+        y = x()[:, at : at + 1]
         for i, layer in enumerate(layers):
             y, caches[i] = step(layer, y, caches[i])
         outs.append(y)
@@ -235,7 +246,7 @@ def test_names_of_axes_of_layers():
         length=DEPTH,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    stacked = jax.jit(scan(True).init)(jax.random.key(0), x(), None)["params"]
+    stacked = made(scan(True), None)["params"]
     layer = jax.eval_shape(LinenBlock(True).init, jax.random.key(0), x())["params"]
     layers = unstack_layers(stacked, axis=1)
     assert jax.tree.structure(layers[0]) == jax.tree.structure(layer)

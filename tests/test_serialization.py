@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 import types
@@ -53,8 +54,15 @@ def exported(function, *arguments):
     return jax.export.deserialize(program).call(*arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", caches.KINDS)
+# Every dtype, and every kind, as floats and quantized.
+CACHES = [
+    ("dense", "float32"), ("ring", "bfloat16"), ("dense", "int4"), ("ring", "int8"), ("paged", "float8_e4m3fn"),
+    ("paged", "float32"),
+]  # fmt: skip
+CACHES += caches.ci(*sorted(set(itertools.product(caches.KINDS, DTYPES)) - set(CACHES)))
+
+
+@pytest.mark.parametrize("kind, dtype", CACHES)
 def test_caches_in_exported_programs(kind, dtype):
     cache = cache_of(kind, dtype)
     got, stored = exported(lambda cache: (cache, cache.stored()), cache)
@@ -75,8 +83,7 @@ def test_an_exported_step():
     np.testing.assert_array_equal(got[1].arrays.keys, want[1].arrays.keys)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", caches.KINDS)
+@pytest.mark.parametrize("kind, dtype", CACHES)
 def test_caches_of_flax(kind, dtype):
     tree = {"step": 3, "caches": (cache_of(kind, dtype), cache_of(kind, dtype).stored())}
     target = {"step": 0, "caches": tuple(filled(x, seed=1) for x in tree["caches"])}
