@@ -47,7 +47,15 @@ def analyze(target, tokens, dtype="bfloat16"):
     return r, cache
 
 
-@pytest.mark.parametrize("target", ["v5p", "h200"])
+first = pytest.mark.parametrize(
+    "target", ["v5p", pytest.param("h200", marks=pytest.mark.exhaustive)]
+)
+second = pytest.mark.parametrize(
+    "target", [pytest.param("v5p", marks=pytest.mark.exhaustive), "h200"]
+)
+
+
+@first
 def test_a_token_takes_1152_bytes(target):
     """And nothing of the size of the cache is beside it in a step of decoding."""
     r, cache = analyze(need(target), 1)
@@ -57,7 +65,7 @@ def test_a_token_takes_1152_bytes(target):
     assert r.temp_bytes < 0.6 * cache.nbytes
 
 
-@pytest.mark.parametrize("target", ["v5p", "h200"])
+@first
 def test_whole_keys_and_values_take_71_times_as_much(target):
     length = 128
     cache = jax.eval_shape(
@@ -73,7 +81,7 @@ def test_whole_keys_and_values_take_71_times_as_much(target):
     assert length * 81920 <= r.alias_bytes < 1.25 * length * 81920
 
 
-@pytest.mark.parametrize("target", ["v5p", "h200"])
+@second
 def test_many_tokens_do_not_copy_the_cache(target):
     """Both forms are in the program, and neither lays out anew or writes out what is stored."""
 

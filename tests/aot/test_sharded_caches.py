@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +13,7 @@ from axattn import aot
 from axattn.cache import DenseCache, PagedCache
 from axattn.parallel import Axes
 from axattn.parallel.caches import ShardedCache
-from tests.aot.compilers import need
+from tests.aot.compilers import exhaustive_but, need
 
 pytestmark = pytest.mark.aot
 
@@ -37,9 +39,15 @@ def kernels(report):
     return report.compiled.as_text().count("tpu_custom_call")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("window", [None, 4095])
+@pytest.mark.parametrize(
+    "kind, dtype, window",
+    list(
+        exhaustive_but(
+            [(DenseCache, "bfloat16", 4095), (PagedCache, "int8", None)],
+            itertools.product(SIZES, ("bfloat16", "int8"), (None, 4095)),
+        )
+    ),
+)
 def test_a_step_sends_outputs_alone(kind, dtype, window):
     cache, tokens = setting(kind, dtype)
     query, key = (tokens(B, 1, n, H) for n in (N, K))
