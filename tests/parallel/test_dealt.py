@@ -25,6 +25,7 @@ def make(kind):
     return cache.with_table(np.arange(2 * B)[::-1].reshape(B, 2))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["dense", "paged"])
 def test_a_prompt_and_tokens(mesh_of, kind):
     rng = np.random.default_rng(2)

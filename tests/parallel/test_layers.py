@@ -65,7 +65,7 @@ class TestLinen:
             linen_layer(logical_axes=True),
             axattn.linen.MultiHeadLatentAttention(**LATENT, logical_axes=True),
         ):
-            variables = layer.init(jax.random.key(0), inputs)
+            variables = jax.jit(layer.init)(jax.random.key(0), inputs)
             specs = jax.tree.leaves_with_path(
                 nn.get_partition_spec(variables)["params"], is_leaf=lambda x: isinstance(x, P)
             )
@@ -74,7 +74,7 @@ class TestLinen:
             for (path, spec), shape in zip(specs, shapes, strict=True):
                 assert tuple(spec) == LOGICAL_AXES[tuple(key.key for key in path)]
                 assert len(spec) == len(shape)
-            plain = layer.clone(logical_axes=False).init(jax.random.key(0), inputs)
+            plain = jax.jit(layer.clone(logical_axes=False).init)(jax.random.key(0), inputs)
             jax.tree.map(np.testing.assert_array_equal, plain, nn.meta.unbox(variables))
             assert not any(isinstance(x, nn.meta.AxisMetadata)
                            for x in jax.tree.leaves(plain, is_leaf=nn.meta.is_axis_metadata))  # fmt: skip
@@ -86,6 +86,7 @@ class TestLinen:
             scale = boxed[path[0]][path[1]]
             assert scale.names == axes and len(scale.unbox().shape) == len(axes)
 
+    @pytest.mark.ci
     def test_a_step(self, mesh_of, inputs):
         mesh = mesh_of(data=2, model=2, context=2)
         one = linen_layer()
@@ -126,6 +127,7 @@ class TestNNX:
         for _, param in nnx.to_flat_state(nnx.state(nnx_layer(), nnx.Param)):
             assert "out_sharding" not in param.get_metadata()
 
+    @pytest.mark.ci
     def test_a_step(self, mesh_of, inputs):
         mesh = mesh_of(data=2, model=2, context=2)
         one = nnx_layer()
@@ -144,6 +146,7 @@ class TestNNX:
         close(nnx.to_pure_dict(gradients(layer, x)), nnx.to_pure_dict(gradients(one, inputs)))
 
 
+@pytest.mark.ci
 def test_explicit_meshes(inputs):
     """The types of the activations say everything: nothing is asked of the layer."""
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2,
@@ -167,6 +170,7 @@ def test_hooks_do_not_go_with_attention_over_a_mesh(mesh_of):
         )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("form", ["naive", "absorbed"])
 def test_latent_attention(mesh_of, inputs, form):
     """Absorbed, all heads share one key/value head, which every device has whole."""

@@ -14,7 +14,7 @@ from axattn.parallel import merge
 LENGTHS = np.array([0, 9, 24])  # of rows: without keys, with some in the first part alone, with all
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parts():
     """Attention over each of 4 parts of 24 keys, [part, ...], and over all of them."""
     rng = np.random.default_rng(3)
@@ -42,6 +42,16 @@ def test_merged(parts):
     for i in range(1, 4):
         found = merge.merged(found, (out[i], lse[i]))
     check(found, whole)
+
+
+def test_with_sinks(parts):
+    """One more score per head, that has no value; rows without keys have it, too."""
+    _, (out, lse) = parts
+    sinks = np.array([-0.5, 2.0])
+    weights = np.exp(np.asarray(lse, np.float64))
+    total = weights + np.exp(sinks)
+    check(merge.with_sinks((out, lse), jnp.asarray(sinks, jnp.float32)),
+          (out * (weights / total)[..., None], np.log(total)))  # fmt: skip
 
 
 def test_merged_over(mesh_of, parts):
