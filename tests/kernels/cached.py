@@ -1,4 +1,4 @@
-"""Caches with tokens in them for the kernels that read them in place."""
+"""Caches with tokens in them, and the kernels of both families that read them in place."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from axattn import Mask
+from axattn.cache import PagedCache
+from axattn.kernels.tpu import cached
+from axattn.kernels.tpu.cached_tiles import CachedTiles, refuses
 from tests import caches
+from tests.cache.test_attend import check
+from tests.kernels.calls import call_of_cache
+from tests.kernels.conftest import HOPPER
+from tests.precision import quick_jit
 
 B, K = 3, 2
 CAPACITY, MAX_APPEND = 208, 24
 LENGTHS = np.array([200, 65, 0])
+
+
+def in_lanes(kind):
+    """On TPUs heads of other sizes than whole lanes are laid out slots last, in multiples of 128."""
+    return dict(capacity=256) | (dict(window=256 - MAX_APPEND) if kind == "ring" else {})
+
+
+_append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))
 
 
 def filled(kind, dtype="bfloat16", lengths=LENGTHS, *, head_dim, value_dim, kv_heads=K, **options):
@@ -31,15 +47,50 @@ def filled(kind, dtype="bfloat16", lengths=LENGTHS, *, head_dim, value_dim, kv_h
         dtype=dtype,
         **options,
     )
-    append = jax.jit(lambda c, k, v, n: c.append(k, v, lengths=n))
-    step = MAX_APPEND if kind == "ring" else tokens
+    step = MAX_APPEND if kind == "ring" else max(tokens, 1)
     for i in range(0, tokens, step):
         here = slice(i, i + step)
         real = np.clip(lengths - i, 0, k[:, here].shape[1]).astype(np.int32)
-        cache = append(cache, k[:, here], None if v is None else v[:, here], real)
+        cache = _append(cache, k[:, here], None if v is None else v[:, here], real)
     return caches.poisoned(cache)
+
+
+def paged(page, dtype="bfloat16", *, head_dim):
+    """One of pages of another size."""
+    pages = -(-200 // page)
+    cache = PagedCache.create(B, B * pages + 2, page, pages, K, head_dim, dtype=dtype)
+    table = np.random.default_rng(5).permutation(B * pages + 2)[: B * pages]
+    cache = cache.with_table(table.reshape(B, pages))
+    _, k, v = caches.tokens(200, head_dim=head_dim, value_dim=head_dim, dtype="bfloat16")
+    return caches.poisoned(_append(cache, k, v, LENGTHS.astype(np.int32)))
 
 
 def queries(tokens, heads, head_dim, seed=3, dtype="bfloat16"):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)), dtype)
+
+
+def attend(family, cache, query, *, tiles=None, cores=1, interpret=True, **options):
+    """Output and LSE. Of a TPU kernel in small tiles, or in those given; and see `interpreted`."""
+
+    def program(cache, query, arrays):
+        options = static | arrays
+        if family == HOPPER:
+            return cache.attend(query, implementation=family, return_residual=True, **options)
+        call = call_of_cache(cache, query, **options)
+        assert refuses(call) is None
+        own = tiles or CachedTiles(min(query.shape[1], 8), 128)
+        return cached.attend(call, own, cores=cores, interpret=interpret)
+
+    arrays = {k: v for k, v in options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
+    static = {k: v for k, v in options.items() if k not in arrays}
+    return quick_jit(program)(cache, query, arrays)
+
+
+def attend_and_check(family, cache, query, lengths=LENGTHS, reference=None, how=None, **options):
+    """``reference``: the options that the reference is given, where they are others."""
+    tokens = query.shape[1]
+    real = np.minimum(lengths, tokens)
+    out, lse = attend(family, cache, query, query_seq_lengths=real, **(how or {}), **options)
+    options = options if reference is None else reference
+    check(query, real, cache, out, lse, first=lengths - real, **options)

@@ -8,6 +8,7 @@ import pytest
 from axattn import Mask
 from axattn.kernels import masks
 from tests.kernels.calls import make_call
+from tests.precision import quick_jit
 
 OPTIONS = {
     "none": {},
@@ -21,6 +22,38 @@ OPTIONS = {
     "array": dict(mask=np.zeros((20, 20), bool)),
     "bias": dict(bias=np.full((20, 20), -np.inf)),
 }
+
+
+BOUNDED = {name: OPTIONS[name] for name in ("causal", "prefix", "offset", "lengths")} | {
+    "window": dict(local_window_size=(3, 2)),
+    "rows": dict(mask=(np.arange(40).reshape(2, 1, 20, 1) % 3 > 0)),
+    "keys": dict(mask=(np.arange(20) % 3 > 0)[None, None, None], is_causal=True),
+    "positions": dict(
+        kv_positions=(np.arange(20) + 7) % 20,
+        q_positions=np.arange(20)[::-1],
+        key_value_seq_lengths=np.array([5, 19]),
+        local_window_size=(9, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounds_of_rows_and_positions_of_keys_are_the_mask(name):
+    @quick_jit
+    def both():
+        call = make_call(2, 20, 20, 2, 1, 64, **BOUNDED[name])
+        given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)
+        want = call.mask.materialize(20, 20, **given)
+        call = masks.fold_key_masks(call)
+        low, high = masks.bounds(call)
+        positions = call.spans()[1].positions[:, None]
+        found = positions < high[..., None]
+        return found if low is None else found & (positions >= low[..., None]), want
+
+    found, want = (np.asarray(x) for x in both())
+    np.testing.assert_array_equal(
+        np.broadcast_to(found, (2, 20, 20)), np.broadcast_to(want[:, 0], (2, 20, 20))
+    )
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -63,6 +63,7 @@ MASKS = {
     ),
     "dense": dict(mask=RNG.random((2, 4, T, S)) < 0.0005),
     "keys": dict(mask=(np.arange(S) // 60 % 2 == 0)[None, None, None]),
+    "rows": dict(mask=(np.arange(T) // 50 % 2 == 0)[None, None, :, None]),
     "ring": dict(kv_positions=(np.arange(S) + 130) % S, is_causal=True, q_offset=60),
 }
 

@@ -177,14 +177,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [n if n == "arrays" else pytest.param(n, marks=pytest.mark.ci) for n in CALLS]
+)
 def test_every_handover_is_fenced(hopper, name):
     found = {kernel: Walk(jaxpr) for kernel, jaxpr in CALLS[name]().items()}
     assert {kernel: walk.faults for kernel, walk in found.items()} == dict.fromkeys(found, [])
     assert all(walk.freed for kernel, walk in found.items() if kernel != "axattn_merge")
 
 
-@pytest.mark.parametrize("name", ["decode of int8", "arrays"])
+@pytest.mark.parametrize("name", [pytest.param("decode of int8", marks=pytest.mark.ci), "arrays"])
 def test_a_missing_fence_is_seen(hopper, name, monkeypatch):
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     found = {kernel: Walk(jaxpr).faults for kernel, jaxpr in CALLS[name]().items()}

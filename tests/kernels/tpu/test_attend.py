@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from axattn.cache import DenseCache, PagedCache
-from tests.kernels.tpu.test_calls import close
+
+pytestmark = pytest.mark.ci
 
 LENGTHS = np.array([70, 9])
 
@@ -35,27 +36,28 @@ def query(seed=1, tokens=1):
     return jnp.asarray(rng.normal(size=(2, tokens, 4, 128)), jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("make", [dense, paged])
+def alike(run, tolerance=1e-5):
+    np.testing.assert_allclose(run("mosaic_tpu"), run("xla_chunked"), tolerance, tolerance)
+
+
+@pytest.mark.parametrize("make, dtype", [(dense, "float32"), (paged, "int8")])
 def test_attend(interpreted, make, dtype):
     """The kernel is what a cache's own ``attend`` calls."""
     cache = make(dtype=dtype)
-    got = cache.attend(query(), implementation="mosaic_tpu")
-    close(
-        got, cache.attend(query(), implementation="xla_chunked"), 0.02 if dtype == "int8" else 1e-5
+    alike(
+        lambda name: cache.attend(query(), implementation=name), 0.02 if dtype == "int8" else 1e-5
     )
 
 
-@pytest.mark.parametrize("make", [dense, paged])
-def test_vmap_over_caches(interpreted, make):
+def test_vmap_over_caches(interpreted):
     """Pages of several pools are counted through."""
-    caches = jax.tree.map(lambda *x: jnp.stack(x), make(0), make(5))
+    caches = jax.tree.map(lambda *x: jnp.stack(x), paged(0), paged(5))
     queries = jnp.stack([query(1), query(2)])
 
     def run(name):
         return jax.jit(jax.vmap(lambda c, q: c.attend(q, implementation=name)))(caches, queries)
 
-    close(run("mosaic_tpu"), run("xla_chunked"))
+    alike(run)
 
 
 @pytest.mark.parametrize("make", [dense, paged])
@@ -66,7 +68,7 @@ def test_vmap_over_queries(interpreted, make):
     def run(name):
         return jax.jit(jax.vmap(lambda q: cache.attend(q, implementation=name)))(queries)
 
-    close(run("mosaic_tpu"), run("xla_chunked"))
+    alike(run)
 
 
 def test_vmap_over_tables(interpreted):
@@ -81,4 +83,4 @@ def test_vmap_over_tables(interpreted):
 
         return jax.jit(jax.vmap(attend))(tables)
 
-    close(run("mosaic_tpu"), run("xla_chunked"))
+    alike(run)
