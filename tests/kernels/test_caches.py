@@ -101,10 +101,7 @@ ROWS = [
     ("paged", "float32", 4, ("mask of keys",), 128),
     ("paged", "int4", 1, ("bias of all heads",), 128),
 ]
-EVERYDAY = {
-    TPU: (("dense", "bfloat16"), ("paged", "int8")),
-    HOPPER: (("dense", "bfloat16"), ("paged", "int8"), ("ring", "int8")),
-}
+EVERYDAY = (("dense", "bfloat16"), ("paged", "int8"))
 
 
 def test_pairs(family):
@@ -122,7 +119,7 @@ def rows():
             if family == HOPPER and row[1] in ("float32", "int4"):
                 continue
             marks = [pytest.mark.hopper] if family == HOPPER else []
-            if row[:2] not in EVERYDAY[family]:
+            if row[:2] not in EVERYDAY:
                 marks.append(pytest.mark.ci)
             yield pytest.param(family, *row, id=f"{family}-{row[0]}-{row[1]}", marks=marks)
 
@@ -146,7 +143,7 @@ def test_kinds(family, kind, dtype, tokens, features, size):
     [
         pytest.param("bfloat16", ("window", "tree"), marks=pytest.mark.ci),
         pytest.param("int8", ("cap", "sinks"), marks=pytest.mark.ci),
-        ("float8_e4m3fn", ("tree",)),
+        pytest.param("float8_e4m3fn", ("tree",), marks=pytest.mark.ci),
     ],
 )
 def test_latent(family, dtype, features):

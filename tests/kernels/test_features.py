@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests import cases, precision
 from tests.kernels.conftest import HOPPER, TPU
+from tests.precision import Call
 
 DTYPES = {TPU: (jnp.bfloat16, jnp.float32), HOPPER: (jnp.bfloat16, jnp.float16)}
 
@@ -23,24 +26,48 @@ BOTH = {
     "alibi_causal_rows",
     "bias_infinite",
     "dropout",
+    "everything",
     "head_192_128",
     "mask_TS",
     "segments_unsorted",
     "soft_cap",
 }
 SIGNATURES = {TPU: BOTH | {"small_head"}, HOPPER: BOTH | {"lengths_zero", "positions"}}
-EVERYDAY = {"everything"}
 
 
 def calls():
     for family, refused in REFUSED.items():
-        assert set(cases.CASES) >= SIGNATURES[family] | EVERYDAY
+        assert set(cases.CASES) >= SIGNATURES[family]
         for i, name in enumerate(sorted(set(cases.CASES) - refused)):
-            marks = [pytest.mark.hopper] if family == HOPPER else []
-            if name not in EVERYDAY:
-                own = name in SIGNATURES[family]
-                marks.append(pytest.mark.ci if own else pytest.mark.exhaustive)
+            marks = [pytest.mark.ci if name in SIGNATURES[family] else pytest.mark.exhaustive]
+            marks += [pytest.mark.hopper] if family == HOPPER else []
             yield pytest.param(family, ("tokens", "heads")[i % 2], name, marks=marks)
+
+
+def test_all_at_once(interpreted, family):
+    """The everyday call: every array and option that there is, in two tiles of rows and of keys."""
+    rng, shape = np.random.default_rng(4), cases.Shape(B=2, T=72, S=104, H=32, h=16)
+    inputs = cases.arrays(rng, shape, jnp.bfloat16)
+    inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 72, 104)), jnp.bfloat16)
+    inputs["sinks"] = jnp.asarray(rng.normal(size=4), jnp.bfloat16)
+    lengths = np.array([101, 60])
+    options = dict(
+        mask=rng.random((2, 4, 72, 104)) < 0.8,
+        scale=0.4,
+        is_causal=True,
+        local_window_size=(50, 7),
+        key_value_seq_lengths=lengths,
+        logits_soft_cap=4.0,
+        query_segment_ids=np.repeat([0, 1], [40, 32]),
+        key_value_segment_ids=np.repeat([0, 1], [60, 44]),
+        dropout_rate=0.1,
+        dropout_rng=jax.random.key(3),
+        alibi_slopes=np.linspace(0.01, 0.2, 4).astype(np.float32),
+        q_offset=np.array([30, 20]),
+    )
+    behind = cases.behind(104, lengths)
+    call = Call(inputs, options, poison=dict(key=behind, value=behind))
+    precision.check(call, (family,))
 
 
 @pytest.mark.parametrize("family, layout, name", list(calls()), indirect=["family", "layout"])

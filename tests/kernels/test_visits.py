@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,30 +12,28 @@ from axattn.kernels import masks, visits
 from axattn.mask_parts import EMPTY, FULL
 from axattn.stored import NEVER
 from tests.kernels.calls import make_call
+from tests.precision import quick_jit
 
 T, S, Q, KV = 200, 300, 32, 48
 
 
 def walk(plan, batch, tile):
     """(block, is full) in the order of the visits, as a kernel would find them."""
-    spans, order = (None if x is None else np.asarray(x) for x in plan)
+    spans, order = plan
     row = min(batch, spans.shape[0] - 1)
     first, before, full, total = (jnp.int32(x) for x in spans[row, tile])
     one = visits.Visits(first, before, full, total, None if order is None else order[row, tile])
     return [(int(one.block(jnp.int32(n))), n < int(full)) for n in range(int(total))]
 
 
-def states(call, by_keys=False):
-    array = call.mask.materialize(
-        T, S, q_positions=call.q_positions, kv_positions=call.kv_positions
-    )
-    array = np.asarray(array).any(1) if array.shape[1] == 1 else np.asarray(array)
+def states(array, kv_positions, by_keys=False):
+    array = array.any(1) if array.shape[1] == 1 else array
     if array.ndim == 4:
         some, every = array.any(1), array.all(1)
     else:
         some = every = array
-    if call.kv_positions is not None:
-        far = np.asarray(call.kv_positions) >= NEVER
+    if kv_positions is not None:
+        far = kv_positions >= NEVER
         some, every = some & ~far[:, None], every & ~far[:, None]
 
     def blocks(x, combine):
@@ -71,9 +70,15 @@ MASKS = {
 @pytest.mark.parametrize("by_keys", [False, True], ids=["of_queries", "of_keys"])
 @pytest.mark.parametrize("name", MASKS)
 def test_visits(name, by_keys):
-    call = masks.fold_key_masks(make_call(2, T, S, 4, 2, 64, **MASKS[name]))
-    plan = (visits.of_keys if by_keys else visits.of_queries)(call, Q, KV)
-    want = states(call, by_keys)
+    @quick_jit
+    def both():
+        call = masks.fold_key_masks(make_call(2, T, S, 4, 2, 64, **MASKS[name]))
+        given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)
+        plan = (visits.of_keys if by_keys else visits.of_queries)(call, Q, KV)
+        return plan, call.mask.materialize(T, S, **given), call.kv_positions
+
+    plan, *mask = jax.tree.map(np.asarray, both())
+    want = states(*mask, by_keys)
     for batch in range(2):
         for tile in range(want.shape[1]):
             row = want[min(batch, len(want) - 1), tile]
