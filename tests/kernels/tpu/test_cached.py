@@ -59,7 +59,8 @@ def test_one_head_after_another(monkeypatch):
     attend_and_check(filled("dense", "int8", key_center=center), queries(2, 6), logits_soft_cap=5.0)
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("paged", marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", ["dense", "paged"])
 def test_two_cores_give_the_same(kind):
     query, tiles = queries(3, 6), CachedTiles(2, 128)
 
