@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from axattn import aot
@@ -20,10 +22,13 @@ def analyze(fn, *args, target: str, **options):
     return aot.analyze(fn, *args, target=need(target), **options)
 
 
-def exhaustive_but(chosen, product):
-    """Parameters: those of the product that are not chosen wait for a release."""
-    product = list(product)
-    assert set(chosen) <= set(product)
-    for row in product:
-        marks = () if row in chosen else pytest.mark.exhaustive
-        yield pytest.param(*row, marks=marks)
+def releases_have_all(names, chosen, *factors):
+    """Parametrizes over a product, of which the chosen rows are for every run."""
+    rows = list(itertools.product(*factors) if len(factors) > 1 else factors[0])
+    assert set(chosen) <= set(rows)
+    many = names.count(",") > 0
+
+    def later(row):
+        return pytest.param(*(row if many else (row,)), marks=pytest.mark.exhaustive)
+
+    return pytest.mark.parametrize(names, [row if row in chosen else later(row) for row in rows])

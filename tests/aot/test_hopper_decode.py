@@ -13,7 +13,7 @@ import pytest
 import axattn
 from axattn import aot
 from axattn.cache import DenseCache, PagedCache, RingCache
-from tests.aot.compilers import exhaustive_but, need
+from tests.aot.compilers import need, releases_have_all
 
 pytestmark = [
     pytest.mark.aot,
@@ -71,10 +71,7 @@ DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 DECODED = [("dense", "bfloat16", 256), ("paged", "int8", 128), ("ring", "float8_e4m3fn", 64)]
 
 
-@pytest.mark.parametrize(
-    "kind, dtype, H",
-    list(exhaustive_but(DECODED, itertools.product(KINDS, DTYPES, (64, 96, 128, 192, 256)))),
-)
+@releases_have_all("kind, dtype, H", DECODED, KINDS, DTYPES, (64, 96, 128, 192, 256))
 def test_decode_does_not_spill(kind, dtype, H):
     # Codes on their way through registers, besides 64 x 256 sums: a scalar or two too many.
     few = 20 if H == 256 and dtype != "bfloat16" else 0
@@ -90,14 +87,8 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize(
-    "dtype, feature",
-    list(
-        exhaustive_but(
-            [("bfloat16", "capped"), ("int8", "bias")],
-            itertools.product(("bfloat16", "int8"), FEATURES),
-        )
-    ),
+@releases_have_all(
+    "dtype, feature", [("bfloat16", "capped"), ("int8", "bias")], ("bfloat16", "int8"), FEATURES
 )
 def test_features_do_not_spill(dtype, feature):
     options = dict(dtype=dtype, features=FEATURES[feature])
@@ -107,35 +98,20 @@ def test_features_do_not_spill(dtype, feature):
 LATENT = [("paged", "bfloat16", "plain"), ("dense", "float8_e4m3fn", "capped")]
 
 
-@pytest.mark.parametrize(
-    "kind, dtype, feature",
-    list(
-        exhaustive_but(LATENT, itertools.product(("dense", "paged"), DTYPES, ("plain", "capped")))
-    ),
-)
+@releases_have_all("kind, dtype, feature", LATENT, ("dense", "paged"), DTYPES, ("plain", "capped"))
 def test_latent_decode_does_not_spill(kind, dtype, feature):
     features = dict(logits_soft_cap=30.0, local_window_size=(512, 0)) if feature == "capped" else {}
     options = dict(K=1, N=128, H=576, value_head_dim=512, values_in_keys=True, dtype=dtype)
     check(reports(kind, features=features, **options), "axattn_latent_decode")
 
 
-PREFILLED = [("dense", 64, "bfloat16", 256), ("paged", 16, "int8", 128)]
+PREFILLED = [(("dense", 64), "bfloat16", 256), (("paged", 16), "int8", 128)]
+PAGES = (("dense", 64), ("ring", 64), ("paged", 64), ("paged", 16))
 
 
-@pytest.mark.parametrize(
-    "kind, page, dtype, H",
-    list(
-        exhaustive_but(
-            PREFILLED,
-            (
-                (*kind, dtype, H)
-                for kind in (("dense", 64), ("ring", 64), ("paged", 64), ("paged", 16))
-                for dtype, H in itertools.product(DTYPES, (64, 128, 256))
-            ),
-        )
-    ),
-)
-def test_prefill_over_a_cache_does_not_spill(kind, page, dtype, H):
+@releases_have_all("kind_and_page, dtype, H", PREFILLED, PAGES, DTYPES, (64, 128, 256))
+def test_prefill_over_a_cache_does_not_spill(kind_and_page, dtype, H):
+    kind, page = kind_and_page
     few = 24 if H == 256 and dtype != "bfloat16" and kind == "ring" else 0
     check(reports(kind, H=H, T=512, dtype=dtype, page=page), "axattn_forward", few=few)
 
@@ -148,7 +124,7 @@ def test_h100():
 SIZES_BETWEEN = ((16, 16), (48, 80), (80, 48), (112, 112), (144, 208), (192, 128))
 
 
-@pytest.mark.parametrize("H, h", list(exhaustive_but([(80, 48)], SIZES_BETWEEN)))
+@releases_have_all("H, h", [(80, 48)], SIZES_BETWEEN)
 def test_other_head_sizes_compile(H, h):
     cache = make("paged", 2, 1024, 2, H, value_head_dim=h, page=16)
     assert analyzed(cache, need("h200"), 8, T=3, implementation="mosaic_gpu").ok
@@ -163,7 +139,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", list(exhaustive_but([("paged",)], zip(SIZES))))
+@releases_have_all("name", ["paged"], SIZES)
 def test_none_takes_the_kernels_and_copies_nothing(name):
     """A step's temporaries are the parts' results; keys, values and scales are read in place."""
     cache = make(**SIZES[name])
