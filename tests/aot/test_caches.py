@@ -84,7 +84,7 @@ def test_a_copy_would_be_seen():
     assert r.bytes_accessed > structs("dense", "bfloat16").nbytes
 
 
-@pytest.mark.parametrize("kind, dtype", itertools.product(["dense", "paged"], DTYPES))
+@pytest.mark.parametrize("kind, dtype", [*itertools.product(("dense", "paged"), DTYPES)])
 def test_bytes_are_those_of_the_formula(kind, dtype):
     cache = structs(kind, dtype)
     per_head = {"float32": 1024, "bfloat16": 512, "int8": 264, "float8_e4m3fn": 264, "int4": 136}
