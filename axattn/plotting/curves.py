@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from axattn._typing import present
 from axattn.plotting import axes as furniture
 from axattn.plotting import results as benchmark
 from axattn.plotting import style, units
@@ -154,7 +155,7 @@ def draw(
     kinds = quantities or _default(rows)
     across = min(2 if len(panels) == 4 and across == 3 else across, len(panels))
     bands = math.ceil(len(panels) / across)
-    looks = style.styles(benchmark.line(row) for row in rows)
+    looks = style.styles(map(_line_of, rows))
     names = _names(rows, kinds)
     width = max(5.0, _PANEL_WIDTH * across)
     heading = _heading(title, benchmark.caption(rows, environment), width)
@@ -200,12 +201,17 @@ def _field(kind: str, panel: Panel, may_differ: bool) -> str:
     return kind
 
 
+def _line_of(row: Row) -> str:
+    """What the row's line is called, which rows without a name of one were left out for."""
+    return present(benchmark.line(row))
+
+
 def _names(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, str]:
     """What the legend calls each line; those that are refused everywhere say so."""
     words = {"out_of_memory": "out of memory", "unsupported": "refused"}
     names: dict[str, str] = {}
-    for line in dict.fromkeys(map(benchmark.line, rows)):
-        own = [row for row in rows if benchmark.line(row) == line]
+    for line in dict.fromkeys(map(_line_of, rows)):
+        own = [row for row in rows if _line_of(row) == line]
         there = [row for row in own if row.get("status", _OK) == _OK]
         names[line] = line if there else f"{line}: {words.get(own[0]['status'], 'failed')}"
     return names
@@ -276,7 +282,7 @@ class _Picture:
     def _lines(self) -> dict[str, list[Row]]:
         lines: dict[str, list[Row]] = {}
         for row in sorted(self.panel.rows, key=lambda row: row[self.panel.x]):
-            lines.setdefault(benchmark.line(row), []).append(row)
+            lines.setdefault(_line_of(row), []).append(row)
         return lines
 
     def _line(self, rows: Sequence[Row], look: style.Style, name: str) -> None:
@@ -303,7 +309,7 @@ class _Picture:
 
     def _asked(self, row: Row, look: style.Style, name: str) -> None:
         drawn = self._hollow(row[self.panel.x], row["requested_bytes"], look, markersize=7)
-        if name != benchmark.line(row):
+        if name != _line_of(row):
             self.handles.setdefault(name, drawn)
         if row.get("available_bytes"):
             rule = self.axis.axhline(

@@ -60,16 +60,15 @@ def read(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
         if not isinstance(row, Mapping):
             raise TypeError(f"{_TAKES}, got a row of type {type(row).__name__}")
     # Summaries, such as the best of each layer, are not of one case.
-    return [dict(row) for row in results if _name(row) is not None], environment
+    return [dict(row) for row in results if line(row) is not None], environment
 
 
-def _name(row: Row) -> Any:
-    return row.get("implementation") or row.get("strategy")
-
-
-def line(row: Row) -> str:
+def line(row: Row) -> str | None:
     """What a row's line is called: the implementation, and what is particular of it."""
-    parts = [_name(row), *([row["form"]] if row.get("form") else [])]
+    name = row.get("implementation") or row.get("strategy")
+    if name is None:
+        return None
+    parts = [name, *([row["form"]] if row.get("form") else [])]
     if row.get("heads_at_once") is False:
         parts.append("head by head")
     if row.get("fused_qkv"):
