@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness import cases, rows
+from benchmarks.harness import cases, processes, rows
 from benchmarks.harness.environment import Environment
 
 
@@ -79,3 +79,10 @@ def results(make_row):
     )
     made.append(make_row("64/4/2/256", "cudnn", status=rows.UNSUPPORTED, reason="needs | bfloat16"))
     return made
+
+
+@pytest.fixture
+def worker():
+    worker = processes.Worker()
+    yield worker
+    worker.close()

@@ -6,29 +6,22 @@ import pytest
 from benchmarks.harness import cache_error
 
 
-def measured(dtype):
-    return cache_error.quantization_error(dtype, heads=4, kv_heads=2, head_dim=128, tokens=512)
-
-
-def test_exact():
-    found = measured("float32")
-    assert max(found.gaussian, found.offset, found.centered) < 1e-5
-
-
-def test_int8():
-    found = measured("int8")
-    assert 1e-3 < found.gaussian <= 0.01
-    assert found.centered <= 0.01 < 2 * found.gaussian < found.offset
-
-
+@pytest.mark.ci
 @pytest.mark.parametrize(
-    ("dtype", "least", "most"), [("float8_e4m3fn", 0.02, 0.06), ("int4", 0.1, 0.3)]
+    "dtype, least, most, offset",
+    [
+        ("float32", 0, 1e-5, 0),
+        # Two channels that stand out cost int8 more than twice the error; a center, nothing.
+        ("int8", 1e-3, 0.01, 2),
+        ("float8_e4m3fn", 0.02, 0.06, 1),
+        ("int4", 0.1, 0.3, 1),
+    ],
 )
-def test_fewer_bits(dtype, least, most):
-    found = measured(dtype)
-    assert least < found.gaussian < most
-    assert least < found.centered < most
-    assert found.offset > found.centered
+def test_error_by_dtype(dtype, least, most, offset):
+    found = cache_error.quantization_error(dtype, heads=4, kv_heads=2, head_dim=128, tokens=512)
+    assert least < found.gaussian < most and least < found.centered < most
+    assert found.offset > offset * max(found.centered, found.gaussian)
+    assert offset or found.offset < most
 
 
 def test_reference():

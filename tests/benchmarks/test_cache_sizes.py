@@ -1,6 +1,9 @@
+"""Bytes by arithmetic are those that the caches say, and what they come to for a model."""
+
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -8,62 +11,35 @@ import pytest
 from benchmarks.harness import cache_compile, cache_sizes
 
 CASE = cache_sizes.CacheCase(
-    "dense",
-    "bfloat16",
-    layers=32,
-    heads=32,
-    kv_heads=32,
-    head_dim=128,
-    batch=4,
-    tokens=4096,
+    "dense", "bfloat16", layers=32, heads=32, kv_heads=32, head_dim=128, batch=4, tokens=4096,
     page_size=16,
-)
-MiB, GiB = 2**20, 2**30
+)  # fmt: skip
+GiB = 2**30
 
 
 def sizes(**changes):
     return cache_sizes.analytical(dataclasses.replace(CASE, **changes))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "token_head"),
-    [
-        ("float32", 1024),
-        ("bfloat16", 512),
-        ("int8", 264),  # 2 * (128 + a scale of 4)
-        ("float8_e4m3fn", 264),
-        ("int4", 136),
-    ],
-)
-def test_bytes_of_a_token_and_head(dtype, token_head):
-    assert sizes(dtype=dtype).token_head == token_head
+def test_caches_say_the_same():
+    shape = dict(kv_heads=2, head_dim=6, tokens=37)
+    for kind, dtype in itertools.product(cache_sizes.KINDS, cache_sizes.BITS):
+        case = dataclasses.replace(CASE, kind=kind, dtype=dtype, **shape)
+        cache = jax.eval_shape(lambda case=case: cache_compile.create(case))
+        found = cache_sizes.analytical(case)
+        assert (cache.bytes_per_token, cache.nbytes) == (found.token, found.layer), case.name
+        assert found.token == 2 * found.token_head and found.total == 32 * found.layer
+        assert found.keys == found.values == found.layer // 2
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "token", "layer", "total"),
-    [
-        (32, 16384, 256 * MiB, 8 * GiB),
-        (8, 4096, 64 * MiB, 2 * GiB),
-        (4, 2048, 32 * MiB, 1 * GiB),
-        (1, 512, 8 * MiB, 256 * MiB),
-    ],
-)
-def test_bytes_of_a_model(kv_heads, token, layer, total):
-    found = sizes(kv_heads=kv_heads)
-    assert (found.token, found.layer, found.total) == (token, layer, total)
-    assert found.keys == found.values == layer // 2
-
-
-def test_int8_is_at_most_052_of_bfloat16():
-    assert sizes(dtype="int8").total == 4_429_185_024
+def test_bytes_of_a_model():
+    """An eighth of the heads takes an eighth; int8, at most 0.52 of bfloat16."""
+    assert sizes().total == 8 * GiB
+    assert sizes(kv_heads=4).total == GiB
     assert sizes(dtype="int8").total / sizes().total == 264 / 512 <= 0.52
-
-
-@pytest.mark.parametrize(("kv_heads", "keys"), [(32, 8 * GiB), (4, GiB)])
-def test_a_million_tokens(kv_heads, keys):
-    found = sizes(kv_heads=kv_heads, batch=1, tokens=2**20, layers=1)
-    assert found.keys == found.values == keys
-    assert found.layer == 2 * keys
+    for kv_heads, keys in ((32, 8 * GiB), (4, GiB)):
+        million = sizes(kv_heads=kv_heads, batch=1, tokens=2**20, layers=1)
+        assert million.keys == million.values == keys
 
 
 def test_pages_are_whole():
@@ -73,28 +49,17 @@ def test_pages_are_whole():
     assert sizes(kind="paged") == sizes()  # 4096 is a multiple of 16
 
 
-@pytest.mark.parametrize("kind", cache_sizes.KINDS)
-@pytest.mark.parametrize("dtype", cache_sizes.BITS)
-def test_caches_say_the_same(kind, dtype):
-    case = dataclasses.replace(CASE, kind=kind, dtype=dtype, kv_heads=2, head_dim=6, tokens=37)
-    cache = jax.eval_shape(lambda: cache_compile.create(case))
-    found = cache_sizes.analytical(case)
-    assert (cache.bytes_per_token, cache.nbytes) == (found.token, found.layer)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kind": "ring"}, "kind 'ring'"),
-        ({"dtype": "float64"}, "dtype 'float64'"),
-        ({"kv_heads": 5}, "kv_heads must divide heads, 32, got 5"),
-        ({"tokens": 0}, "tokens must be at least 1"),
-        ({"dtype": "int4", "head_dim": 63}, "head_dim must be even"),
-    ],
-)
-def test_cases_that_cannot_be(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CASE, **changes)
+def test_cases_that_cannot_be():
+    wrong = {
+        "kind 'ring'": {"kind": "ring"},
+        "dtype 'float64'": {"dtype": "float64"},
+        "kv_heads must divide heads, 32, got 5": {"kv_heads": 5},
+        "tokens must be at least 1": {"tokens": 0},
+        "head_dim must be even": {"dtype": "int4", "head_dim": 63},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(CASE, **changes)
 
 
 def test_names_of_heads():

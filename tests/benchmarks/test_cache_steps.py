@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import cache_steps
-from benchmarks.harness.cache_sizes import KINDS, CacheCase
+from benchmarks.harness.cache_sizes import CacheCase
+
+pytestmark = pytest.mark.ci
 
 
 def case(kind="dense", dtype="float32", **changes):
@@ -12,8 +14,7 @@ def case(kind="dense", dtype="float32", **changes):
     return CacheCase(kind, dtype, **{**values, **changes})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kind, dtype", [("dense", "int8"), ("paged", "float32")])
 def test_every_step_is_the_same(kind, dtype):
     step = cache_steps._Step(case(kind, dtype), 20)
     outs = []
@@ -22,8 +23,8 @@ def test_every_step_is_the_same(kind, dtype):
         assert cache.lengths.tolist() == [20, 20] and not cache.overflowed.any()
         outs.append(np.asarray(out))
     assert np.abs(outs[0]).max() > 0
-    np.testing.assert_array_equal(outs[0], outs[1])
-    np.testing.assert_array_equal(outs[0], outs[2])
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
 
 
 def test_rows():

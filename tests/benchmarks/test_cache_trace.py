@@ -16,7 +16,7 @@ def replay(trace, rows=16, max_length=MAX, page_sizes=(16,)):
 
 
 def test_mixed_lengths():
-    trace = cache_trace.make_trace(400, 16, MAX)
+    trace = cache_trace.make_trace(100, 16, MAX)
     lengths = sorted(request.prompt + request.generated for request in trace)
     assert lengths[-1] <= MAX and lengths[-1] > 20 * lengths[0]  # mixed
     dense, *paged = replay(trace, page_sizes=(8, 16, 32, 128))

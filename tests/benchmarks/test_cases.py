@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from benchmarks.harness import cases
@@ -11,12 +13,7 @@ def names(blocks):
 
 def test_axlearn_is_exactly_the_published_configurations():
     blocks = cases.select("axlearn", directions=["fwd"])
-    assert names(blocks) == [
-        "MQABenchmark/2048/16/2/1024",
-        "MQABenchmark/4096/16/2/1024",
-        "MQABenchmark/4096/16/2/4096",
-        "MQABenchmark/4096/16/2/8192",
-    ]
+    assert names(blocks) == [f"MQABenchmark/{config}" for config in cases.AXLEARN]
 
 
 def test_axlearn_decodes_against_a_32k_cache():
@@ -44,39 +41,23 @@ def test_select_takes_the_presets_directions_for_configs():
 def test_implementations_of_one_question_follow_each_other():
     block = cases.Block(("64/4/2/16",), 1, ("float32",), ("fwd", "decode"))
     listed = [(c.direction, c.implementation) for c in block.cases(["repeat_kv", "xla"])]
-    assert listed == [
-        ("fwd", "repeat_kv"),
-        ("fwd", "xla"),
-        ("decode", "repeat_kv"),
-        ("decode", "xla"),
-    ]
+    assert listed == list(itertools.product(["fwd", "decode"], ["repeat_kv", "xla"]))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("2048/16/2", "takes model_dim/heads/kv_heads/seq_len"),
-        ("a/b/c/d", "takes model_dim/heads/kv_heads/seq_len"),
-        ("-8/2/1/4", "takes model_dim/heads/kv_heads/seq_len"),
-        ("64/5/1/8", "heads must divide model_dim"),
-        ("64/4/3/8", "kv_heads must divide heads"),
-        ("64/4/2/0", "seq_len must be at least 1"),
-    ],
-)
-def test_bad_configurations(text, message):
-    with pytest.raises(ValueError, match=message):
-        cases.parse_config(text)
+def test_bad_configurations():
+    wrong = {
+        "takes model_dim/heads/kv_heads/seq_len": ["2048/16/2", "a/b/c/d", "-8/2/1/4"],
+        "heads must divide model_dim": ["64/5/1/8"],
+        "kv_heads must divide heads": ["64/4/3/8"],
+        "seq_len must be at least 1": ["64/4/2/0"],
+    }
+    for message, texts in wrong.items():
+        for text in texts:
+            with pytest.raises(ValueError, match=message):
+                cases.parse_config(text)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"directions": ["up"]}, "--directions: 'up'"),
-        ({"dtypes": ["int8"]}, "--dtypes: 'int8'"),
-        ({"batch": 0}, "--batch"),
-        ({"preset": "huge"}, "--preset: 'huge'"),
-    ],
-)
-def test_bad_selections(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        cases.select(**{"preset": "default", **arguments})
+def test_bad_selections():
+    for name, value in {"directions": ["up"], "dtypes": ["int8"], "batch": 0, "preset": ""}.items():
+        with pytest.raises(ValueError, match=f"^--{name}"):
+            cases.select(**{"preset": "default", name: value})

@@ -63,6 +63,11 @@ WRONG = {
     },
     "benchmarks/mqa_bench.py": {
         "--configs=1/2": "--configs: configuration '1/2' takes model_dim/heads/kv_heads/seq_len",
+        "--directions=up": "--directions: 'up'",
+        "--dtypes=int8": "--dtypes: 'int8'",
+        "--implementations=xlb": "--implementations: 'xlb'",
+        "--target=v99": "v99",
+        "--output=out.xml": "--output: 'out.xml'",
         "--norun": "--norun without --target leaves nothing to do",
         "--batch=x": "invalid literal for int()",
         "--plot=out.jpg": "--plot: 'out.jpg'",
@@ -118,6 +123,7 @@ print(json.dumps([said(*given) for given in json.load(sys.stdin)]))
 """
 
 
+@pytest.mark.ci
 def test_errors_come_with_the_help_of_their_flag():
     asked = [
         (script, argument)

@@ -59,6 +59,7 @@ def test_errors():
         pass
 
 
+@pytest.mark.ci
 def test_a_kernel_without_its_chip():
     arrays = inputs.attention_inputs(1, 24, 24, 4, 2, 16, jnp.float32)
     found = interpreted.attend(*arrays, is_causal=True)

@@ -1,18 +1,15 @@
-"""``layer_bench.py``: its cases, layers, cells, tables and the script."""
+"""``layer_bench.py``: its cases, layers, cells and tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from axattn import aot
 from benchmarks.harness import (
     inputs,
     layer_build,
@@ -27,7 +24,6 @@ from benchmarks.harness.layer_cases import BASELINE, LAYERS, MODELS, Case, Laten
 from benchmarks.harness.layer_rows import HERE
 from benchmarks.harness.sections import Sections
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = Model("small", 32, 4, 2, 8, 24, 2, Latent(12, 10, 8, 4, 6))
 
 
@@ -41,18 +37,6 @@ def output(case):
 
 
 # ---- cases --------------------------------------------------------------------------------------
-
-
-def test_models_are_those_of_the_issue():
-    found = {m.name: (m.hidden, m.heads, m.kv_heads, m.seq_len, m.batch) for m in MODELS.values()}
-    assert found.pop("tiny")[0] <= 128
-    assert found == {
-        "deepseek-v3": (7168, 128, 8, 2048, 2),
-        "llama-3-70b": (8192, 64, 8, 4096, 1),
-        "llama-3-405b": (16384, 128, 8, 2048, 1),
-    }
-    deepseek = dataclasses.asdict(MODELS["deepseek-v3"].latent)
-    assert list(deepseek.values()) == [512, 1536, 128, 64, 128]
 
 
 def test_heads_of_layers():
@@ -81,21 +65,18 @@ def test_optimisations_differ_in_one_thing():
 
 
 def test_sweeps():
-    lengths = list(layer_cases.sweep("length", (512, 8192), (4096, 8192)))
-    assert [(m.seq_len, m.hidden, m.heads, m.kv_heads) for m in lengths] == [
-        (512, 4096, 32, 4),
-        (8192, 4096, 32, 4),
-    ]
-    hidden = list(layer_cases.sweep("hidden", (512,), (4096, 16384)))
-    assert [(m.seq_len, m.hidden, m.heads, m.kv_heads) for m in hidden] == [
-        (2048, 4096, 32, 4),
-        (2048, 16384, 128, 16),
-    ]
+    def sizes(name):
+        found = layer_cases.sweep(name, (512, 8192), (4096, 16384))
+        return [(m.seq_len, m.hidden, m.heads, m.kv_heads) for m in found]
+
+    assert sizes("length") == [(length, 4096, 32, 4) for length in (512, 8192)]
+    assert sizes("hidden") == [(2048, 4096, 32, 4), (2048, 16384, 128, 16)]
 
 
 # ---- layers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("layer", LAYERS)
 def test_implementations_agree(layer):
     """The same parameters, inputs and result, whatever is measured of a layer."""
@@ -117,6 +98,7 @@ def test_gradients_are_of_parameters_and_inputs():
     assert jax.tree.map(jnp.shape, (params, x)) == jax.tree.map(jnp.shape, workload.args)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("layer", LAYERS)
 def test_flops_are_those_of_the_program(layer):
     """XLA counts all T x T pairs, and the softmax."""
@@ -190,8 +172,6 @@ def test_every_layer_compiles(layer, target):
 
 
 def test_roofline():
-    from axattn import aot
-
     chip = aot.target("v5p")
     assert layer_jobs.roofline(chip, 459e12, 1.0) == 1.0
     assert layer_jobs.roofline(chip, 1.0, 2 * 2.765e12) == 2.0
@@ -232,60 +212,6 @@ def test_plot(tmp_path, environment):
     assert not layer_plots.plot(tmp_path / "none.png", [], environment)
 
 
-# ---- the script ---------------------------------------------------------------------------------
-
-
-def script(*flags):
-    command = [sys.executable, str(ROOT / "benchmarks" / "layer_bench.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def test_script(tmp_path):
-    files = [tmp_path / "out.md", tmp_path / "out.json"]
-    done = script(
-        "--models=tiny", "--layers=MultiQueryAttention,LatentAttention", "--dtype=float32",
-        "--implementations=einsum,xla_chunked,jax_nn", "--tables=models", "--num_runs=2",
-        "--warmup=0", f"--output={','.join(map(str, files))}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "median of 2 runs after 0" in done.stdout and "+-" in done.stdout
-    document = json.loads(files[1].read_text("utf-8"))
-    cells = document["tables"]["models"]
-    assert len(cells) == 3 + 5
-    for cell in cells:
-        assert cell["time"] or cell["reason"], cell
-    assert {row["layer"] for row in document["tables"]["best"]} == {
-        "MultiQueryAttention",
-        "LatentAttention",
-    }
-    text = files[0].read_text("utf-8")
-    assert "LatentAttention" in text and "this layer has none" in text
-
-
-def test_the_best_is_of_the_models_tables():
-    """Rows of the optimisations are compared with others than einsum."""
-    flags = "--models=tiny", "--layers=GroupedQueryAttention", "--num_runs=1", "--warmup=0"
-    done = script(*flags, "--implementations=einsum,xla", "--tables=models,optimisations")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "head by head" in done.stdout and "one QKV product" in done.stdout
-    best = done.stdout.split("Best against einsum")[1]
-    assert "xla *" in best and "default" not in best
-
-
-def test_a_report_with_a_picture(tmp_path):
-    """Of sweeps, here compiled for this machine."""
-    path, png = tmp_path / "report.md", tmp_path / "sweeps.png"
-    done = script(
-        "--target=cpu", "--models=tiny", "--tables=length", "--lengths=8,16", "--hidden=128",
-        "--dtype=float32", "--implementations=einsum,xla_chunked", f"--output={path}",
-        f"--plot={png}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert png.read_bytes()[:4] == b"\x89PNG"
-    text = path.read_text("utf-8")
-    assert "![sweeps](sweeps.png)" in text and "by seq len" in text
-
-
 def test_what_bounds_leave_out_stands_under_the_table(environment):
     out = Sections(environment)
     bench = layer_report.Bench(out, warmup=0, runs=1, timeout=None)
@@ -296,14 +222,6 @@ def test_what_bounds_leave_out_stands_under_the_table(environment):
     ]
     bench.explain([*cells, cells[1]])
     assert out.sections[0].notes == ["splash, cudnn: a loop"]
-
-
-def test_no_picture_without_sweeps(tmp_path):
-    png = tmp_path / "none.png"
-    flags = "--models=tiny", "--layers=MultiQueryAttention", "--num_runs=1", "--warmup=0"
-    done = script(*flags, "--implementations=xla", "--tables=models", f"--plot={png}")
-    assert done.returncode == 0 and not png.exists()
-    assert "is not drawn: there are no sweeps" in done.stdout
 
 
 def test_bounds_have_no_ratio():

@@ -8,43 +8,44 @@ import pytest
 from benchmarks.harness import cases, functions, inputs, layers
 
 
-def run(implementation, direction, dtype="float32", config="32/4/2/12"):
-    case = cases.Case(cases.parse_config(config), implementation, 2, dtype, direction)
-    work = layers.build(case)
+def case(implementation, direction, dtype="float32", config="32/4/2/12"):
+    return cases.Case(cases.parse_config(config), implementation, 2, dtype, direction)
+
+
+def run(implementation, direction):
+    work = layers.build(case(implementation, direction))
     args = inputs.random_like(work.args, ints=work.ints)
     return work, args, jax.jit(work.fn)(*args)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "default", "jax_nn"])
-def test_all_compute_what_the_baseline_does(implementation, direction):
+def test_all_compute_what_the_baseline_does(direction):
     _, _, expected = run("repeat_kv", direction)
-    _, _, got = run(implementation, direction)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    for implementation in ("xla", "xla_chunked", "default", "jax_nn"):
+        _, _, got = run(implementation, direction)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5), got, expected)
 
 
+@pytest.mark.ci
 def test_decode_is_the_last_token_of_the_forward_pass():
     # The cache of the tokens before, by the layer's own projections.
-    work, (params, _, x), _ = run("xla", "fwd")
-    out, _ = work.fn(params, (), x)
+    work, (params, _, x), (out, _) = run("xla", "fwd")
     step, (_, cache, inputs_), _ = run("xla", "decode")
     cache = {
         f"cached_{name}": jnp.einsum("bte,ekh->btkh", x, params[name]["kernel"]).at[:, -1].set(9.0)
         for name in ("key", "value")
     }
-    token, new = step.fn(params, cache, {**inputs_, "x": x[:, -1:]})
+    token, new = jax.jit(step.fn)(params, cache, {**inputs_, "x": x[:, -1:]})
     np.testing.assert_allclose(token, out[:, -1:], rtol=1e-5, atol=1e-5)
     assert new.keys() == cache.keys()  # goes into the next step as it is
 
 
-def test_only_the_cache_is_donated():
+def test_dtype_is_everywhere_and_only_the_cache_is_donated():
     for direction, donated in (("fwd", ()), ("fwd+bwd", ()), ("decode", (1,))):
-        assert run("xla", direction)[0].donate_argnums == donated
-
-
-def test_dtype_is_everywhere():
-    for direction in cases.DIRECTIONS:
-        work, _, (out, cache) = run("xla", direction, "bfloat16")
+        work = layers.build(case("xla", direction, "bfloat16"))
+        assert work.donate_argnums == donated
+        out, cache = jax.eval_shape(work.fn, *work.args)
         args = [a for a in jax.tree.leaves(work.args) if a.dtype != jnp.int32]
         assert {a.dtype for a in args} == {jnp.dtype("bfloat16")}
         loss_apart = [a for a in jax.tree.leaves((out, cache)) if a.shape]
@@ -52,7 +53,7 @@ def test_dtype_is_everywhere():
 
 
 def test_parameters_have_few_key_value_heads_and_no_biases():
-    work = layers.build(cases.Case(cases.parse_config("32/4/2/12"), "xla", 1, "float32", "fwd"))
+    work = layers.build(case("xla", "fwd"))
     shapes = {name: p["kernel"].shape for name, p in work.args[0].items()}
     assert shapes == {
         "query": (32, 4, 8),
@@ -69,10 +70,10 @@ def test_unsupported_says_so():
 
 
 def test_default_implementation():
-    small = cases.Case(cases.parse_config("32/4/2/12"), "default", 1, "float32", "decode")
+    small = case("default", "decode")
     assert layers.default_implementation(small, "cpu") == "xla_chunked"  # it skips what is unused
     assert layers.default_implementation(small, "tpu") == "xla"
-    large = cases.Case(cases.parse_config("4096/16/2/8192"), "default", 1, "bfloat16", "fwd")
+    large = case("default", "fwd", "bfloat16", "4096/16/2/8192")
     for platform in ("cpu", "tpu"):
         assert layers.default_implementation(large, platform) != "xla"
 

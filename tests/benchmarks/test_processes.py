@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.harness import processes
 
+pytestmark = pytest.mark.ci
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -62,13 +64,6 @@ class Talk:
         yield os.getpid()
         yield from self.say
         yield Job(self.end)()
-
-
-@pytest.fixture
-def worker():
-    worker = processes.Worker()
-    yield worker
-    worker.close()
 
 
 def test_a_worker_keeps_its_process(worker):

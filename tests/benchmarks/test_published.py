@@ -7,12 +7,7 @@ from benchmarks.harness.cases import AXLEARN
 def test_figures():
     assert tuple(figure.config for figure in published.FIGURES) == AXLEARN
     lines = published.beside_ours([])
-    assert [line[:3] for line in lines] == [
-        ("2048/16/2/1024", "1.42 -> 1.16 ms", "291.16M -> 262.35M"),
-        ("4096/16/2/1024", "3.6 -> 3.46 ms", "322.95M -> 266.88M"),
-        ("4096/16/2/4096", "47.3 -> 24.8 ms", "4.25G -> 4.04G"),
-        ("4096/16/2/8192", "869 -> 860 ms", "48.00G -> 48.00G"),
-    ]
+    assert [line[0] for line in lines] == list(AXLEARN)
     assert all(line[3] == "not measured" for line in lines)
 
 

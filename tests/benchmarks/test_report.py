@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 
+import pytest
 from rich.console import Console
 
 from benchmarks.harness import cases, jobs, processes, report, rows
@@ -95,6 +96,7 @@ class Dying:
         os._exit(9)
 
 
+@pytest.mark.ci
 def test_a_real_crash():
     row = report.finish(Dying(case("xla")), None)
     assert row.status == rows.FAILED and "exit code 9" in row.reason

@@ -42,6 +42,7 @@ class Sleep:
             return repr(error)
 
 
+@pytest.mark.ci
 def test_wall_time():
     timed = processes.call(Sleep(0.004))
     assert 0.004 <= timed.median
@@ -50,20 +51,24 @@ def test_wall_time():
     assert timed.clock == "wall"
 
 
+@pytest.mark.ci
 def test_device_time():
     timed = processes.call(Sleep(device=0.25))
     assert timed.median == pytest.approx(0.25) and timed.stddev == pytest.approx(0)
     assert timed.clock == "device"
 
 
+@pytest.mark.ci
 def test_slow_steps_are_repeated_less():
     assert processes.call(Sleep(0.03, estimate=2.0)).repetitions == 3
 
 
+@pytest.mark.ci
 def test_exceptions_come_through():
     assert processes.call(Sleep(fail=True)) == "MemoryError('no more')"
 
 
+@pytest.mark.ci
 def test_second_run_in_one_process_is_an_error_not_a_crash():
     with pytest.raises(RuntimeError, match="runs once per process"):
         processes.call(Sleep(twice=True))

@@ -1,13 +1,10 @@
-"""The parts of ``tune_hopper.py`` that time and compile, and the script."""
+"""The parts of ``tune_hopper.py`` that time and compile."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,6 @@ import pytest
 
 from axattn.kernels.hopper.tiles import KINDS, TILES, ForwardTiles, KeyGradTiles, kind
 from benchmarks.harness import (
-    processes,
     ptxas,
     rounds,
     tile_calls,
@@ -23,13 +19,11 @@ from benchmarks.harness import (
     tile_compile,
     tile_measure,
     tile_report,
-    tile_table,
 )
 from benchmarks.harness.calls import make_call
 from benchmarks.harness.tile_calls import Shape
 from benchmarks.harness.tile_candidates import Place
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the kernels need jax >= 0.11"
 )
@@ -39,20 +33,16 @@ TINY = Shape(1, 32, 4, 2)
 # ---- the calls ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "features", [tile_calls.TYPICAL, tile_calls.HEAVIEST], ids=["usual", "all"]
-)
-@pytest.mark.parametrize("name", KINDS)
-def test_calls_are_of_their_kind(name, features):
-    place = Place("forward", name, 64, 64)
-    structs = tile_calls.inputs(place, TINY, features[name])
-    kinds = []
+def test_calls_are_of_their_kind():
+    for name, features in itertools.product(KINDS, (tile_calls.TYPICAL, tile_calls.HEAVIEST)):
+        structs = tile_calls.inputs(Place("forward", name, 64, 64), TINY, features[name])
+        kinds = []
 
-    def make(arrays):
-        kinds.append(kind(make_call(**arrays, **tile_calls.options(features[name]))))
+        def make(arrays, features=features[name], kinds=kinds):
+            kinds.append(kind(make_call(**arrays, **tile_calls.options(features))))
 
-    jax.eval_shape(make, structs)
-    assert kinds == [name]
+        jax.eval_shape(make, structs)
+        assert kinds == [name]
 
 
 def test_the_heaviest_call_has_all_that_the_kinds_before_it_have():
@@ -92,15 +82,9 @@ def kernels(monkeypatch):
     return faults
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
-    ("kernel", "name"),
-    [
-        ("forward", "full"),
-        ("query_grad", "masked"),
-        ("key_grad", "capped"),
-        *(pytest.param(kernel, "general", marks=pytest.mark.ci) for kernel in TILES),
-        pytest.param("key_grad", "biased", marks=pytest.mark.ci),
-    ],
+    ("kernel", "name"), [("forward", "full"), *((kernel, "general") for kernel in TILES)]
 )
 def test_right_candidates_are_timed(kernels, kernel, name):
     place = Place(kernel, name, 16, 16)
@@ -145,13 +129,10 @@ class Dies(tile_measure.Measure):
             yield tile_measure.Measured(self.place, tiles, seconds=1.0)
 
 
-def test_a_candidate_that_ends_its_process_costs_itself():
+@pytest.mark.ci
+def test_a_candidate_that_ends_its_process_costs_itself(worker):
     job = Dies(Place("forward", "full", 64, 64), TINY, ("a", "dies", "b"), 0.0)
-    worker = processes.Worker()
-    try:
-        found = {one.tiles: one for one in tile_measure.tried(worker, job, 60)}
-    finally:
-        worker.close()
+    found = {one.tiles: one for one in tile_measure.tried(worker, job, 60)}
     assert "exit code 7" in found.pop("dies").reason
     assert {tiles: one.seconds for tiles, one in found.items()} == {"a": 1.0, "b": 1.0}
 
@@ -176,15 +157,20 @@ def compiled(tiles, spills=0, heaviest=0, refusal=None):
     return tile_compile.Compiled(place, tiles, 0, usual, most)
 
 
-def test_the_first_clean_one_is_taken():
-    tiles = [compiled("a", refusal="no"), compiled("b", 500), compiled("c"), compiled("d")]
-    assert tile_compile.best(tiles).tiles == "c"
+def test_the_best_is_the_first_that_spills_least():
+    def best(*found):
+        return getattr(tile_compile.best(found), "tiles", None)
 
-
-@pytest.mark.parametrize("spilling", [dict(spills=4), dict(heaviest=4), dict(spills=4, heaviest=4)])
-def test_what_spills_is_never_preferred(spilling):
-    clean = compiled("clean", heaviest=0 if "spills" not in spilling else 500)
-    assert tile_compile.best([compiled("larger", **spilling), clean]) is clean
+    refused, usual, heaviest = (
+        compiled("a", refusal="no"), compiled("b", 500), compiled("c", heaviest=4),
+    )  # fmt: skip
+    assert best(refused, usual, compiled("d"), compiled("e")) == "d"
+    # In a usual call before the heaviest one.
+    assert best(heaviest, compiled("d")) == "d"
+    assert best(usual, compiled("d", heaviest=500)) == "d"
+    assert best(compiled("a", 4, 4), compiled("d", heaviest=500)) == "d"
+    assert best(usual, compiled("d", 90), compiled("e", 400)) == "d"
+    assert best(refused) is None
 
 
 def test_more_are_tried_where_all_spill(monkeypatch):
@@ -202,13 +188,6 @@ def test_more_are_tried_where_all_spill(monkeypatch):
         assert [one.tiles.block_kv for one in found] == [256, 192, 128, 96, 64][:tried]
         if least:
             assert tile_compile.best(found).tiles.block_kv == min(least, 256)
-
-
-def test_the_least_where_all_spill():
-    assert (
-        tile_compile.best([compiled("a", 500), compiled("b", 90), compiled("c", 400)]).tiles == "b"
-    )
-    assert tile_compile.best([compiled("a", refusal="no")]) is None
 
 
 @needs_kernels
@@ -233,47 +212,6 @@ def test_shared_memory_is_what_the_compiler_says(place, tiles):
     report = aot.analyze(tile_calls.runner(place, tiles, features), target="h200", **structs)
     assert report.refusal is not None, "fits; take more stages"
     assert report.refusal.requested_bytes == tile_candidates.shared_bytes(place, tiles)
-
-
-@needs_kernels
-@pytest.mark.aot
-def test_compile_mode(tmp_path):
-    path = tmp_path / "tiles.json"
-    old = tile_table.read()
-    tile_table.write(old, path)
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "benchmarks" / "tune_hopper.py"),
-            "--mode=compile",
-            "--kernels=query_grad",
-            "--kinds=full",
-            "--head_dims=192/128",
-            "--write",
-            f"--path={path}",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [
-        line for line in done.stdout.splitlines() if line.startswith("query_grad full 192/128")
-    ]
-    assert len(lines) >= 2 and all("compiler" not in line for line in lines)
-    document = json.loads(path.read_text())
-    (row,) = [
-        row
-        for row in document["rows"]
-        if row.get("run") in document["provenance"]
-        and row["kernel"] == "query_grad"
-        and row["kind"] == "full"
-        and (row["head_dim"], row["value_head_dim"]) == (192, 128)
-    ]
-    assert row["how"] == "compiled" and set(row["tiles"]) >= {"block_kv", "key_stages"}
-    run = document["provenance"][row["run"]]
-    assert run["target"] == "h200" and run["command"].startswith("python benchmarks/tune_hopper.py")
 
 
 @needs_kernels
