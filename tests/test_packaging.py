@@ -59,6 +59,7 @@ def test_import_needs_jax_and_numpy_only():
     )
 
 
+@pytest.mark.ci
 def test_errors_say_what_to_install():
     run_without_optional(
         "import axattn, axattn.plotting\n"

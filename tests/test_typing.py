@@ -44,6 +44,7 @@ def test_mypy(tmp_path):
     check("mypy", ["--strict", f"--cache-dir={tmp_path / 'cache'}"], tmp_path)
 
 
+@pytest.mark.ci
 def test_pyright(tmp_path):
     """By basedpyright, which is pyright with everything that it runs on in one wheel."""
     config = {

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def no_windows():
+    import matplotlib
+    import matplotlib.pyplot as plt
+
     before = matplotlib.get_backend()
     matplotlib.use("Agg")
     yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from matplotlib.text import Text
 
 
 def rendered(figure) -> np.ndarray:
@@ -14,13 +13,14 @@ def rendered(figure) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255
 
 
-def pixel(ax, x: float, y: float, image: np.ndarray) -> np.ndarray:
-    """The colour at a point of the axes."""
-    across, up = ax.transData.transform((x, y))
-    return image[image.shape[0] - 1 - int(up), int(across)]
+def pixels(ax, shape: tuple[int, int], image: np.ndarray) -> np.ndarray:
+    """The colours in the middle of cells, ``[rows, columns, 3]``."""
+    y, x = np.indices(shape).reshape(2, -1)
+    across, up = ax.transData.transform(np.stack([x, y], -1)).astype(int).T
+    return image[image.shape[0] - 1 - up, across].reshape(*shape, 3)
 
 
-def words(figure) -> list[Text]:
+def words(figure) -> list:
     """All text that is drawn."""
     figure.canvas.draw()
     found = [*figure.texts]

@@ -5,36 +5,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from matplotlib import colormaps
 
 from axattn import linen
 from axattn import nnx as axattn_nnx
 from axattn.plotting import plot_attention, sown_weights, style
-from tests.plotting.pictures import check_legible, pixel, rendered
+from tests.plotting.pictures import check_legible, pixels, rendered
 
 TOKENS = "The quick brown fox jumps over $1 lazy dogs and runs away".split()
 
 
 def weights(*shape):
-    return jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), shape))
+    raw = np.exp(3 * np.random.default_rng(0).standard_normal(shape, np.float32))
+    return raw / raw.sum(-1, keepdims=True)
 
 
 def test_pixels_are_the_weights():
+    from matplotlib import colormaps
+
     maps = weights(2, 3, 6, 8)
     figure = plot_attention(maps, row=1, heads=[2, 0])
-    image, shown = rendered(figure), np.asarray(maps[1][jnp.array([2, 0])])
+    image, shown = rendered(figure), maps[1][[2, 0]]
     colors = colormaps[style.SEQUENTIAL]
     assert [ax.get_title() for ax in figure.axes[:2]] == ["head 2", "head 0"]
     for ax, values in zip(figure.axes, shown, strict=False):
-        for query, key in np.ndindex(*values.shape):
-            want = colors(values[query, key] / shown.max())[:3]
-            np.testing.assert_allclose(pixel(ax, key, query, image), want, atol=0.02)
+        want = colors(values / shown.max())[..., :3]
+        np.testing.assert_allclose(pixels(ax, values.shape, image), want, atol=0.02)
 
 
-@pytest.mark.parametrize("heads", [1, 3, 4, 7, 32])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "heads, labelled", [(1, True), (3, False), (4, True), (7, True), (7, False), (32, False)]
+)
 def test_legible(heads, labelled):
-    labels = dict(query_labels=TOKENS, key_labels=TOKENS) if labelled and heads <= 8 else {}
+    labels = dict(query_labels=TOKENS, key_labels=TOKENS) if labelled else {}
     figure = plot_attention(weights(heads, 12, 12), title="Weights", **labels)
     assert figure.get_figwidth() <= 9
     check_legible(figure)
@@ -42,6 +45,7 @@ def test_legible(heads, labelled):
     assert len(shown) == heads
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("shape", [(4, 1, 300), (2, 200, 16), (64, 64), (1, 1)])
 def test_shapes(shape):
     check_legible(plot_attention(weights(*shape)))
@@ -63,7 +67,7 @@ def test_a_dollar_is_a_dollar():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(dtype):
-    maps = weights(3, 4).astype(dtype)
+    maps = jnp.asarray(weights(3, 4), dtype)
     shown = plot_attention(maps).axes[0].images[0].get_array()
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(maps, np.float32))
 
@@ -99,8 +103,13 @@ def test_errors(options, words):
 def test_what_linen_sowed():
     layer = linen.GroupedQueryAttention(num_heads=4, num_kv_heads=2)
     x = jnp.ones((2, 5, 16))
-    params = layer.init(jax.random.key(0), x)
-    _, state = layer.apply(params, x, sow_weights=True, mutable=["intermediates"])
+
+    @jax.jit
+    def run(key):
+        params = layer.init(key, x)
+        return layer.apply(params, x, sow_weights=True, mutable=["intermediates"])[1]
+
+    state = run(jax.random.key(0))
     found = sown_weights(state["intermediates"])
     assert {key: value.shape for key, value in found.items()} == {"attention_weights": (2, 4, 5, 5)}
     np.testing.assert_allclose(found["attention_weights"].sum(-1), 1, rtol=1e-6)

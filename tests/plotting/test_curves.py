@@ -68,6 +68,7 @@ def test_lines_are_the_rows_of_the_file(file, field, only):
     check_legible(figure)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "file, options",
     [
@@ -224,6 +225,7 @@ def test_titles_say_what_differs():
     assert figure.get_suptitle() == "Heads\nrun here, bfloat16, batch 2"
 
 
+@pytest.mark.ci
 def test_crowded():
     """All there is in one picture: nothing overlaps."""
     names = ["repeat_kv", "einsum", "xla", "xla_chunked", "default", "mosaic_gpu", "mosaic_tpu"]

@@ -48,6 +48,7 @@ def test_the_roof_has_a_ridge_where_both_peaks_meet():
     check_legible(ax.figure)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["v5e", "v5p", "b200"])
 def test_chips_and_many_programs(name):
     points = [

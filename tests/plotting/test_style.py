@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 
-import matplotlib
 import numpy as np
 import pytest
 
@@ -73,6 +72,8 @@ def test_colours_of_masks_are_told_apart(vision):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_greater_weights_are_lighter(vision):
+    import matplotlib
+
     colors = matplotlib.colormaps[style.SEQUENTIAL](np.linspace(0, 1, 11))[:, :3]
     lightness = [lab(color, vision)[0] for color in colors]
     assert np.all(np.diff(lightness) > 3)

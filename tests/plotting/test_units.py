@@ -1,39 +1,17 @@
 from __future__ import annotations
 
-import pytest
-
 from axattn.plotting import units
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (1.234, "1.23 s"),
-        (0.9999, "1.00 s"),
-        (0.9994, "999 ms"),
-        (12.34, "12.3 s"),
-        (4.5678e-3, "4.57 ms"),
-        (123.4e-6, "123 us"),
-        (1.2e-8, "0.01 us"),
-    ],
-)
-def test_seconds(value, text):
-    assert units.seconds(value) == text
+def test_seconds():
+    texts = {None: "-", 1.234: "1.23 s", 0.9999: "1.00 s", 0.9994: "999 ms", 12.34: "12.3 s"}
+    texts |= {4.5678e-3: "4.57 ms", 123.4e-6: "123 us", 1.2e-8: "0.01 us"}
+    assert {value: units.seconds(value) for value in texts} == texts
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (0, "0 B"),
-        (2**20, "1.00 MiB"),
-        (3 * 2**29, "1.50 GiB"),
-        (500 * 2**10, "500 KiB"),
-    ],
-)
-def test_size(value, text):
-    assert units.size(value) == text
+def test_size():
+    texts = {None: "-", 0: "0 B", 500 * 2**10: "500 KiB", 2**20: "1.00 MiB", 3 * 2**29: "1.50 GiB"}
+    assert {value: units.size(value) for value in texts} == texts
 
 
 def test_amount():
