@@ -46,14 +46,20 @@ def profiler(monkeypatch):
 
 def test_only_the_steps_kernels_count(profiler):
     def step():
-        profiler.launched.extend([("flash", 1.5), ("copy", 0.5)])
+        profiler.launched.extend([("axattn_forward", 1.5), ("pad", 0.5)])
 
-    seconds, note = device_time.cold_timer(step, "gpu")
-    assert note is None
-    assert seconds() == pytest.approx(2e-3)
+    for kernels, milliseconds in (({}, 2.0), ({"kernels": "axattn_"}, 1.5)):
+        seconds, note = device_time.cold_timer(step, "gpu", **kernels)
+        assert note is None
+        assert seconds() == pytest.approx(milliseconds * 1e-3)
+    seconds, note = device_time.cold_timer(step, "gpu", kernels="another")
+    assert seconds is None and "no kernel is called another" in note
 
 
-def test_note_where_there_is_no_profiler(profiler):
+def test_notes_where_the_clock_is_the_walls(profiler):
+    profiler.measure = lambda fn, *, aggregate: lambda: (None, None)
+    assert device_time.cold_timer(lambda: None, "gpu") == (None, "wall time: CUPTI saw no kernels")
+
     def measure(fn, *, aggregate):
         raise RuntimeError("CUPTI profiling is not supported on this platform")
 
@@ -61,24 +67,5 @@ def test_note_where_there_is_no_profiler(profiler):
     seconds, note = device_time.cold_timer(lambda: None, "gpu")
     assert seconds is None
     assert note.startswith("wall time: CUPTI is not available (RuntimeError: CUPTI profiling")
-
-
-def test_note_where_no_kernels_are_seen(profiler, monkeypatch):
-    profiler.measure = lambda fn, *, aggregate: lambda: (None, None)
-    assert device_time.cold_timer(lambda: None, "gpu") == (None, "wall time: CUPTI saw no kernels")
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_others_have_the_wall_clock(platform):
-    assert device_time.cold_timer(lambda: None, platform) == (None, None)
-
-
-def test_only_kernels_of_a_name_count(profiler):
-    def step():
-        profiler.launched.extend([("axattn_forward", 1.5), ("pad", 0.5)])
-
-    seconds, note = device_time.cold_timer(step, "gpu", kernels="axattn_")
-    assert note is None
-    assert seconds() == pytest.approx(1.5e-3)
-    seconds, note = device_time.cold_timer(step, "gpu", kernels="another")
-    assert seconds is None and "no kernel is called another" in note
+    for platform in ("cpu", "tpu"):
+        assert device_time.cold_timer(lambda: None, platform) == (None, None)

@@ -34,23 +34,18 @@ def test_every_job_has_its_own_process():
     assert len(pids) == 3
 
 
-def test_exceptions_come_back():
-    with pytest.raises(RuntimeError, match="ValueError: a reason"):
-        processes.call(Job("raise"))
-
-
 @pytest.mark.parametrize(
-    ("do", "message"),
-    [("exit", "exit code 3"), ("kill", "SIGKILL, as the system does when memory runs out")],
+    ("do", "error", "message"),
+    [
+        ("raise", RuntimeError, "ValueError: a reason"),
+        ("exit", processes.ProcessError, "exit code 3"),
+        ("kill", processes.ProcessError, "SIGKILL, as the system does when memory runs out"),
+        ("hang", processes.ProcessError, "took longer than 0.2 s"),
+    ],
 )
-def test_crashes_are_told(do, message):
-    with pytest.raises(processes.ProcessError, match=message):
-        processes.call(Job(do))
-
-
-def test_timeout():
-    with pytest.raises(processes.ProcessError, match="took longer than 0.2 s"):
-        processes.call(Job("hang"), timeout=0.2)
+def test_exceptions_and_crashes_are_told(do, error, message):
+    with pytest.raises(error, match=message):
+        processes.call(Job(do), timeout=0.2 if do == "hang" else None)
 
 
 @dataclasses.dataclass(frozen=True)

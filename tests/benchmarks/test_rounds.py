@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from benchmarks.harness import device_time, rounds
+import time
+
+from benchmarks.harness import device_time, paired, rounds
 
 
 def test_interleaved_and_every_other_round_backwards():
@@ -39,3 +41,35 @@ def test_else_the_walls_with_a_note(monkeypatch):
     timer, note = rounds.timer(lambda: steps.append(0), "gpu")
     assert timer() >= 0 and steps == [0]
     assert note == "wall time: why"
+
+
+# ---- steps in pairs, timed here ------------------------------------------------------------------
+
+
+def test_pairs_are_interleaved():
+    order = []
+
+    def step(name):
+        order.append(name)
+        time.sleep(0.003)
+
+    result = paired.compare(
+        {"a": lambda: step("a"), "b": lambda: step("b")}, seconds=0, min_rounds=4, min_sample=0
+    )
+    # Twice each before; then in turn, each after a call of its own that is not timed.
+    assert "".join(order) == "aabb" + "aabbbbaa" * 2
+    assert result.rounds == 4
+    assert result.median("a") >= 0.003
+
+
+def test_ratio_of_pairs_is_of_neighbours():
+    # Twice as slow in every round, while the machine gets slower by the round.
+    result = paired.Paired({"a": (2.0, 20.0, 200.0), "b": (1.0, 10.0, 100.0)})
+    assert result.ratio("a", "b") == 2.0
+    assert result.median("b") == 10.0
+
+
+def test_short_calls_are_repeated():
+    calls = []
+    paired.compare({"a": lambda: calls.append(0)}, seconds=0, min_rounds=1, min_sample=1e-3)
+    assert len(calls) > 20

@@ -3,17 +3,6 @@ from __future__ import annotations
 from benchmarks.harness import rows
 
 
-def test_round_trip(results):
-    assert [rows.from_dict(row.to_dict()) for row in results] == results
-
-
-def test_round_trip_as_text(results):
-    # As csv does it; it has no newlines in cells.
-    for row in results[:-2]:
-        text = {k: "" if v is None else str(v) for k, v in row.to_dict().items()}
-        assert rows.from_dict(text) == row
-
-
 def test_ratios(make_row):
     base = make_row(implementation="repeat_kv", time=3.0, memory_bytes=400)
     mine = make_row(time=1.5, memory_bytes=100)
@@ -38,7 +27,3 @@ def test_no_ratio_without_figures(make_row):
     base = make_row(implementation="repeat_kv", status=rows.OUT_OF_MEMORY)
     row = rows.with_ratios(make_row(time=1.0, memory_bytes=1), [base])
     assert row.speedup is None and row.memory_ratio is None
-
-
-def test_name(make_row):
-    assert make_row("2048/16/2/1024").name == "MQABenchmark/2048/16/2/1024"

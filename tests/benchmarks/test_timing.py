@@ -43,33 +43,22 @@ class Sleep:
 
 
 @pytest.mark.ci
-def test_wall_time():
+def test_times_of_steps():
     timed = processes.call(Sleep(0.004))
     assert 0.004 <= timed.median
     assert timed.cpu < timed.median  # it sleeps
     assert timed.repetitions == 4 and timed.iterations >= 1
     assert timed.clock == "wall"
-
-
-@pytest.mark.ci
-def test_device_time():
     timed = processes.call(Sleep(device=0.25))
     assert timed.median == pytest.approx(0.25) and timed.stddev == pytest.approx(0)
     assert timed.clock == "device"
-
-
-@pytest.mark.ci
-def test_slow_steps_are_repeated_less():
+    # Slow steps are repeated less.
     assert processes.call(Sleep(0.03, estimate=2.0)).repetitions == 3
 
 
 @pytest.mark.ci
-def test_exceptions_come_through():
+def test_errors_of_steps():
     assert processes.call(Sleep(fail=True)) == "MemoryError('no more')"
-
-
-@pytest.mark.ci
-def test_second_run_in_one_process_is_an_error_not_a_crash():
     with pytest.raises(RuntimeError, match="runs once per process"):
         processes.call(Sleep(twice=True))
 

@@ -11,10 +11,20 @@ import sys
 
 import pytest
 
-from examples.notebooks import build
+from tests.markdown import ROOT
 
+pytestmark = pytest.mark.ci
+NAMES = sorted(path.stem for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"))
 # The longest of them, on a machine that does other things besides.
 SECONDS_PER_CELL = 300
+
+
+@pytest.fixture(scope="module")
+def build():
+    """Jupyter takes its time to import."""
+    from examples.notebooks import build
+
+    return build
 
 
 @pytest.fixture(autouse=True)
@@ -29,25 +39,20 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def printed(notebook) -> str:
-    texts = [output.get("text", "") for output in outputs(notebook)]
-    texts += [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
-    return "\n".join(texts)
-
-
 def pictures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-@pytest.mark.parametrize("name", build.NAMES)
-def test_runs(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(build, name):
     notebook = build.execute(name, tiny=True, seconds_per_cell=SECONDS_PER_CELL)
     assert pictures(notebook) == pictures(build.written(name))
     assert not any(output.output_type == "error" for output in outputs(notebook))
 
 
-@pytest.mark.parametrize("name", build.NAMES)
-def test_written_is_what_the_source_gave(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_written_is_what_the_source_gave(build, name):
+    """And says nothing of the machine that made it."""
     assert build.differences(name) == []
     notebook = build.written(name)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -55,25 +60,21 @@ def test_written_is_what_the_source_gave(name):
     assert pictures(notebook) >= 1
     assert not any(output.output_type == "error" for output in outputs(notebook))
     assert not any(output.get("name") == "stderr" for output in outputs(notebook))
-
-
-@pytest.mark.parametrize("name", build.NAMES)
-def test_says_nothing_of_the_machine_that_made_it(name):
     text = (build.FOLDER / f"{name}.ipynb").read_text("utf-8")
-    found = re.findall(r"[\"' (](/(?:home|root|tmp|work|usr|opt|mnt|Users)/\S*)", text)
-    assert not found
+    assert not re.findall(r"[\"' (](/(?:home|root|tmp|work|usr|opt|mnt|Users)/\S*)", text)
 
 
-def test_one_install_cell():
+def test_one_install_cell(build):
+    assert set(NAMES) == set(build.NAMES)
     cells = {}
-    for name in build.NAMES:
+    for name in NAMES:
         code = [cell for cell in build.read(name).cells if cell.cell_type == "code"]
         assert "install" in code[0].metadata.get("tags", ()), name
         cells[name] = code[0].source
     assert len(set(cells.values())) == 1
 
 
-def test_install_cell_keeps_the_jax_that_is_there(monkeypatch):
+def test_install_cell_keeps_the_jax_that_is_there(build, monkeypatch):
     """Where axattn is missing, pip is held to the versions of what belongs to JAX."""
     cell = next(cell for cell in build.read("drop_in").cells if cell.cell_type == "code")
     called = []
@@ -96,7 +97,7 @@ def test_install_cell_keeps_the_jax_that_is_there(monkeypatch):
     assert names["TINY"] in (True, False)
 
 
-def test_install_cell_installs_nothing_twice(monkeypatch):
+def test_install_cell_installs_nothing_twice(build, monkeypatch):
     cell = next(cell for cell in build.read("drop_in").cells if cell.cell_type == "code")
     monkeypatch.chdir(build.FOLDER)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
@@ -104,12 +105,12 @@ def test_install_cell_installs_nothing_twice(monkeypatch):
     exec(cell.source, {})
 
 
-def test_unknown_name():
+def test_unknown_name(build):
     with pytest.raises(ValueError, match="name takes one of drop_in, .*got 'nope'"):
         build.read("nope")
 
 
-def test_a_cell_that_fails_is_told(monkeypatch, tmp_path):
+def test_a_cell_that_fails_is_told(build, monkeypatch, tmp_path):
     (tmp_path / "drop_in.py").write_text("# %%\nassert 1 == 2, 'on purpose'\n")
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     with pytest.raises(Exception, match="on purpose"):

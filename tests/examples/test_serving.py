@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,12 +10,13 @@ from examples.generation import generate_without_cache
 from examples.serving import Server
 from tests.examples.models import VOCABULARY, small
 
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
 NEW, PAGE, COMMON = 3, 4, 10
 
 
 def prompts():
     """Three that begin alike; their fourth pages differ."""
-    tokens = np.array(jax.random.randint(jax.random.key(1), (3, 14), 0, VOCABULARY), np.int32)
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (3, 14), np.int32)
     tokens[:, :COMMON] = tokens[0, :COMMON]
     tokens[:, COMMON] = [1, 2, 3]
     return tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,11 +10,12 @@ from examples.generation import generate_without_cache
 from examples.speculative import ngram_draft, speculate
 from tests.examples.models import VOCABULARY, small
 
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
 NEW, SIZE, LENGTH = 12, 3, 9
 
 
 def prompts():
-    return np.array(jax.random.randint(jax.random.key(1), (2, LENGTH), 0, VOCABULARY), np.int32)
+    return np.random.default_rng(1).integers(0, VOCABULARY, (2, LENGTH), np.int32)
 
 
 def greedy():

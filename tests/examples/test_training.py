@@ -4,10 +4,13 @@ import random
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from examples import data, training
 from examples.decoder import Config, Decoder
+
+pytestmark = pytest.mark.ci
 
 
 def test_updates_lower_both_losses():
