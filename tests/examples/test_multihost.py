@@ -94,7 +94,11 @@ def rows_of_one():
         # Parts of texts in different processes; in each, parts of heads.
         (["--context=2", "--model=2"], "data 1 x context 2 x model 2"),
         # Rows of the batch in different processes.
-        (["--context=2", "--layout=zigzag"], "data 2 x context 2 x model 1"),
+        pytest.param(
+            ["--context=2", "--layout=zigzag"],
+            "data 2 x context 2 x model 1",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_two_processes_do_as_one(arguments, mesh):
