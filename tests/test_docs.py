@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from axattn import aot
-from tests import markdown, public, quick
+from tests import markdown, public
 from tests.markdown import ROOT
 
 DOCS = ROOT / "docs"
@@ -21,12 +21,6 @@ WITH_CODE = [path for path in PAGES if markdown.blocks(path, "python", "pycon")]
 
 def name(path: pathlib.Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    with quick.to_compile():
-        yield
 
 
 def test_there_are_pages():

@@ -12,7 +12,6 @@ import pathlib
 import pytest
 
 import axattn
-from tests import quick
 
 ROOT = pathlib.Path(axattn.__file__).parent
 
@@ -25,12 +24,6 @@ def _modules() -> list[str]:
             parts = ("axattn", *path.relative_to(ROOT).with_suffix("").parts)
             found.append(".".join(parts).removesuffix(".__init__"))
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    with quick.to_compile():
-        yield
 
 
 @pytest.mark.parametrize("name", _modules())

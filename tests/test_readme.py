@@ -10,19 +10,13 @@ import io
 import numpy as np
 import pytest
 
-from tests import markdown, quick
+from tests import markdown
 from tests.huggingface import golden, save
 
 README = markdown.ROOT / "README.md"
 BLOCKS = markdown.blocks(README, "python")
 
 run = functools.partial(markdown.run, README)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    with quick.to_compile():
-        yield
 
 
 @functools.cache

@@ -26,7 +26,9 @@ from tests.aot.compilers import need
 from tests.benchmarks.test_tune_hopper import needs_kernels
 from tests.markdown import ROOT
 
+# What is timed takes longer to compile than to run.
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 TINY = ["--configs=32/2/1/8", "--dtypes=float32", "--min_time=0.001", "--repetitions=2"]
 
 

@@ -13,7 +13,7 @@ from examples import checkpoint, data
 from examples.caches import KINDS, make_caches
 from examples.decoder import Config, Decoder
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
+pytestmark = pytest.mark.ci
 LENGTH = 63
 
 

@@ -15,7 +15,7 @@ from examples.generation import generate, generate_without_cache, jit_generate
 from examples.sampling import Sampling, candidates
 from tests.examples.models import VOCABULARY, small
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
+pytestmark = pytest.mark.ci
 LENGTHS = (17, 1, 9)
 NEW = 12
 NEVER = VOCABULARY  # a stop token that no row says

@@ -24,7 +24,7 @@ from examples import checkpoint, data, generation, multihost, processes, shardin
 from examples.caches import make_caches
 from examples.decoder import Config, Decoder
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
+pytestmark = pytest.mark.ci
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS, LENGTH = 4, 128
 SMALL = ["--layers=2", f"--batch_size={ROWS}", f"--length={LENGTH}", "--steps=3"]

@@ -10,7 +10,7 @@ from examples.generation import generate_without_cache
 from examples.serving import Server
 from tests.examples.models import VOCABULARY, small
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
+pytestmark = pytest.mark.ci
 NEW, PAGE, COMMON = 3, 4, 10
 
 

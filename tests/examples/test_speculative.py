@@ -10,7 +10,7 @@ from examples.generation import generate_without_cache
 from examples.speculative import ngram_draft, speculate
 from tests.examples.models import VOCABULARY, small
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("quick_to_compile")]
+pytestmark = pytest.mark.ci
 NEW, SIZE, LENGTH = 12, 3, 9
 
 
