@@ -72,7 +72,10 @@ def test_a_coarser_cache_would_not_pass(logits, finer, coarser):
     assert got.divergence > LIMITS[finer].divergence
 
 
-@pytest.mark.parametrize("dtype, kind, chunk_size", [("int8", "ring", 512), ("int4", "paged", 64)])
+@pytest.mark.parametrize(
+    "dtype, kind, chunk_size",
+    [("int8", "ring", 512), pytest.param("int4", "paged", 64, marks=pytest.mark.exhaustive)],
+)
 def test_neither_kind_nor_chunks_matter(logits, dtype, kind, chunk_size):
     """A chunk reads its own keys from the cache, too: as coarse as those of chunks before."""
     want = logits(dtype)
