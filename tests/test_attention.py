@@ -27,12 +27,14 @@ IN_CI = {
     *("mha", "head_256", "small_head", "no_batch", "two_batch_dimensions", "causal_offset_number"),
     *("soft_cap", "packed", "prefix_number", "mask_TS", "mask_NTS", "mask_B1TS", "mask_of_rows"),
     *("alibi", "bias_TS", "bias_BNTS", "bias_N1", "dropout_broadcast", "window_pair", "one_key"),
+    *("nothing", "mask_object", "one_query_one_key", "window_open_left", "decode_three", "prefix"),
+    *("mask_of_keys", "bias_B11S", "bias_infinite", "three_batch_dimensions", "causal_offset"),
 }
 
 
 def tier(group, dtype):
-    if dtype == SHORT.get(group, "float32") and group not in IN_CI:
-        return ()
+    if dtype == SHORT.get(group, "float32"):
+        return pytest.mark.ci if group in IN_CI else ()
     in_ci = dtype == "float32" or (group, dtype) == ("everything", "float16")
     return pytest.mark.ci if in_ci else pytest.mark.exhaustive
 
@@ -166,7 +168,19 @@ class TestDropIn:
             )
         assert list(ours)[:5] == list(theirs)[:5]
 
-    @pytest.mark.parametrize("name", CALLS)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("nothing", "causal", "scale_zero", "window", "both_lengths", "mask_of_heads", "all"),
+            *(
+                pytest.param(name, marks=pytest.mark.ci)
+                for name in (
+                    *("scale", "window_pair", "causal_window", "query_lengths", "kv_lengths"),
+                    *("mask", "bias", "one_batch_row"),
+                )
+            ),
+        ],
+    )
     def test_same_numbers(self, name):
         q, k, v, extra = self.arrays()
         options = {
@@ -276,6 +290,7 @@ def test_head_order(small_blocks, implementation, T):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 def test_deterministic(small_blocks, implementation):
     call = cases.make("everything", jnp.bfloat16)

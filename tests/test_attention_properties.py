@@ -16,7 +16,7 @@ from tests.cases import Shape
 from tests.precision import Call
 
 QUICK = settings(
-    max_examples=5,
+    max_examples=3,
     phases=[Phase.explicit, Phase.generate],  # shrinking would compile a hundred programs
     deadline=None,
     derandomize=True,

@@ -219,6 +219,7 @@ def scanned_nnx():
     return stacked, run(stacked, x()), nnx.jit(lambda block, x, cache: block(x, cache))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scanned", [scanned_linen, scanned_nnx])
 def test_scanned_layers_generate_apart(scanned):
     params, want, step = scanned()

@@ -52,8 +52,13 @@ def test_pattern_is_a_function_of_key_and_indices(usual):
     np.testing.assert_array_equal(usual, expected())
 
 
-@pytest.mark.parametrize("blocks", [(16, 24), (7, 11), (40, 50)])
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    "blocks, by_row",
+    [
+        ((16, 24), True),
+        *(pytest.param(b, False, marks=pytest.mark.ci) for b in ((16, 24), (7, 11), (40, 50))),
+    ],
+)
 def test_same_pattern_in_any_blocks(force_blocks, usual, blocks, by_row):
     force_blocks(*blocks, by_row=by_row)
     np.testing.assert_array_equal(pattern(implementation="xla_chunked"), usual)
@@ -100,8 +105,14 @@ def test_batch_dimensions_are_rows():
     )
 
 
-@pytest.mark.parametrize("T", [5, 40], ids=["folded", "grouped"])
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize(
+    "implementation, T",
+    [
+        ("xla", 5),
+        *(pytest.param(*x, marks=pytest.mark.ci) for x in (("xla", 40), ("xla_chunked", 5))),
+        ("xla_chunked", 40),
+    ],
+)
 def test_backward_drops_what_forward_dropped(force_blocks, implementation, T):
     force_blocks(16, 24)
     rng = np.random.default_rng(0)

@@ -215,6 +215,7 @@ def with_instead(api, made, makes, **fields):
     return call
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "api, where",
     [("linen", "cache"), ("nnx", "absorbed")]
@@ -259,6 +260,7 @@ def test_adapters_of_ups_are_called(api, where):
     assert all(np.abs(g).max() > 1e-2 for g in results[0][1].values())
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("api", ["nnx", *ci(("linen",))])
 def test_only_linear_ups_are_absorbed(api):
     made, x = variables(linen()), inputs()

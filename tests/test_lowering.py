@@ -82,6 +82,7 @@ def test_blocks_of_a_tpu_that_is_not_known_are_those_of_the_least():
         assert lowered(gradients, LONG, "tpu") != unknown
 
 
+@pytest.mark.ci
 def test_exported_for_several_platforms():
     def both(*arrays):
         return attend(*arrays), jax.vmap(attend)(*(x[None] for x in arrays))[0]
@@ -107,6 +108,7 @@ def test_a_step_over_a_cache(dtype):
     assert kernels(step.lower(lowering_platforms=("cpu",)).as_text()) == (0, 0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("abstract", [False, True])
 def test_inside_shard_map(abstract):
     """A mesh of CPUs stands for one of TPUs, and so does one of no devices."""

@@ -166,6 +166,7 @@ def test_block_map_of_dense_and_sorted_segments_is_tight():
     np.testing.assert_array_equal(states[0], 2 * np.eye(3))
 
 
+@pytest.mark.ci
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_block_map_is_sound(data):

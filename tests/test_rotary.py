@@ -184,6 +184,7 @@ def test_layouts_are_permutations_of_one_another():
     np.testing.assert_array_equal(halves, apply_rotary(x[..., even_then_odd], positions))
 
 
+@pytest.mark.ci
 def test_positions_per_row_and_their_broadcasting():
     x = random((2, 3, 4, 2, 8))
     positions = np.arange(24).reshape(2, 3, 4)

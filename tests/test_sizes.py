@@ -34,7 +34,9 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("options", EMPTY)
+@pytest.mark.parametrize(
+    "options", [pytest.param(n, marks=() if n == "arrays" else pytest.mark.ci) for n in EMPTY]
+)
 @pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
 def test_empty_arrays(sizes, options):
     batch, q_len, kv_len = sizes
@@ -107,7 +109,12 @@ def symbolic(shape: Shape, sizes: str) -> list[jax.ShapeDtypeStruct]:
 
 @pytest.mark.parametrize(
     ("implementation", "sizes"),
-    [(None, "b"), (None, "bts"), ("xla", "bts"), ("xla_chunked", "ts")],
+    [
+        pytest.param(None, "b", marks=pytest.mark.ci),
+        (None, "bts"),
+        pytest.param("xla", "bts", marks=pytest.mark.ci),
+        pytest.param("xla_chunked", "ts", marks=pytest.mark.ci),
+    ],
 )
 def test_symbolic_sizes(implementation, sizes):
     def results(q, k, v):
@@ -150,6 +157,7 @@ MASKS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("options", "sizes"), [*((name, ((1, 3), (2, 300))) for name in MASKS), ("segments", ((2, 3),))]
 )
@@ -165,6 +173,7 @@ def test_symbolic_sizes_of_masks(options, sizes):
         np.testing.assert_allclose(exported.call(x), attend(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_symbolic_sizes_that_may_be_zero():
     """As of the first rows, or of all tokens but the last: the einsum takes them, blocks do not."""
 
@@ -186,6 +195,7 @@ def test_symbolic_sizes_that_may_be_zero():
         export.export(jax.jit(lambda x: attend(x, implementation="xla_chunked")))(shape)
 
 
+@pytest.mark.ci
 def test_symbolic_sizes_in_layers():
     rope = RotaryEmbedding()
     linen = axattn.linen.MultiHeadAttention(num_heads=4, num_kv_heads=2, rope=rope)

@@ -99,7 +99,6 @@ MAPPED = {
 class TestVmap:
     """Whatever is mapped over: the same as one call per index."""
 
-    @with_each
     @pytest.mark.parametrize(
         "name, q_len", [(name, T) for name in MAPPED] + [("lengths_bias_sinks_offset", 2)]
     )
@@ -127,6 +126,7 @@ class TestVmap:
         want = reference.attend(q, k, v, local_window_size=(9, 3)).out
         close(got, want)
 
+    @pytest.mark.ci
     def test_over_queries_alone(self, attend):
         q, k, v = inputs()
         many = jnp.stack([q, 2 * q, -q])
@@ -146,6 +146,7 @@ class TestVmap:
         close(got.reshape(B, q_len, N, h), reference.attend(q, k, v).out)
 
 
+@pytest.mark.ci
 def test_gradient_of_vmap_sums(attend):
     q, k, v = inputs()
 
@@ -156,7 +157,9 @@ def test_gradient_of_vmap_sums(attend):
     assert_gradients(got, is_causal=True)
 
 
-@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+@pytest.mark.parametrize(
+    "policy", [None, pytest.param(jax.checkpoint_policies.dots_saveable, marks=pytest.mark.ci)]
+)
 def test_remat(attend, policy):
     loss = loss_of(attend, is_causal=True, logits_soft_cap=3.0)
     wrapped = jax.checkpoint(loss, policy=policy)
@@ -164,6 +167,7 @@ def test_remat(attend, policy):
     assert_gradients(got, is_causal=True, logits_soft_cap=3.0)
 
 
+@pytest.mark.ci
 def test_scan_over_layers_with_remat(attend):
     """A stack of layers as models write it, against the same layers in a Python loop."""
     rng = np.random.default_rng(0)
@@ -244,7 +248,6 @@ class TestShardMap:
         got, _ = self.value_and_grad(attend, mesh, specs, inputs())
         assert_gradients(got, **self.KWARGS)
 
-    @with_each
     def test_queries_sharded_keys_replicated(self, attend, mesh):
         """T over devices: each has its own q_offset, and dK, dV come from both."""
         specs = (P(None, "x"), P(), P())
@@ -259,6 +262,7 @@ class TestShardMap:
         )
         assert_gradients(got, is_causal=True, q_offset=8)
 
+    @pytest.mark.ci
     def test_query_heads_sharded_one_kv_head_replicated(self, attend, mesh):
         q, k, v = inputs()
         k, v = k[:, :, :1], v[:, :, :1]
@@ -288,6 +292,7 @@ class TestShardMap:
         for name in ("bias", "sinks"):
             np.testing.assert_allclose(gradients[name], want[name], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.ci
     def test_decode(self, attend, mesh):
         q, k, v = inputs(q_len=1)
         lengths = np.array([28, 10, 0, 17])
@@ -299,6 +304,7 @@ class TestShardMap:
         want = reference.attend(q, k, v, key_value_seq_lengths=lengths).out
         close(quick_jit(program)(q, k, v, lengths), want)
 
+    @pytest.mark.ci
     def test_everything_replicated(self, attend, mesh):
         program = jax.shard_map(
             lambda *x: attend(*x, is_causal=True), mesh=mesh, in_specs=(P(),) * 3, out_specs=P()
@@ -346,7 +352,8 @@ class TestForwardMode:
         "implementation, heads",
         [
             ("xla_chunked", 4),
-            (None, 2),  # of few rows None takes the one path or the other
+            # Of few rows None takes the one path or the other.
+            pytest.param(None, 2, marks=pytest.mark.ci),
             pytest.param(None, 4, marks=pytest.mark.ci),
             pytest.param("xla_chunked", 2, marks=pytest.mark.ci),
         ],

@@ -215,6 +215,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "kind, feature",
     [
@@ -272,6 +273,7 @@ def test_rings_go_around(window, max_append, force_blocks):
     np.testing.assert_array_equal(ring.lengths, lengths)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind, dtype", [("dense", "int8"), ("ring", "float32"), ("paged", "int8")])
 def test_values_in_keys(kind, dtype):
     q, k, _ = caches.tokens(16, kv_heads=1, group=N)

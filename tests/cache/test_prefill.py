@@ -85,6 +85,7 @@ def test_refused(tokens, lengths, chunk_size, message):
         prefill(lambda c, t, n: (t, c), (), tokens, lengths, chunk_size=chunk_size)
 
 
+@pytest.mark.ci
 def test_a_prompt_that_does_not_fit():
     embedding, tokens = inputs()
     cache = caches.make("paged", capacity=24)
@@ -96,6 +97,7 @@ def test_a_prompt_that_does_not_fit():
     np.testing.assert_array_equal(full.lengths, [21, 11, 0])  # and no later token in a hole
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["dense", *caches.ci(("ring",))])
 def test_in_shard_map(kind):
     """Rows over devices: each prefills its own."""

@@ -60,6 +60,7 @@ def test_sink_of_minus_infinity_is_no_sink():
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("batch", [1, 2])
 def test_x64(batch):
     """Several blocks, a bias, and float64 accuracy: the saved LSE is not rounded to float32."""

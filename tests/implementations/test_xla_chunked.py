@@ -24,8 +24,16 @@ def in_ci(*rows):
 @pytest.mark.parametrize(
     "name",
     [
-        *("lengths", "everything"),
-        *in_ci("offset_per_row", "packed", "bias_B11S", "bias_NTS", "dropout", "alibi_causal_rows"),
+        "lengths",
+        *in_ci(
+            "everything",
+            "offset_per_row",
+            "packed",
+            "bias_B11S",
+            "bias_NTS",
+            "dropout",
+            "alibi_causal_rows",
+        ),
     ],
 )
 def test_batch_rows_together(force_blocks, name):
@@ -34,6 +42,7 @@ def test_batch_rows_together(force_blocks, name):
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("q, kv", [(112, 200), *in_ci((113, 203), (32, 203), (57, 102))])
 def test_block_sizes(force_blocks, q, kv):
     """Blocks that share all but one slot, one block, a column of blocks, and tails of one."""
@@ -53,6 +62,7 @@ def test_forms_of_the_products(force_blocks, name, folded):
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
 
 
+@pytest.mark.ci
 def test_own_block_sizes_are_used():
     """Long enough to be cut by the sizes that are chosen by themselves, tails included."""
     shape = cases.Shape(2, 300, 700, 4, 1, 8, 8)

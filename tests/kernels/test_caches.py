@@ -101,7 +101,7 @@ ROWS = [
     ("paged", "float32", 4, ("mask of keys",), 128),
     ("paged", "int4", 1, ("bias of all heads",), 128),
 ]
-EVERYDAY = (("dense", "bfloat16"), ("paged", "int8"))
+EVERYDAY = ((TPU, "dense", "bfloat16"), (HOPPER, "paged", "int8"))
 
 
 def test_pairs(family):
@@ -119,7 +119,7 @@ def rows():
             if family == HOPPER and row[1] in ("float32", "int4"):
                 continue
             marks = [pytest.mark.hopper] if family == HOPPER else []
-            if row[:2] not in EVERYDAY:
+            if (family, *row[:2]) not in EVERYDAY:
                 marks.append(pytest.mark.ci)
             yield pytest.param(family, *row, id=f"{family}-{row[0]}-{row[1]}", marks=marks)
 

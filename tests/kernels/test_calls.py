@@ -60,7 +60,7 @@ def squares(out):
         pytest.param(TPU, -0.2, marks=pytest.mark.ci),
         pytest.param(TPU, 0.0, marks=pytest.mark.ci),
         pytest.param(HOPPER, -0.2, marks=[pytest.mark.hopper, pytest.mark.exhaustive]),
-        pytest.param(HOPPER, 0.0, marks=pytest.mark.hopper),
+        pytest.param(HOPPER, 0.0, marks=[pytest.mark.hopper, pytest.mark.ci]),
     ],
 )
 def test_scales_that_are_not_positive(interpreted, family, arrays, scale):
@@ -70,9 +70,8 @@ def test_scales_that_are_not_positive(interpreted, family, arrays, scale):
     precision.check(call, (family,))
 
 
-@pytest.mark.parametrize(
-    "family", [TPU, pytest.param(HOPPER, marks=[pytest.mark.hopper, pytest.mark.ci])]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("family", [TPU, pytest.param(HOPPER, marks=pytest.mark.hopper)])
 def test_rows_without_keys(interpreted, family, arrays):
     """A sink of -inf is none, there too; their cotangents do not count; and always the same bits."""
     q, k, v = arrays(T=24, S=40)

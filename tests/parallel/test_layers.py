@@ -59,6 +59,7 @@ def close(got, want):
 
 
 class TestLinen:
+    @pytest.mark.ci
     def test_names(self, inputs):
         """Every parameter has a name for each of its axes, and without the field none is boxed."""
         for layer in (

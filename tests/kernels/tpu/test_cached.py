@@ -79,6 +79,7 @@ def test_two_cores_give_the_same(kind):
         check(query, real, cache, *one, first=lengths - real)
 
 
+@pytest.mark.ci
 def test_one_row_is_parted_among_cores():
     query, sinks = queries(1, 6)[:1], np.linspace(-1, 2, 6).astype(np.float32)
 
