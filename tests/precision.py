@@ -36,7 +36,6 @@ optimized_jit = functools.partial(
         "xla_llvm_disable_expensive_passes": False,
     },
 )
-quick_jit = jax.jit
 
 
 @dataclasses.dataclass(repr=False)
@@ -124,7 +123,7 @@ class Call:
         }
 
 
-def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str, np.ndarray]]:
+def results(call: Call, implementations, *, jit=jax.jit) -> dict[Any, dict[str, np.ndarray]]:
     """Output, LSE and all gradients of each implementation, from one program.
 
     An implementation is a name, or a function in the place of `axattn.dot_product_attention`.
@@ -132,7 +131,7 @@ def results(call: Call, implementations, *, jit=quick_jit) -> dict[Any, dict[str
     return results_of_each([call], implementations, jit=jit)[0]
 
 
-def results_of_each(calls, implementations, *, jit=quick_jit) -> list[dict]:
+def results_of_each(calls, implementations, *, jit=jax.jit) -> list[dict]:
     """The same of calls that differ in the values of arrays only: one program serves them all."""
 
     def program(static, inputs, arrays, cotangents):
@@ -203,7 +202,7 @@ def plain_results(call: Call) -> dict[str, np.ndarray]:
     return found
 
 
-@functools.partial(quick_jit, static_argnames="cap")
+@functools.partial(jax.jit, static_argnames="cap")
 def _plain(inputs, bias, sinks, allowed, kept, scale, cotangents, *, cap):
     def attend(inputs, bias, sinks):
         query, key, value = (inputs[name] for name in ("query", "key", "value"))
@@ -290,7 +289,7 @@ def _one_minus_cosine(a, b):
     return 0.5 * np.linalg.norm(a / max(lengths[0], 1e-300) - b / lengths[1]) ** 2
 
 
-def check(calls, implementations=("xla", "xla_chunked"), *, jit=quick_jit) -> None:
+def check(calls, implementations=("xla", "xla_chunked"), *, jit=jax.jit) -> None:
     """Every result obeys the rule: those of one call, or of some that differ in values only."""
     calls = [calls] if isinstance(calls, Call) else calls
     for call, found in zip(calls, results_of_each(calls, implementations, jit=jit), strict=True):

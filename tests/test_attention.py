@@ -198,7 +198,7 @@ class TestDropIn:
                 for i in (None, "xla", "xla_chunked")
             ]
 
-        (out, lse), all_ours = precision.quick_jit(program)(q, k, v, arrays)
+        (out, lse), all_ours = jax.jit(program)(q, k, v, arrays)
         rows = np.ones((self.B, self.T), bool)
         if "query_seq_lengths" in options:
             rows &= np.arange(self.T) < options["query_seq_lengths"][:, None]
@@ -273,7 +273,7 @@ def test_head_order(small_blocks, implementation, T):
     rng = np.random.default_rng(0)
     q, k, v = cases.arrays(rng, Shape(2, T, 50, N, K, 16, 24), jnp.float32).values()
 
-    @precision.quick_jit
+    @jax.jit
     def program(q, k, v):
         def shared(q, k, v):
             return axattn.dot_product_attention(q, k, v, implementation=implementation)
@@ -312,9 +312,7 @@ class TestScale:
             )
             return (out**2).sum() / 2
 
-        value, (dscale, dq) = precision.quick_jit(jax.value_and_grad(loss, (0, 1)))(
-            jnp.float32(0.4), self.Q
-        )
+        value, (dscale, dq) = jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.float32(0.4), self.Q)
         exact = reference.attend(self.Q, self.K, self.V, scale=0.4, logits_soft_cap=3.0)
         gradients = exact.gradients(exact.out)
         np.testing.assert_allclose(value, (exact.out**2).sum() / 2, rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 import axattn
 from tests import reference
-from tests.precision import dropout_words, quick_jit
+from tests.precision import dropout_words
 
 B, T, N, K, S = 2, 40, 4, 2, 50
 RATE = 0.3
@@ -25,7 +25,7 @@ def pattern(rng=KEY, implementation="xla", *, lead=(B,), heads=N, q_len=T, kv_le
     q = jnp.ones((*lead, q_len, heads, 4))
     k = jnp.zeros((*lead, kv_len, K, 4))
     v = jnp.broadcast_to(jnp.eye(kv_len)[:, None], (*lead, kv_len, K, kv_len))
-    out = quick_jit(lambda *x: attend(*x[:-1], rng=x[-1], implementation=implementation, **kwargs))(
+    out = jax.jit(lambda *x: attend(*x[:-1], rng=x[-1], implementation=implementation, **kwargs))(
         q, k, v, rng
     )
     rate = kwargs.get("rate", RATE)
@@ -122,7 +122,7 @@ def test_backward_drops_what_forward_dropped(force_blocks, implementation, T):
     )
     dout = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def program(q, k, v):
         out, pull = jax.vjp(lambda *x: attend(*x, implementation=implementation), q, k, v)
         return out, pull(dout)
@@ -142,7 +142,7 @@ def test_expectation_is_attention_without_dropout():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(3))
     keys = jax.random.split(KEY, 2000)
-    mean = quick_jit(jax.vmap(lambda key: attend(q, k, v, rng=key, rate=0.5)))(keys).mean(0)
+    mean = jax.jit(jax.vmap(lambda key: attend(q, k, v, rng=key, rate=0.5)))(keys).mean(0)
     np.testing.assert_allclose(mean, reference.attend(q, k, v).out, atol=0.12)
 
 
@@ -154,9 +154,9 @@ def test_vmap_over_keys_differs_row_by_row():
     def one(q, v, key):
         return attend(q, q[..., :K, :], v, rng=key)
 
-    out = quick_jit(jax.vmap(one))(q, v, keys)
+    out = jax.jit(jax.vmap(one))(q, v, keys)
     assert not np.allclose(out[0], out[1]) and not np.allclose(out[1], out[2])
-    alone = quick_jit(one)(q[1], v[1], keys[1])
+    alone = jax.jit(one)(q[1], v[1], keys[1])
     np.testing.assert_allclose(out[1], alone, rtol=1e-6)
 
 
@@ -171,6 +171,6 @@ def test_rate_zero_needs_no_key_and_does_nothing():
 def test_lse_does_not_know_of_dropout():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(2))
-    _, lse = quick_jit(lambda q, k: attend(q, k, k, return_residual=True))(q, k)
+    _, lse = jax.jit(lambda q, k: attend(q, k, k, return_residual=True))(q, k)
     plain = reference.attend(q, k, k).lse
     np.testing.assert_allclose(lse, plain, rtol=1e-5)

@@ -12,7 +12,6 @@ import axattn
 from axattn import _jax_compat
 from axattn.cache import DenseCache
 from axattn.implementations import mosaic_tpu
-from tests.precision import quick_jit
 
 hopper = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the GPU kernels need jax >= 0.11"
@@ -92,7 +91,7 @@ def test_exported_for_several_platforms():
     arrays = [
         jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(found.in_avals)
     ]
-    for out, want in zip(found.call(*arrays), quick_jit(both)(*arrays), strict=True):
+    for out, want in zip(found.call(*arrays), jax.jit(both)(*arrays), strict=True):
         np.testing.assert_allclose(out.astype(float), want.astype(float), atol=2e-2)
     with pytest.raises(NotImplementedError, match='"mosaic_tpu" needs a TPU.*lowered for cpu'):
         named = jax.jit(lambda *x: attend(*x, implementation="mosaic_tpu"))
@@ -157,7 +156,7 @@ def test_derivatives_of_the_default_where_it_is_xla_alone():
         lambda f: jax.grad(lambda q: jax.jvp(f, (q,), (q,))[1]),
     ):
         got, want = (
-            quick_jit(derivative(lambda q, n=n: loss(q, n)))(arrays[0]) for n in (None, "xla")
+            jax.jit(derivative(lambda q, n=n: loss(q, n)))(arrays[0]) for n in (None, "xla")
         )
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

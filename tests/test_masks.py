@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import axattn
 from axattn import Mask
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
-from tests.precision import quick_jit
 from tests.reference import visible
 
 T, S, B = 13, 17, 3
@@ -88,7 +87,7 @@ def expected(options, positions, q_len=T, kv_len=S):
 def for_all(function):
     """``function(mask, positions)`` of every mask and kind of positions, from one program."""
 
-    @quick_jit
+    @jax.jit
     def program(masks):
         return {
             (name, kind): function(mask, positions)
@@ -158,10 +157,10 @@ def test_block_map(blocks):
 
 def test_block_map_of_dense_and_sorted_segments_is_tight():
     # One head (a block is shared by all heads), and one segment per block at most.
-    states = quick_jit(lambda mask: mask.block_map(T, S, 3, 2))(Mask.dense(DENSE[0, 0]))
+    states = jax.jit(lambda mask: mask.block_map(T, S, 3, 2))(Mask.dense(DENSE[0, 0]))
     assert_sound(states, dict(mask=DENSE[0, 0]), {}, T, S, 3, 2, tight=True)
     ids = np.repeat([3, 5, 9], 4)[None]
-    states = quick_jit(lambda mask: mask.block_map(12, 12, 4, 4))(Mask.segments(ids))
+    states = jax.jit(lambda mask: mask.block_map(12, 12, 4, 4))(Mask.segments(ids))
     assert_sound(states, dict(query_segment_ids=ids), {}, 12, 12, 4, 4, tight=True)
     np.testing.assert_array_equal(states[0], 2 * np.eye(3))
 

@@ -17,7 +17,6 @@ from jax.extend import core
 import axattn
 from axattn import Mask
 from axattn.implementations import chunked_backward, chunked_forward
-from tests.precision import quick_jit
 
 # K and V repeated to all heads are larger than anything else that a call may hold: T < h.
 B, S, N, K, H, h = 2, 130, 12, 3, 40, 24
@@ -68,7 +67,7 @@ def traced(function, shapes, at_least):
 
 def compiled(function, shapes, at_least):
     """Likewise in the program that XLA made of it for this machine."""
-    text = quick_jit(function).lower(*shapes).compile().as_text()
+    text = jax.jit(function).lower(*shapes).compile().as_text()
     found = set(re.findall(r"\b((?:pred|[a-z]+\d+)\[([\d,]+)\])", text))
     sizes = [(name, math.prod(map(int, dims.split(",")))) for name, dims in found]
     return [name for name, size in sizes if size >= at_least], len(found)
@@ -195,7 +194,7 @@ class TestMemory:
                     q, k, v, is_causal=True, implementation=implementation
                 )
 
-            program = quick_jit(with_gradients(attend))
+            program = jax.jit(with_gradients(attend))
             shapes = structs(size, S=size, **LONG)
             return program.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
@@ -232,7 +231,7 @@ class TestSkipping:
             def attend(q, k, v):
                 return axattn.dot_product_attention(q, k, v, implementation="xla_chunked", **kwargs)
 
-            jax.block_until_ready(quick_jit(with_gradients(attend))(*arrays))
+            jax.block_until_ready(jax.jit(with_gradients(attend))(*arrays))
             jax.effects_barrier()
             return counts["forward"], counts["backward"]
 
@@ -294,8 +293,8 @@ class TestSkipping:
             )
             return out[:, :48].sum(), out
 
-        (_, out), grads = quick_jit(jax.value_and_grad(loss, 0, has_aux=True))(q, *poisoned)
-        (_, clean), clean_grads = quick_jit(jax.value_and_grad(loss, 0, has_aux=True))(q, k, v)
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, 0, has_aux=True))(q, *poisoned)
+        (_, clean), clean_grads = jax.jit(jax.value_and_grad(loss, 0, has_aux=True))(q, k, v)
         np.testing.assert_array_equal(out[:, :48], clean[:, :48])
         np.testing.assert_array_equal(grads[:, :48], clean_grads[:, :48])
         assert np.isnan(out[:, 48:]).all()  # the poison is where it should be

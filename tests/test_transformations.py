@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 import axattn
 from axattn import Mask
 from tests import reference
-from tests.precision import quick_jit
 
 B, T, S, N, K, H, h = 4, 20, 28, 4, 2, 8, 12
 IMPLEMENTATIONS = ["xla", "xla_chunked"]
@@ -109,7 +108,7 @@ class TestVmap:
             gradient = jax.value_and_grad(loss_of(attend, is_causal=True), (0, 1, 2))
             return gradient(q, k, v, options)
 
-        values, gradients = quick_jit(jax.vmap(one))(MAPPED[name])
+        values, gradients = jax.jit(jax.vmap(one))(MAPPED[name])
         for n in range(2):
             options = jax.tree.map(lambda x, n=n: x[n], MAPPED[name])
             if name == "mask_object":
@@ -122,7 +121,7 @@ class TestVmap:
 
     def test_over_the_batch(self, attend):
         q, k, v = inputs(lead=(3, B))
-        got = quick_jit(jax.vmap(lambda *x: attend(*x, local_window_size=(9, 3))))(q, k, v)
+        got = jax.jit(jax.vmap(lambda *x: attend(*x, local_window_size=(9, 3))))(q, k, v)
         want = reference.attend(q, k, v, local_window_size=(9, 3)).out
         close(got, want)
 
@@ -131,7 +130,7 @@ class TestVmap:
         q, k, v = inputs()
         many = jnp.stack([q, 2 * q, -q])
         gradient = jax.grad(loss_of(attend), (0, 1))
-        got = quick_jit(jax.vmap(gradient, in_axes=(0, None, None)))(many, k, v)
+        got = jax.jit(jax.vmap(gradient, in_axes=(0, None, None)))(many, k, v)
         for n in range(3):
             want = exact_loss(many[n], k, v)[1]
             close([g[n] for g in got], [want["query"], want["key"]], 2e-4)
@@ -142,7 +141,7 @@ class TestVmap:
         q, k, v = inputs(q_len=q_len)
         grouped = q.reshape(B, q_len, K, N // K, H)
         one = lambda q, k, v: attend(q, k[:, :, None], v[:, :, None])  # noqa: E731
-        got = quick_jit(jax.vmap(one, in_axes=(2, 2, 2), out_axes=2))(grouped, k, v)
+        got = jax.jit(jax.vmap(one, in_axes=(2, 2, 2), out_axes=2))(grouped, k, v)
         close(got.reshape(B, q_len, N, h), reference.attend(q, k, v).out)
 
 
@@ -153,7 +152,7 @@ def test_gradient_of_vmap_sums(attend):
     def loss(q, k, v):
         return jax.vmap(loss_of(attend, is_causal=True))(q, k, v).sum()
 
-    got = quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+    got = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
     assert_gradients(got, is_causal=True)
 
 
@@ -163,7 +162,7 @@ def test_gradient_of_vmap_sums(attend):
 def test_remat(attend, policy):
     loss = loss_of(attend, is_causal=True, logits_soft_cap=3.0)
     wrapped = jax.checkpoint(loss, policy=policy)
-    got = quick_jit(jax.value_and_grad(wrapped, (0, 1, 2)))(*inputs())
+    got = jax.jit(jax.value_and_grad(wrapped, (0, 1, 2)))(*inputs())
     assert_gradients(got, is_causal=True, logits_soft_cap=3.0)
 
 
@@ -194,8 +193,8 @@ def test_scan_over_layers_with_remat(attend):
             x = layer(x, jax.tree.map(lambda w, n=n: w[n], weights), jax.nn.dot_product_attention)
         return (x**2).sum()
 
-    got = quick_jit(jax.value_and_grad(scanned, (0, 1)))(weights, x)
-    want = quick_jit(jax.value_and_grad(looped, (0, 1)))(weights, x)
+    got = jax.jit(jax.value_and_grad(scanned, (0, 1)))(weights, x)
+    want = jax.jit(jax.value_and_grad(looped, (0, 1)))(weights, x)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     close(got[1], want[1], 2e-3)
 
@@ -233,7 +232,7 @@ class TestShardMap:
         def total(q, k, v, names):
             return loss(q, k, v, {**names, **integers})
 
-        value, gradients = quick_jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*arrays, names)
+        value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(*arrays, names)
         return (value, gradients[:3]), gradients[3]
 
     @pytest.mark.parametrize(
@@ -302,14 +301,14 @@ class TestShardMap:
 
         program = jax.shard_map(local, mesh=mesh, in_specs=(P("x"),) * 4, out_specs=P("x"))
         want = reference.attend(q, k, v, key_value_seq_lengths=lengths).out
-        close(quick_jit(program)(q, k, v, lengths), want)
+        close(jax.jit(program)(q, k, v, lengths), want)
 
     @pytest.mark.ci
     def test_everything_replicated(self, attend, mesh):
         program = jax.shard_map(
             lambda *x: attend(*x, is_causal=True), mesh=mesh, in_specs=(P(),) * 3, out_specs=P()
         )
-        close(quick_jit(program)(*inputs()), reference.attend(*inputs(), is_causal=True).out)
+        close(jax.jit(program)(*inputs()), reference.attend(*inputs(), is_causal=True).out)
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
@@ -318,7 +317,7 @@ def test_sharded_arrays(attend, kind, spec):
     """Plain jit over sharded arrays: the compiler cuts it, or (explicit) the types say how."""
     mesh = two_devices(kind)
     arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in inputs()]
-    got = quick_jit(jax.value_and_grad(loss_of(attend, is_causal=True), (0, 1, 2)))(*arrays)
+    got = jax.jit(jax.value_and_grad(loss_of(attend, is_causal=True), (0, 1, 2)))(*arrays)
     assert_gradients(got, is_causal=True)
 
 
@@ -327,9 +326,7 @@ class TestForwardMode:
 
     def test_xla_has_it(self):
         loss = loss_of(functools.partial(axattn.dot_product_attention, implementation="xla"))
-        _, slope = quick_jit(lambda x, t: jax.jvp(loss, tuple(x), tuple(t)))(
-            inputs(), self.TANGENTS
-        )
+        _, slope = jax.jit(lambda x, t: jax.jvp(loss, tuple(x), tuple(t)))(inputs(), self.TANGENTS)
         _, gradients = exact_loss(*inputs())
         want = sum(
             (gradients[name] * np.asarray(t)).sum()
@@ -382,7 +379,7 @@ class TestForwardMode:
             product = jax.jvp(jax.grad(loss, range(5)), x, tangents)[1]
             return slopes, product, jax.jvp(slope, x, tangents)[1]
 
-        found, want = (quick_jit(lambda name=n: results(name))() for n in (implementation, "xla"))
+        found, want = (jax.jit(lambda name=n: results(name))() for n in (implementation, "xla"))
         for got, exact in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5 * np.abs(exact).max())
 
@@ -408,7 +405,7 @@ class TestStaging:
 
     def test_ahead_of_time(self, attend):
         q, k, v = inputs()
-        program = quick_jit(lambda q, k, v, mask: attend(q, k, v, mask=mask))
+        program = jax.jit(lambda q, k, v, mask: attend(q, k, v, mask=mask))
         mask = Mask.lengths(kv=jnp.array([28, 3, 0, 9]))
         structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, k, v, mask))
         compiled = program.lower(*structs).compile()
@@ -426,7 +423,7 @@ class TestStaging:
     def test_compiles_once_for_all_lengths(self, attend):
         traces = []
 
-        @quick_jit
+        @jax.jit
         def program(q, k, v, lengths, offset):
             traces.append(1)
             return attend(q, k, v, key_value_seq_lengths=lengths, q_offset=offset, is_causal=True)
@@ -446,7 +443,7 @@ class TestStaging:
             n, q = state
             return n + 1, q + attend(q, k, v)[..., :H] / 10
 
-        _, got = quick_jit(lambda q: jax.lax.while_loop(lambda s: s[0] < 3, body, (0, q)))(q)
+        _, got = jax.jit(lambda q: jax.lax.while_loop(lambda s: s[0] < 3, body, (0, q)))(q)
         want = np.asarray(q, np.float64)
         for _ in range(3):
             want = want + reference.attend(want, k, v).out[..., :H] / 10

@@ -53,16 +53,27 @@ def fits(report):
     assert report.hbm_bytes < aot.target("v5p").hbm_bytes / 8
 
 
-def test_a_ring_sends_keys_and_values_once_around():
-    """Of K heads, not of N, and positions; in the backward pass their float32 gradients, too."""
-    chips, length = 4, 16384
-    for kv_heads in (4, 1):
-        tokens = length // chips
-        pair = 2 * tokens * kv_heads * H
-        forward = (chips - 1) * (2 * pair + 4 * tokens)
-        r = analyze("ring", chips, length, "fwd", kv_heads)
-        assert r.ok and sent(r) == {"collective-permute": forward}
-    r = analyze("ring", chips, length, "fwd+bwd", kv_heads)
+CHIPS, LENGTH = 4, 16384
+
+
+def sent_forward(kv_heads):
+    """Keys and values of K heads, not of N, and positions; and the bytes of one of the two."""
+    tokens = LENGTH // CHIPS
+    one = 2 * tokens * kv_heads * H
+    return (CHIPS - 1) * (2 * one + 4 * tokens), one
+
+
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.exhaustive), 1])
+def test_a_ring_sends_keys_and_values_once_around(kv_heads):
+    r = analyze("ring", CHIPS, LENGTH, "fwd", kv_heads)
+    assert r.ok and sent(r) == {"collective-permute": sent_forward(kv_heads)[0]}
+
+
+@pytest.mark.exhaustive
+def test_a_ring_sends_gradients_of_keys_and_values_home():
+    """In float32."""
+    chips, (forward, pair) = CHIPS, sent_forward(1)
+    r = analyze("ring", chips, LENGTH, "fwd+bwd", 1)
     home = (chips - 1) * 4 * pair + (2 * pair)  # the compiler may round them before the last hop
     found = sent(r)["collective-permute"] - 2 * forward
     assert home <= found <= home + 2 * pair

@@ -14,7 +14,6 @@ from tests import caches
 from tests.cache.test_attend import check
 from tests.kernels.calls import call_of_cache
 from tests.kernels.conftest import HOPPER
-from tests.precision import quick_jit
 
 B, K = 3, 2
 CAPACITY, MAX_APPEND = 208, 24
@@ -84,7 +83,7 @@ def attend(family, cache, query, *, tiles=None, cores=1, interpret=True, **optio
 
     arrays = {k: v for k, v in options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
     static = {k: v for k, v in options.items() if k not in arrays}
-    return quick_jit(program)(cache, query, arrays)
+    return jax.jit(program)(cache, query, arrays)
 
 
 def attend_and_check(family, cache, query, lengths=LENGTHS, reference=None, how=None, **options):

@@ -143,7 +143,7 @@ def test_kinds(family, kind, dtype, tokens, features, size):
     [
         pytest.param("bfloat16", ("window", "tree"), marks=pytest.mark.ci),
         pytest.param("int8", ("cap", "sinks"), marks=pytest.mark.ci),
-        pytest.param("float8_e4m3fn", ("tree",), marks=pytest.mark.ci),
+        pytest.param("float8_e4m3fn", ("tree",), marks=pytest.mark.exhaustive),
     ],
 )
 def test_latent(family, dtype, features):

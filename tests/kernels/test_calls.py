@@ -13,7 +13,7 @@ from axattn import parallel
 from tests import precision
 from tests.kernels import calls
 from tests.kernels.conftest import HOPPER, TPU
-from tests.precision import Call, quick_jit
+from tests.precision import Call
 
 DTYPE = {TPU: jnp.float32, HOPPER: jnp.bfloat16}
 TOLERANCE = {TPU: 1e-4, HOPPER: 0.05}
@@ -41,7 +41,7 @@ def alike(interpreted, family):
             def attend(*args, implementation=implementation, **options):
                 return axattn.dot_product_attention(*args, implementation=implementation, **options)
 
-            results.append(quick_jit(lambda *args, attend=attend: function(attend, *args))(*args))
+            results.append(jax.jit(lambda *args, attend=attend: function(attend, *args))(*args))
         for a, b in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(
                 np.float32(a), np.float32(b), atol=TOLERANCE[family], rtol=TOLERANCE[family]
@@ -87,7 +87,7 @@ def test_rows_without_keys(interpreted, family, arrays):
         (out, lse), pull = jax.vjp(attend, inputs)
         return {"out": out, "lse": lse, **pull(cotangents)[0]}
 
-    program, (dout, dlse) = quick_jit(program), call.cotangents
+    program, (dout, dlse) = jax.jit(program), call.cotangents
     found = jax.tree.map(np.asarray, program(inputs, (dout, dlse)))
     assert np.isneginf(found["lse"][:, :8]).all()
     precision.assert_right(call, found, precision.plain_results(call))
@@ -216,7 +216,7 @@ def test_a_ring(interpreted, family, arrays):
     def plain(*args):
         return axattn.dot_product_attention(*args, implementation="xla", is_causal=True)
 
-    found, want = (quick_jit(jax.grad(lambda *x, attend=attend: squares(attend(*x)), (0, 1, 2)))
+    found, want = (jax.jit(jax.grad(lambda *x, attend=attend: squares(attend(*x)), (0, 1, 2)))
                    for attend in (ring, plain))  # fmt: skip
     got = found(*(x[:, order] for x in (q, k, v)))
     for a, b in zip(got, want(q, k, v), strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from axattn import Mask
 from axattn.kernels import masks
 from tests.kernels.calls import make_call
-from tests.precision import quick_jit
 
 OPTIONS = {
     "none": {},
@@ -39,7 +39,7 @@ BOUNDED = {name: OPTIONS[name] for name in ("causal", "prefix", "offset", "lengt
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bounds_of_rows_and_positions_of_keys_are_the_mask(name):
-    @quick_jit
+    @jax.jit
     def both():
         call = make_call(2, 20, 20, 2, 1, 64, **BOUNDED[name])
         given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)

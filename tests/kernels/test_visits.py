@@ -12,7 +12,6 @@ from axattn.kernels import masks, visits
 from axattn.mask_parts import EMPTY, FULL
 from axattn.stored import NEVER
 from tests.kernels.calls import make_call
-from tests.precision import quick_jit
 
 T, S, Q, KV = 200, 300, 32, 48
 
@@ -70,7 +69,7 @@ MASKS = {
 @pytest.mark.parametrize("by_keys", [False, True], ids=["of_queries", "of_keys"])
 @pytest.mark.parametrize("name", MASKS)
 def test_visits(name, by_keys):
-    @quick_jit
+    @jax.jit
     def both():
         call = masks.fold_key_masks(make_call(2, T, S, 4, 2, 64, **MASKS[name]))
         given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)

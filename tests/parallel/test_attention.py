@@ -15,7 +15,7 @@ from axattn import Mask, parallel
 from axattn.parallel import costs
 from tests import cases, precision
 from tests.cases import Shape
-from tests.precision import Call, quick_jit
+from tests.precision import Call
 
 AXES = parallel.Axes(batch="data", heads="model", sequence="context")
 T = 48
@@ -185,7 +185,7 @@ def test_softmax_does_not_see_a_bias_of_queries(mesh_of, strategy):
     )
     call = call_of("causal", "GQA", jnp.bfloat16)
 
-    @quick_jit
+    @jax.jit
     def gradient(bias):
         out, pull = jax.vjp(lambda bias: attend(**call.inputs, bias=bias, is_causal=True), bias)
         return pull(out)[0]
@@ -250,7 +250,7 @@ def test_one_pattern_of_dropout(mesh_of, strategy):
         parallel.attention, axes=AXES, mesh=mesh_of(context=4), strategy=strategy,
         dropout_rate=0.5, broadcast_dropout=True,
     )  # fmt: skip
-    out = quick_jit(attend)(q, q, v, dropout_rng=jax.random.key(0))
+    out = jax.jit(attend)(q, q, v, dropout_rng=jax.random.key(0))
     kept = np.asarray(out) > 0
     assert (kept == kept[:1, :, :1]).all()
     assert len(np.unique(kept[0, :, 0], axis=0)) == 16

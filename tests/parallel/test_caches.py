@@ -23,7 +23,7 @@ from tests.caches import PAGE, QUANTIZED, G, H, K, N, h
 from tests.parallel import sharded_caches
 from tests.parallel.sharded_caches import AXES, B, gathered, poisoned
 from tests.parallel.test_attention import moved
-from tests.precision import ULPS, quick_jit
+from tests.precision import ULPS
 
 LENGTHS = np.array([22, 9, 0, 18])
 MESHES = {
@@ -35,7 +35,7 @@ MESHES = {
 }
 
 
-@functools.partial(quick_jit, donate_argnums=0, static_argnames=("options",))
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("options",))
 def extend(cache, query, key, value, lengths, options=()):
     return cache.extend(query, key, value, lengths=lengths, **dict(options))
 
@@ -130,7 +130,7 @@ def test_features(mesh_of):
         sharded_caches.make("paged", mesh_of(data=2, model=2, context=2)), tokens, (22,)
     )
 
-    @quick_jit
+    @jax.jit
     def attend(cache, query):
         return {
             name: cache.attend(query, return_residual=True, **options)
@@ -196,7 +196,7 @@ def test_latents(mesh_of):
     axes = Axes(heads="model", sequence="context")
     mesh = mesh_of(model=2, context=4)
 
-    @quick_jit
+    @jax.jit
     def run(cache):
         outs = []
         for first, last in ((0, 199), (199, 200)):
@@ -235,7 +235,7 @@ def test_layers_and_prefill(mesh_of, make_layer):
     axes = Axes(batch="data", heads="model", sequence="context")
     sizes = dict(num_kv_heads=2, head_dim=8, dtype="float32")
 
-    @quick_jit
+    @jax.jit
     def run(cache, lengths):
         last, cache = prefill(
             lambda cache, x, lengths: layer(x, cache=cache, lengths=lengths),

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 import axattn
 from axattn.cache import DenseCache, PagedCache, RingCache
 from axattn.parallel.dealt import DealtCache
-from tests.precision import quick_jit
 
 SHARDS, B, N, K, H = 4, 2, 8, 2, 16
 LENGTH, SLOTS = 23, 8  # slots of a shard: 32 in all
@@ -44,7 +43,7 @@ def test_a_prompt_and_tokens(mesh_of, kind):
     run = jax.shard_map(
         run, mesh=mesh_of(context=SHARDS), in_specs=P(), out_specs=(P(), P(), P("context"))
     )
-    outs, (lengths, overflowed), _ = quick_jit(run)(*arrays)
+    outs, (lengths, overflowed), _ = jax.jit(run)(*arrays)
     want = axattn.dot_product_attention(*arrays, is_causal=True)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), want, atol=2e-5)
     assert lengths.tolist() == [LENGTH] * B and overflowed.all()

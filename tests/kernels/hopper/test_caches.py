@@ -14,7 +14,6 @@ from tests import caches
 from tests.cache.test_attend import check
 from tests.kernels import cached
 from tests.kernels.cached import LENGTHS, attend_and_check, queries
-from tests.precision import quick_jit
 
 pytestmark = pytest.mark.ci
 
@@ -36,7 +35,6 @@ def test_fixed_splits_are_batch_invariant(interpreted):
     whole = attend(cache, query, kv_split_size=2**40)  # one part
     np.testing.assert_allclose(np.float32(whole[0]), np.float32(out), atol=0.02)
     jax.tree.map(np.testing.assert_array_equal, split(cache, query), (out, lse))
-    jax.tree.map(np.testing.assert_array_equal, attend(cache, query), attend(cache, query))
 
 
 def test_many_parts(interpreted):
@@ -65,8 +63,8 @@ def test_decode_over_arrays(interpreted):
             return_residual=True,
         )
 
-    out, lse = quick_jit(functools.partial(program, "mosaic_gpu"))(query, k, v)
-    plain, plain_lse = quick_jit(functools.partial(program, "xla"))(query, k, v)
+    out, lse = jax.jit(functools.partial(program, "mosaic_gpu"))(query, k, v)
+    plain, plain_lse = jax.jit(functools.partial(program, "xla"))(query, k, v)
     np.testing.assert_allclose(np.float32(out), np.float32(plain), atol=0.02)
     np.testing.assert_allclose(lse, plain_lse, atol=1e-4)
 

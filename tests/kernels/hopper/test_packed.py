@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.kernels.calls import make_call
-from tests.precision import quick_jit
 
 pytest.importorskip("axattn.kernels.hopper.packed", exc_type=ImportError)
 
@@ -17,7 +16,7 @@ from axattn.kernels.hopper.packed import Packing
 
 
 def arrays_of(call):
-    return jax.tree.map(np.asarray, quick_jit(lambda: packed.of(call).arrays)())
+    return jax.tree.map(np.asarray, jax.jit(lambda: packed.of(call).arrays)())
 
 
 @pytest.mark.parametrize("T, N, K", [(1, 8, 2), (3, 6, 2), (5, 64, 2), (2, 4, 4)])

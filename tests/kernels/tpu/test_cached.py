@@ -18,7 +18,6 @@ from tests.cache.test_attend import check
 from tests.kernels import cached
 from tests.kernels.cached import LENGTHS, K, paged
 from tests.kernels.calls import call_of_cache
-from tests.precision import quick_jit
 
 H = 128
 
@@ -64,7 +63,7 @@ def test_one_head_after_another(monkeypatch):
 def test_two_cores_give_the_same(kind):
     query, tiles = queries(3, 6), CachedTiles(2, 128)
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(cores, cache, real):
         call = call_of_cache(cache, query, query_seq_lengths=real)
         return kernel.attend(call, tiles, cores=cores, interpret=True)
@@ -83,7 +82,7 @@ def test_two_cores_give_the_same(kind):
 def test_one_row_is_parted_among_cores():
     query, sinks = queries(1, 6)[:1], np.linspace(-1, 2, 6).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def run(cache, real):
         call = call_of_cache(cache, query, query_seq_lengths=real, sinks=sinks)
         return kernel.attend(call, CachedTiles(1, 128), cores=2, interpret=True)
