@@ -169,15 +169,24 @@ def test_latent_of_deepseek(family):
     attend_and_check(family, filled("ring", **sizes, **in_lanes("ring")), queries(1, 16, 576))
 
 
+OF_HOPPER = dict(marks=pytest.mark.hopper)
+FOR_RELEASES = [pytest.mark.hopper, pytest.mark.exhaustive]
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    "head_dim, value_dim, heads, kv_heads, tokens",
+    "family, head_dim, value_dim, heads, kv_heads, tokens",
     [
-        (128, 64, 16, 1, 5),
-        (80, 48, 6, 2, 2),
-        (256, 256, 4, 2, 1),
-        pytest.param(64, 128, 8, 8, 1, marks=pytest.mark.exhaustive),
+        (TPU, 128, 64, 16, 1, 5),
+        (TPU, 80, 48, 6, 2, 2),
+        pytest.param(HOPPER, 128, 64, 16, 1, 5, **OF_HOPPER),
+        pytest.param(HOPPER, 256, 256, 4, 2, 1, **OF_HOPPER),
+        pytest.param(TPU, 256, 256, 4, 2, 1, marks=pytest.mark.exhaustive),
+        pytest.param(TPU, 64, 128, 8, 8, 1, marks=pytest.mark.exhaustive),
+        pytest.param(HOPPER, 80, 48, 6, 2, 2, marks=FOR_RELEASES),
+        pytest.param(HOPPER, 64, 128, 8, 8, 1, marks=FOR_RELEASES),
     ],
+    indirect=["family"],
 )
 def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
     """Several tiles of rows, one row, sizes that are no powers of two, the largest."""
@@ -187,13 +196,18 @@ def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    "page, dtype",
+    "family, page, dtype",
     [
-        (16, "int8"),
-        (96, "int8"),
-        (256, "bfloat16"),
-        pytest.param(64, "bfloat16", marks=pytest.mark.exhaustive),
+        (TPU, 16, "int8"),
+        (TPU, 96, "int8"),
+        pytest.param(HOPPER, 16, "int8", **OF_HOPPER),
+        pytest.param(HOPPER, 256, "bfloat16", **OF_HOPPER),
+        pytest.param(TPU, 256, "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param(TPU, 64, "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param(HOPPER, 96, "int8", marks=FOR_RELEASES),
+        pytest.param(HOPPER, 64, "bfloat16", marks=FOR_RELEASES),
     ],
+    indirect=["family"],
 )
 def test_pages(family, page, dtype):
     """Pages smaller than a block, as large, larger, and of a size that no block is a multiple of."""

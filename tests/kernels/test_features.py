@@ -19,20 +19,14 @@ REFUSED = {
     HOPPER: {"mask_of_keys", "small_head", "decode_three", "three_batch_dimensions"},
 }
 
-# A call for each way in which programs differ: which arrays there are, and which sizes. All else
-# that a call may say is data, or options that these have, too. TPU kernels have others of them in
-# small blocks (`tpu/test_blocks.py`).
-BOTH = {
-    "alibi_causal_rows",
-    "bias_infinite",
-    "dropout",
-    "everything",
-    "head_192_128",
-    "mask_TS",
-    "segments_unsorted",
-    "soft_cap",
+# Calls whose programs differ by which arrays there are, and by sizes. What else a call may say is
+# data, or an option of `test_all_at_once`. TPU kernels have others in small blocks
+# (`tpu/test_blocks.py`).
+BOTH = {"alibi_causal_rows", "bias_infinite", "head_192_128", "segments_unsorted"}
+SIGNATURES = {
+    TPU: BOTH | {"mask_TS", "small_head"},
+    HOPPER: BOTH | {"dropout", "lengths_zero", "positions"},
 }
-SIGNATURES = {TPU: BOTH | {"small_head"}, HOPPER: BOTH | {"lengths_zero", "positions"}}
 
 
 def calls():
