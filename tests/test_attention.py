@@ -29,6 +29,7 @@ IN_CI = {
     *("alibi", "bias_TS", "bias_BNTS", "bias_N1", "dropout_broadcast", "window_pair", "one_key"),
     *("nothing", "mask_object", "one_query_one_key", "window_open_left", "decode_three", "prefix"),
     *("mask_of_keys", "bias_B11S", "bias_infinite", "three_batch_dimensions", "causal_offset"),
+    *("alibi_causal_rows", "head_192_128"),
 }
 
 
@@ -53,9 +54,8 @@ def test_features(small_blocks, group, dtype):
     precision.check([cases.make(name, DTYPES[dtype]) for name in cases.GROUPS[group]])
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=() if d == "bfloat16" else pytest.mark.ci) for d in DTYPES]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outliers(dtype):
     # As users run it: fully optimized, with the block sizes and the choice that come by default.
     call = cases.make("causal_offset", DTYPES[dtype], outliers=True)
@@ -91,6 +91,7 @@ def test_groups_and_head_sizes(small_blocks, G, H):
     precision.check(precision.Call(arrays, dict(is_causal=True, q_offset=90)))
 
 
+@pytest.mark.ci
 def test_plain_is_jax_nn():
     # The yardstick is not made long by us: jax.nn errs as plain attention does.
     call = cases.make("causal", jnp.bfloat16)
@@ -266,7 +267,9 @@ def test_float16_gradients_that_are_representable(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
-@pytest.mark.parametrize("T", [40, 4], ids=["grouped", "folded"])
+@pytest.mark.parametrize(
+    "T", [pytest.param(40, marks=pytest.mark.ci, id="grouped"), pytest.param(4, id="folded")]
+)
 def test_head_order(small_blocks, implementation, T):
     """Query head n reads key/value head n // G: what repeating K and V along the heads means."""
     N, K = 12, 3

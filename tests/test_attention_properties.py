@@ -16,7 +16,7 @@ from tests.cases import Shape
 from tests.precision import Call
 
 QUICK = settings(
-    max_examples=3,
+    max_examples=8,
     phases=[Phase.explicit, Phase.generate],  # shrinking would compile a hundred programs
     deadline=None,
     derandomize=True,
@@ -88,6 +88,7 @@ def calls(draw, dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)):
     return call
 
 
+@pytest.mark.ci
 @QUICK
 @given(call=calls())
 def test_any_call(small_blocks, call):

@@ -73,6 +73,7 @@ def test_only_what_it_is_lowered_for_is_traced(monkeypatch):
         assert kernels(lowered(gradients, arrays, "cpu")) == (0, 0)
 
 
+@pytest.mark.ci
 def test_blocks_of_a_tpu_that_is_not_known_are_those_of_the_least():
     unknown = lowered(gradients, LONG, "tpu")
     with _jax_compat.use_abstract_device(_jax_compat.LEAST_TPU, 1, "tpu", None):

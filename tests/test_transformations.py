@@ -135,6 +135,7 @@ class TestVmap:
             want = exact_loss(many[n], k, v)[1]
             close([g[n] for g in got], [want["query"], want["key"]], 2e-4)
 
+    @pytest.mark.ci
     @pytest.mark.parametrize("q_len", [T, 2])
     def test_over_heads(self, attend, q_len):
         # A group at a time is the same as all: in_axes need not be the batch.
@@ -311,7 +312,13 @@ class TestShardMap:
         close(jax.jit(program)(*inputs()), reference.attend(*inputs(), is_causal=True).out)
 
 
-@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(P("x"), id="batch"),
+        pytest.param(P(None, None, "x"), id="heads", marks=pytest.mark.ci),
+    ],
+)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_sharded_arrays(attend, kind, spec):
     """Plain jit over sharded arrays: the compiler cuts it, or (explicit) the types say how."""
@@ -436,6 +443,7 @@ class TestStaging:
             close(got, want.out)
         assert len(traces) == 1
 
+    @pytest.mark.ci
     def test_inside_while_loop(self, attend):
         q, k, v = inputs()
 

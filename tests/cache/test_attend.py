@@ -308,6 +308,7 @@ def test_positions_of_the_query():
     np.testing.assert_allclose(out, want, atol=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "kind, dtype, cap, implementation",
     [

@@ -38,6 +38,9 @@ def calls():
             yield pytest.param(family, ("tokens", "heads")[i % 2], name, marks=marks)
 
 
+@pytest.mark.parametrize(
+    "family", [TPU, pytest.param(HOPPER, marks=[pytest.mark.hopper, pytest.mark.ci])]
+)
 def test_all_at_once(interpreted, family):
     """The everyday call: every array and option that there is, in two tiles of rows and of keys."""
     rng, shape = np.random.default_rng(4), cases.Shape(B=2, T=72, S=104, H=32, h=16)

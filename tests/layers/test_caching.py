@@ -80,10 +80,10 @@ OPTIONS = {
     [
         ("linen", "MultiHeadAttention", "dense", "float32", "sinks"),
         ("nnx", "SelfAttention", "ring", "float32", "window"),
-        ("linen", "GroupedQueryAttention", "ring", "bfloat16", "fused"),
-        ("nnx", "GroupedQueryAttention", "dense", "int8", "scores"),
         ("linen", "MultiQueryAttention", "paged", "float32", "none"),
         *ci(
+            ("linen", "GroupedQueryAttention", "ring", "bfloat16", "fused"),
+            ("nnx", "GroupedQueryAttention", "dense", "int8", "scores"),
             ("nnx", "MultiHeadAttention", "paged", "bfloat16", "fused"),
             ("linen", "SelfAttention", "dense", "float8_e4m3fn", "window"),
             ("linen", "GroupedQueryAttention", "paged", "int4", "scores"),

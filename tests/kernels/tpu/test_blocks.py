@@ -32,7 +32,6 @@ CALLS = [
     ("fused", "tokens", 1, "sinks_empty_rows"),
     ("split", "heads", 1, "positions"),
 ]
-EVERYDAY = CALLS[:1]
 
 
 @pytest.fixture
@@ -42,9 +41,10 @@ def small_blocks(request, monkeypatch):
     monkeypatch.setattr(tiles, "backward_tiles", lambda *_: way)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "small_blocks, layout, cores, name",
-    [pytest.param(*x, marks=() if x in EVERYDAY else pytest.mark.ci) for x in CALLS],
+    CALLS,
     indirect=["small_blocks", "layout", "cores"],
 )
 def test_features(interpreted, small_blocks, layout, name):
