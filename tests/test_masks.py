@@ -20,7 +20,7 @@ T, S, B = 13, 17, 3
 RNG = np.random.default_rng(0)
 Q_IDS, KV_IDS = RNG.integers(0, 3, (B, T)), RNG.integers(0, 3, (B, S))
 PER_ROW = np.array([0, 5, -3])
-Q_LENGTHS, KV_LENGTHS = np.array([13, 0, 4]), np.array([0, 17, 9])
+Q_LENGTHS, KV_LENGTHS = np.array([13, 0, 4]), np.array([0, 17, 7])
 DENSE = RNG.random((B, 4, T, S)) < 0.5
 
 # name -> (mask, the reference's options for the same)
