@@ -78,6 +78,19 @@ class TestExplanation:
                 "tpu": "mosaic_tpu",
             }
 
+    @pytest.mark.parametrize("platform", sorted(PLATFORMS))
+    def test_chunked_from_two_million_scores(self, platform):
+        """Where no kernel takes the call (here: the head size), B N T S alone decides."""
+
+        def chosen(B, T, S, N, K):
+            q, kv = (jax.ShapeDtypeStruct((B, *x, 512), jnp.float32) for x in ((T, N), (S, K)))
+            return explain(q, kv, kv, is_causal=True).by_platform[platform]
+
+        assert 2 * 16 * 64 * 1024 == 2**21
+        assert chosen(B=2, T=64, S=1024, N=16, K=2) == "xla_chunked"
+        for fewer in (dict(B=1), dict(T=63), dict(S=1023), dict(N=15, K=3)):
+            assert chosen(**{**dict(B=2, T=64, S=1024, N=16, K=2), **fewer}) == "xla"
+
     def test_text(self):
         text = str(explain())
         for name in NAMES:
