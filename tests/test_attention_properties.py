@@ -22,7 +22,7 @@ QUICK = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(QUICK, max_examples=20)
+THOROUGH = settings(QUICK, max_examples=60)
 
 
 @st.composite
@@ -95,7 +95,7 @@ def test_any_call(small_blocks, call):
     precision.check(call)
 
 
-@pytest.mark.ci
+@pytest.mark.exhaustive
 @THOROUGH
 @given(
     call=calls(),
