@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -27,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Processes that start with what takes seconds to import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "jax", "flax.linen", "flax.nnx", "hypothesis"])
 
 
 def pytest_runtest_setup(item: Any) -> None:
@@ -58,32 +63,39 @@ def table() -> list[dict[str, Any]]:
     return found
 
 
+def child(copy: Path, options: list[str]) -> None:
+    """A pytest in the copy, in a process of its own group."""
+    os.setsid()
+    os.chdir(copy)
+    own = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ.update(own, MUTATIONS_LOG=str(copy.parent / "failed"))
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(copy), *(path for path in sys.path if Path(path) != ROOT / "tests")]
+    said = os.open(copy.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    import pytest
+
+    sys.exit(pytest.main(["-p", "tests.mutations", "-p", "no:cacheprovider", "-q", *options]))
+
+
 def run(copy: Path, options: list[str], timeout: float | None = None) -> dict[str, Any]:
     """One pytest in the copy: the first test that failed, if any, and the end of what it says."""
     log, start = copy.parent / "failed", time.monotonic()
     log.unlink(missing_ok=True)
-    paths = {"PYTHONPATH": str(copy), "MUTATIONS_LOG": str(log), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "tests.mutations", "-p", "no:cacheprovider"]
-    pytest = subprocess.Popen(
-        [*command, "-q", "--tb=short", *options], cwd=copy, env={**os.environ, **paths}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    code, output = None, ""
+    pytest = FORKS.Process(target=child, args=(copy, options))
+    pytest.start()
     try:
-        output, _ = pytest.communicate(timeout=timeout)
-        code = pytest.returncode
-    except subprocess.TimeoutExpired:
-        pass
-    finally:  # the workers, too, and when this is interrupted
+        pytest.join(timeout)
+        code = pytest.exitcode
+    finally:  # its workers, too, and when this is interrupted
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pytest.pid, signal.SIGKILL)
-        pytest.wait()
-    found = {"seconds": round(time.monotonic() - start, 1), "said": output.splitlines()[-40:]}
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
     if code in (0, 5):
         return {**found, "outcome": "no test" if code else "survived"}
-    if log.exists():
-        return {**found, "outcome": "killed", **json.loads(log.read_text().splitlines()[0])}
-    return {**found, "outcome": "killed", "by": "timeout" if code is None else "import or crash"}
+    found |= {"outcome": "killed", "by": "timeout" if code is None else "import or crash"}
+    return {**found, **json.loads(log.read_text().splitlines()[0])} if log.exists() else found
 
 
 def main() -> None:
@@ -112,7 +124,7 @@ def main() -> None:
         )
         print(f"{plain['outcome']:8} {plain['seconds']:6.1f} s  without a mutation", flush=True)
         if plain["outcome"] != "survived":
-            sys.exit("\n".join(plain["said"]))
+            sys.exit((copy.parent / "said").read_text())
         for one in mutations:
             target, name = copy / one["file"], one["name"]
             text = target.read_text()
