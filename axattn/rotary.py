@@ -35,6 +35,7 @@ write in one of two ways:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import operator
@@ -528,29 +529,35 @@ class RotaryEmbedding:
           TypeError: ``x`` not floating-point, ``positions`` not integers.
         """
         x, positions = jnp.asarray(x), jnp.asarray(positions)
-        rotary_dim = _check_arguments(x, positions, self.rotary_dim)
-        dtype = accumulator(x.dtype)
-        cos, sin = rotary_cos_sin(
-            positions, rotary_frequencies(rotary_dim, self.base, self.scaling), dtype
-        )
-        factor = yarn_attention_factor(self.scaling)
-        if factor != 1.0:
-            cos, sin = cos * factor, sin * factor
-        # The same for every head, and along the leading dimensions that positions lack.
-        axes = (*range(x.ndim - 2 - positions.ndim), -2)
-        cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)
+        return _rotate(x, positions, self)
 
-        rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        half = rotary_dim // 2
-        if self.interleaved:
-            pairs = rotated.reshape(*x.shape[:-1], half, 2)
-            first, second = pairs[..., 0], pairs[..., 1]
-        else:
-            first, second = rotated[..., :half], rotated[..., half:]
-        first, second = first.astype(dtype), second.astype(dtype)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        if self.interleaved and not self.output_halves:
-            result = jnp.stack(turned, axis=-1).reshape(rotated.shape)
-        else:
-            result = jnp.concatenate(turned, axis=-1)
-        return jnp.concatenate([result.astype(x.dtype), rest], axis=-1)
+
+# One program where nothing else is traced, instead of one for each operation.
+@functools.partial(jax.jit, static_argnames="embedding", inline=True)
+def _rotate(x: jax.Array, positions: jax.Array, embedding: RotaryEmbedding) -> jax.Array:
+    rotary_dim = _check_arguments(x, positions, embedding.rotary_dim)
+    dtype = accumulator(x.dtype)
+    cos, sin = rotary_cos_sin(
+        positions, rotary_frequencies(rotary_dim, embedding.base, embedding.scaling), dtype
+    )
+    factor = yarn_attention_factor(embedding.scaling)
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    # The same for every head, and along the leading dimensions that positions lack.
+    axes = (*range(x.ndim - 2 - positions.ndim), -2)
+    cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)
+
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    half = rotary_dim // 2
+    if embedding.interleaved:
+        pairs = rotated.reshape(*x.shape[:-1], half, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = rotated[..., :half], rotated[..., half:]
+    first, second = first.astype(dtype), second.astype(dtype)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    if embedding.interleaved and not embedding.output_halves:
+        result = jnp.stack(turned, axis=-1).reshape(rotated.shape)
+    else:
+        result = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([result.astype(x.dtype), rest], axis=-1)

@@ -48,7 +48,7 @@ def tokens(
     """Query, key and value of so many tokens."""
     rng = np.random.default_rng(seed)
     shapes = (kv_heads * group, head_dim), (kv_heads, head_dim), (kv_heads, value_dim)
-    return [jnp.asarray(rng.normal(size=(batch, length, *s)), dtype) for s in shapes]
+    return [jnp.asarray(rng.normal(size=(batch, length, *s)).astype(dtype)) for s in shapes]
 
 
 append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))

@@ -43,7 +43,7 @@ def arrays(rng, shape: Shape, dtype, *, outliers: bool = False) -> dict[str, jax
         x = rng.normal(size=(*shape.lead, *size))
         if outliers:
             x = x + rng.normal(scale=10, size=x.shape) * (rng.random(x.shape) < 0.001)
-        return jnp.asarray(x, dtype)
+        return jnp.asarray(x.astype(dtype))
 
     s = shape
     return {
@@ -73,7 +73,7 @@ def make(name: str, dtype, *, outliers: bool = False) -> Call:
     call.options.update(options or {})
     for extra in ("bias", "sinks"):
         if extra in call.options:
-            call.inputs[extra] = jnp.asarray(call.options.pop(extra), dtype)
+            call.inputs[extra] = jnp.asarray(call.options.pop(extra).astype(dtype))
     return call
 
 

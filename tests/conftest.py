@@ -25,8 +25,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 # LLVM: the program that XLA hands to it is the same. `precision.optimized_jit` has them.
 jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11):  # and, where this can be chosen, with the older code generator
-    older = "--xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{older} {os.environ.get('XLA_FLAGS', '')}"
+    older, given = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    if older not in given:  # as a worker of pytest-xdist has them; the cache tells flags apart
+        os.environ["XLA_FLAGS"] = f"{older} {given}"
 
 
 def pytest_configure(config):
@@ -58,6 +59,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("aot"):
             item.fixturenames.insert(0, "compiled_anew")
+    gc.freeze()  # modules and tests stay: they need not be searched
 
 
 # Python looks for cycles again and again while programs are traced, a fifth of these tests' time.
@@ -71,9 +73,9 @@ def _forget_programs():
     """JAX keeps thousands of compiled programs alive; these tests would take gigabytes."""
     yield
     n = next(_tests)
-    if n % 200 == 0:
+    if n % 400 == 0:
         jax.clear_caches()
-    if n % 50 == 0:
+    if n % 100 == 0:
         gc.collect()
 
 

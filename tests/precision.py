@@ -71,8 +71,8 @@ class Call:
         rng = np.random.default_rng(self.seed)
         query, value = self.inputs["query"], self.inputs["value"]
         shape = (*query.shape[:-1], value.shape[-1])
-        dout = jnp.asarray(rng.normal(size=shape), query.dtype)
-        return dout, jnp.asarray(rng.normal(size=shape[:-1]), jnp.float32)
+        dout = jnp.asarray(rng.normal(size=shape).astype(query.dtype))
+        return dout, jnp.asarray(rng.normal(size=shape[:-1]).astype(jnp.float32))
 
     @functools.cached_property
     def exact_results(self) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ class Call:
         is exact, like that of a query with one key, allows nothing.
         """
         out, (dout, _) = self.exact.out, self.cotangents
-        rounding = np.abs(np.asarray(jnp.asarray(out, dout.dtype)).astype(np.float64) - out)
+        rounding = np.abs(out.astype(dout.dtype).astype(np.float64) - out)
         moved = (rounding * np.abs(reference.f64(dout))).sum(-1)
         return self.exact.gradients(np.zeros_like(out), moved, of_magnitudes=True)
 
@@ -116,7 +116,7 @@ class Call:
     def poisoned(self) -> dict[str, jax.Array]:
         """The inputs with NaN in the slots that must not be read."""
         return {
-            name: jnp.where(self.poison[name][..., None, None], jnp.nan, x).astype(x.dtype)
+            name: np.where(self.poison[name][..., None, None], np.nan, x).astype(x.dtype)
             if name in self.poison
             else x
             for name, x in self.inputs.items()
@@ -184,11 +184,11 @@ def plain_results(call: Call) -> dict[str, np.ndarray]:
         sinks = np.asarray(call.inputs["sinks"]).astype(np.float32)
     found = _plain(
         {name: call.inputs[name] for name in ("query", "key", "value")},
-        jnp.asarray(added),
-        jnp.asarray(sinks),
+        added,
+        sinks,
         np.array(exact.allowed),
         np.broadcast_to(exact.inputs["kept"], shape).astype(np.float32),
-        jnp.float32(exact.inputs["scale"]),
+        np.float32(exact.inputs["scale"]),
         call.cotangents,
         cap=exact.inputs["cap"],
     )

@@ -82,9 +82,9 @@ def calls(draw, dtypes=(jnp.float32, jnp.bfloat16, jnp.float16)):
         options["dropout_rng"] = jax.random.key(draw(st.integers(0, 100)))
         options["broadcast_dropout"] = draw(st.booleans())
     if some():
-        call.inputs["bias"] = jnp.asarray(rng.normal(size=broadcast_shape()), dtype)
+        call.inputs["bias"] = jnp.asarray(rng.normal(size=broadcast_shape()).astype(dtype))
     if some():
-        call.inputs["sinks"] = jnp.asarray(rng.normal(size=shape.N), dtype)
+        call.inputs["sinks"] = jnp.asarray(rng.normal(size=shape.N).astype(dtype))
     return call
 
 

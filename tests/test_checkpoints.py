@@ -22,7 +22,7 @@ N, E = 8, 32
 
 
 def x(seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, E)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, E)).astype(jnp.float32))
 
 
 def made(module, *rest):

@@ -117,10 +117,10 @@ def test_backward_drops_what_forward_dropped(force_blocks, implementation, T):
     force_blocks(16, 24)
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.normal(size=(B, n, heads, 8)), jnp.float32)
+        jnp.asarray(rng.normal(size=(B, n, heads, 8)).astype(jnp.float32))
         for n, heads in ((T, N), (S, K), (S, K))
     )
-    dout = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    dout = jnp.asarray(rng.normal(size=q.shape).astype(jnp.float32))
 
     @jax.jit
     def program(q, k, v):
@@ -140,7 +140,7 @@ def test_backward_drops_what_forward_dropped(force_blocks, implementation, T):
 
 def test_expectation_is_attention_without_dropout():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(3))
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)).astype(jnp.float32)) for _ in range(3))
     keys = jax.random.split(KEY, 2000)
     mean = jax.jit(jax.vmap(lambda key: attend(q, k, v, rng=key, rate=0.5)))(keys).mean(0)
     np.testing.assert_allclose(mean, reference.attend(q, k, v).out, atol=0.12)
@@ -170,7 +170,7 @@ def test_rate_zero_needs_no_key_and_does_nothing():
 
 def test_lse_does_not_know_of_dropout():
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(2))
+    q, k = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)).astype(jnp.float32)) for _ in range(2))
     _, lse = jax.jit(lambda q, k: attend(q, k, k, return_residual=True))(q, k)
     plain = reference.attend(q, k, k).lse
     np.testing.assert_allclose(lse, plain, rtol=1e-5)

@@ -33,7 +33,7 @@ def arrays(seed=0, dtype=jnp.float32, length=T):
     found = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     found["key_up"] *= R**-0.5
     found["value_up"] *= R**-0.5
-    return {name: jnp.asarray(x, dtype) for name, x in found.items()}
+    return {name: jnp.asarray(x.astype(dtype)) for name, x in found.items()}
 
 
 def exact(query, latent, key_rope, key_up, value_up, **options):

@@ -30,7 +30,7 @@ SIZES = dict(
 
 
 def inputs(seed=1, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, T, E)), dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, T, E)).astype(dtype))
 
 
 def linen(**fields):

@@ -345,7 +345,7 @@ def test_errors(make, error, words):
 
 def test_mask_and_arguments_say_the_same():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.float32) for n in (T, S, S))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)).astype(jnp.float32)) for n in (T, S, S))
     lengths = np.array([17, 9])
     by_arguments = axattn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=(4, 1), key_value_seq_lengths=lengths

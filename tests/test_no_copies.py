@@ -284,7 +284,9 @@ class TestSkipping:
         """NaN in keys and values that no query before them may see, and without lengths."""
         force_blocks(16, 16)
         rng = np.random.default_rng(0)
-        q, k, v = (jnp.asarray(rng.normal(size=(1, 64, 2, 8)), jnp.float32) for _ in range(3))
+        q, k, v = (
+            jnp.asarray(rng.normal(size=(1, 64, 2, 8)).astype(jnp.float32)) for _ in range(3)
+        )
         poisoned = [x.at[:, 48:].set(jnp.nan) for x in (k, v)]
 
         def loss(q, k, v):

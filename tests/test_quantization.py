@@ -37,7 +37,7 @@ def test_the_top_keeps_its_value_and_codes_are_symmetric(dtype):
     np.testing.assert_allclose(back[1, :2], [1e-30, -1e-30], rtol=1e-6)
     np.testing.assert_allclose(back[2, 0], 6e4, rtol=1e-6)
     if dtype != "float8_e4m3fn":
-        many = jnp.asarray(np.random.default_rng(1).normal(size=(1000, 16)), jnp.float32)
+        many = jnp.asarray(np.random.default_rng(1).normal(size=(1000, 16)).astype(jnp.float32))
         codes = np.asarray(quantize(many, dtype).codes).astype(int)
         assert codes.min() == -LIMITS[dtype]
         assert codes.max() == LIMITS[dtype]
@@ -104,7 +104,7 @@ def test_floats_are_not_quantized():
 
 
 def test_under_jit_and_vmap():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 6, 8)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 6, 8)).astype(jnp.float32))
     plain = quantize(x, "int8")
     for function in (
         jax.jit(lambda x: quantize(x, "int8")),

@@ -74,7 +74,7 @@ def reference(x, positions, frequencies, *, interleaved=False, factor=1.0):
 
 
 def random(shape, dtype=np.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,7 +33,7 @@ def attend(request, force_blocks):
 def inputs(seed=0, *, lead=(B,), q_len=T, heads=N):
     rng = np.random.default_rng(seed)
     shapes = (q_len, heads, H), (S, K, H), (S, K, h)
-    return [jnp.asarray(rng.normal(size=(*lead, *shape)), jnp.float32) for shape in shapes]
+    return [jnp.asarray(rng.normal(size=(*lead, *shape)).astype(jnp.float32)) for shape in shapes]
 
 
 def close(got, want, tolerance=2e-5):
@@ -172,7 +172,7 @@ def test_scan_over_layers_with_remat(attend):
     """A stack of layers as models write it, against the same layers in a Python loop."""
     rng = np.random.default_rng(0)
     width, layers = N * H, 3
-    x = jnp.asarray(rng.normal(size=(2, T, width)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, T, width)).astype(jnp.float32))
     scale = width**-0.5
     weights = {
         "q": jnp.asarray(rng.normal(size=(layers, width, N, H)) * scale, jnp.float32),
@@ -366,8 +366,10 @@ class TestForwardMode:
         """Tangents of a value, of a gradient and of tangents are those of the einsum."""
         rng = np.random.default_rng(0)
         shapes = ((2, 24, heads, 8), (2, 40, 2, 8), (2, 40, 2, 6), (1, heads, 24, 40), (heads,))
-        x = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-        tangents = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+        x = tuple(jnp.asarray(rng.normal(size=shape).astype(jnp.float32)) for shape in shapes)
+        tangents = tuple(
+            jnp.asarray(rng.normal(size=shape).astype(jnp.float32)) for shape in shapes
+        )
 
         def results(name):
             def loss(query, key, value, bias, sinks):

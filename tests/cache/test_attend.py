@@ -65,8 +65,8 @@ def check(query, lengths, cache, out, lse=None, *, first=0, **options):
     sinks = options.get("sinks")
     plain = _plain(
         query,
-        jnp.asarray(key, dtype),
-        jnp.asarray(value, dtype),
+        key.astype(dtype),
+        value.astype(dtype),
         np.asarray(exact.allowed),
         bias,
         np.full(query.shape[2], -np.inf, np.float32) if sinks is None else np.asarray(sinks),

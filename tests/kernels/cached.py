@@ -66,7 +66,7 @@ def paged(page, dtype="bfloat16", *, head_dim):
 
 def queries(tokens, heads, head_dim, seed=3, dtype="bfloat16"):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)), dtype)
+    return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)).astype(dtype))
 
 
 def attend(family, cache, query, *, tiles=None, cores=1, interpret=True, **options):

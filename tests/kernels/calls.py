@@ -39,7 +39,9 @@ def shapes(B=1, T=1024, S=1024, N=8, K=2, H=128, h=None, dtype=jnp.bfloat16):
 def arrays(B, T, S, N, K, H, h=None, dtype=jnp.bfloat16, seed=0):
     """Query, key and value."""
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=size), dtype) for size in _sizes(B, T, S, N, K, H, h)]
+    return [
+        jnp.asarray(rng.normal(size=size).astype(dtype)) for size in _sizes(B, T, S, N, K, H, h)
+    ]
 
 
 def make_call(B, T, S, N, K, H, h=None, dtype=jnp.bfloat16, seed=0, **options):

@@ -45,8 +45,8 @@ def test_all_at_once(interpreted, family):
     """The everyday call: every array and option that there is, in two tiles of rows and of keys."""
     rng, shape = np.random.default_rng(4), cases.Shape(B=2, T=72, S=104, H=32, h=16)
     inputs = cases.arrays(rng, shape, jnp.bfloat16)
-    inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 72, 104)), jnp.bfloat16)
-    inputs["sinks"] = jnp.asarray(rng.normal(size=4), jnp.bfloat16)
+    inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 72, 104)).astype(jnp.bfloat16))
+    inputs["sinks"] = jnp.asarray(rng.normal(size=4).astype(jnp.bfloat16))
     lengths = np.array([101, 60])
     options = dict(
         mask=rng.random((2, 4, 72, 104)) < 0.8,

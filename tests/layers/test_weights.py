@@ -41,7 +41,7 @@ OPTIONS = {
 def arrays(lead, kv_heads, dtype=jnp.float32):
     shapes = ((T, N, H), (S, kv_heads, H), (S, kv_heads, 6))
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.normal(size=(*lead, *shape)), dtype) for shape in shapes)
+    return tuple(jnp.asarray(rng.normal(size=(*lead, *shape)).astype(dtype)) for shape in shapes)
 
 
 SHAPES = [((), 4), ((2,), 2), ((2, 3), 1)]  # batch dimensions and K

@@ -53,7 +53,7 @@ def call_of(mask, heads, dtype=jnp.float32):
     call = Call(cases.arrays(rng, shape, dtype), MASKS[mask](rng))
     for extra in ("bias", "sinks"):
         if extra in call.options:
-            call.inputs[extra] = jnp.asarray(call.options.pop(extra), dtype)
+            call.inputs[extra] = jnp.asarray(call.options.pop(extra).astype(dtype))
     if isinstance(call.options.get("mask"), Mask):
         array = np.asarray(call.options["mask"].materialize(T, T))
         call.reference_options = call.options | {"mask": array}
@@ -218,7 +218,7 @@ def test_one_token_on_each_shard(mesh_of, strategy):
     rng = np.random.default_rng(1)
     shape = Shape(B=2, T=8, S=8, N=8, K=8, H=8, h=8)
     call = Call(cases.arrays(rng, shape, jnp.float32), dict(mask=rng.random((2, 8, 1, 8)) < 0.7))
-    call.inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 8, 8)), jnp.float32)
+    call.inputs["bias"] = jnp.asarray(rng.normal(size=(2, 1, 8, 8)).astype(jnp.float32))
     call.options |= dict(is_causal=True, query_segment_ids=np.sort(rng.integers(0, 2, (2, 8)), -1))
     attend = functools.partial(
         parallel.attention, axes=AXES, mesh=mesh_of(context=8), strategy=strategy

@@ -191,7 +191,9 @@ def test_latents(mesh_of):
     R, D, P, heads = 32, 8, 8, 4
     rng = np.random.default_rng(1)
     shapes = (B, 200, heads, D + P), (B, 200, R), (B, 200, P), (R, heads, D), (R, heads, h)
-    query, latents, rope, *ups = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    query, latents, rope, *ups = (
+        jnp.asarray(rng.normal(size=s).astype(jnp.float32)) for s in shapes
+    )
     sizes = {**latent.cache_sizes(R, P), "dtype": "int8"}
     axes = Axes(heads="model", sequence="context")
     mesh = mesh_of(model=2, context=4)
@@ -230,7 +232,7 @@ def nnx_layer():
 @pytest.mark.parametrize("make_layer", [linen_layer, nnx_layer])
 def test_layers_and_prefill(mesh_of, make_layer):
     layer = make_layer()
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 22, 16)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 22, 16)).astype(jnp.float32))
     lengths = np.array([21, 8, 1, 17])
     axes = Axes(batch="data", heads="model", sequence="context")
     sizes = dict(num_kv_heads=2, head_dim=8, dtype="float32")

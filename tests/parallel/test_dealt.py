@@ -28,7 +28,9 @@ def make(kind):
 @pytest.mark.parametrize("kind", ["dense", "paged"])
 def test_a_prompt_and_tokens(mesh_of, kind):
     rng = np.random.default_rng(2)
-    arrays = [jnp.asarray(rng.normal(size=(B, LENGTH, n, H)), jnp.float32) for n in (N, K, K)]
+    arrays = [
+        jnp.asarray(rng.normal(size=(B, LENGTH, n, H)).astype(jnp.float32)) for n in (N, K, K)
+    ]
 
     def run(q, k, v):
         cache, outs = make(kind), []

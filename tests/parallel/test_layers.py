@@ -34,7 +34,7 @@ LATENT = dict(
 
 @pytest.fixture
 def inputs():
-    return jnp.asarray(np.random.default_rng(0).normal(size=(B, T, E)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(0).normal(size=(B, T, E)).astype(jnp.float32))
 
 
 def over(flavour, mesh):

@@ -18,7 +18,7 @@ LENGTHS = np.array([0, 9, 24])  # of rows: without keys, with some in the first 
 def parts():
     """Attention over each of 4 parts of 24 keys, [part, ...], and over all of them."""
     rng = np.random.default_rng(3)
-    q, k, v = (jnp.asarray(rng.normal(size=(3, n, 2, 8)), jnp.float32) for n in (5, 24, 24))
+    q, k, v = (jnp.asarray(rng.normal(size=(3, n, 2, 8)).astype(jnp.float32)) for n in (5, 24, 24))
     attend = axattn.dot_product_attention
     found = [
         attend(

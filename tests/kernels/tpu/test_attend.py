@@ -18,14 +18,14 @@ LENGTHS = np.array([70, 9])
 
 def dense(seed=0, dtype="float32"):
     rng = np.random.default_rng(seed)
-    k, v = (jnp.asarray(rng.normal(size=(2, 70, 2, 128)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 70, 2, 128)).astype(jnp.float32)) for _ in range(2))
     cache = DenseCache.create(2, 128, 2, 128, dtype=dtype)
     return cache.append(k, v, lengths=LENGTHS)
 
 
 def paged(seed=0, dtype="float32"):
     rng = np.random.default_rng(seed)
-    k, v = (jnp.asarray(rng.normal(size=(2, 70, 2, 128)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 70, 2, 128)).astype(jnp.float32)) for _ in range(2))
     cache = PagedCache.create(2, 20, 16, 8, 2, 128, dtype=dtype)
     table = rng.permutation(20)[:16].reshape(2, 8).astype(np.int32)
     return cache.with_table(table).append(k, v, lengths=LENGTHS)
@@ -33,7 +33,7 @@ def paged(seed=0, dtype="float32"):
 
 def query(seed=1, tokens=1):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(2, tokens, 4, 128)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(2, tokens, 4, 128)).astype(jnp.float32))
 
 
 def alike(run, tolerance=1e-5):
