@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 
 from axattn.cache import DenseCache, PagedCache, RingCache
 
@@ -19,11 +18,6 @@ QUANTIZED = ("int8", "float8_e4m3fn", "int4")
 B, K, G, H, h = 3, 2, 3, 16, 8
 N = K * G
 PAGE = 8
-
-
-def ci(*rows):
-    """Rows of a table that everyday tests leave out."""
-    return [pytest.param(*row, marks=pytest.mark.ci) for row in rows]
 
 
 def make(
@@ -55,10 +49,10 @@ append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))
 
 
 def grown(cache, key, value, lengths, *, step=8):
-    """The cache with so many of the tokens in each row."""
+    """The cache with so many of the tokens in each row; ``value`` is None where it is in the keys."""
     for at in range(0, key.shape[1], step):
-        here = slice(at, at + step)
-        cache = append(cache, key[:, here], value[:, here], np.clip(lengths - at, 0, step))
+        k, v = jax.tree.map(lambda x, at=at: x[:, at : at + step], (key, value))
+        cache = append(cache, k, v, np.clip(lengths - at, 0, k.shape[1]).astype(np.int32))
     np.testing.assert_array_equal(cache.lengths, lengths)
     return cache
 

@@ -13,6 +13,7 @@ import axattn
 from axattn import Mask
 from tests import cases, precision, reference
 from tests.cases import Shape
+from tests.tiers import ci
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -175,13 +176,8 @@ class TestDropIn:
         "name",
         [
             *("nothing", "causal", "scale_zero", "window", "both_lengths", "mask_of_heads", "all"),
-            *(
-                pytest.param(name, marks=pytest.mark.ci)
-                for name in (
-                    *("scale", "window_pair", "causal_window", "query_lengths", "kv_lengths"),
-                    *("mask", "bias", "one_batch_row"),
-                )
-            ),
+            *ci("scale", "window_pair", "causal_window", "query_lengths", "kv_lengths", "mask"),
+            *ci("bias", "one_batch_row"),
         ],
     )
     def test_same_numbers(self, name):

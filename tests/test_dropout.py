@@ -10,6 +10,7 @@ import pytest
 import axattn
 from tests import reference
 from tests.precision import dropout_words
+from tests.tiers import ci
 
 B, T, N, K, S = 2, 40, 4, 2, 50
 RATE = 0.3
@@ -56,7 +57,7 @@ def test_pattern_is_a_function_of_key_and_indices(usual):
     "blocks, by_row",
     [
         ((16, 24), True),
-        *(pytest.param(b, False, marks=pytest.mark.ci) for b in ((16, 24), (7, 11), (40, 50))),
+        *ci(*((b, False) for b in ((16, 24), (7, 11), (40, 50)))),
     ],
 )
 def test_same_pattern_in_any_blocks(force_blocks, usual, blocks, by_row):
@@ -109,7 +110,7 @@ def test_batch_dimensions_are_rows():
     "implementation, T",
     [
         ("xla", 5),
-        *(pytest.param(*x, marks=pytest.mark.ci) for x in (("xla", 40), ("xla_chunked", 5))),
+        *ci(("xla", 40), ("xla_chunked", 5)),
         ("xla_chunked", 40),
     ],
 )

@@ -19,6 +19,7 @@ from axattn import huggingface
 from axattn.cache import DenseCache, PagedCache, RingCache
 from axattn.rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 from tests.huggingface import GOLDENS, golden, save
+from tests.tiers import ci, exhaustive
 
 MODELS = (
     "llama",
@@ -118,12 +119,8 @@ STEPPED_IN_CI = [
     *(("dense", "deepseek_v2", 1), ("dense", "deepseek_v3_halves", 0), ("dense", "falcon_mqa", 0)),
 ]
 REST = [("dense", *one) for one in [*LAYERS, *SMALL]]
-STEPPED += [pytest.param(*row, marks=pytest.mark.ci) for row in STEPPED_IN_CI]
-STEPPED += [
-    pytest.param(*row, marks=pytest.mark.exhaustive)
-    for row in REST
-    if row not in STEPPED and row not in STEPPED_IN_CI
-]
+STEPPED += ci(*STEPPED_IN_CI)
+STEPPED += exhaustive(*(x for x in REST if x not in STEPPED and x not in STEPPED_IN_CI))
 
 
 @pytest.mark.parametrize("kind, model, layer", STEPPED)

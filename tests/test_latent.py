@@ -13,8 +13,8 @@ import axattn
 from axattn import Mask, latent
 from axattn.cache import DenseCache, PagedCache, RingCache
 from tests import reference
-from tests.caches import ci
 from tests.precision import ULPS
+from tests.tiers import ci
 
 B, T, N, R, D, P, h = 2, 19, 4, 24, 10, 6, 8
 FORMS = ("naive", "absorbed")

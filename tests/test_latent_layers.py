@@ -16,7 +16,7 @@ import axattn.nnx
 from axattn import Mask
 from axattn.cache import DenseCache
 from axattn.rotary import RotaryEmbedding, YarnScaling, yarn_softmax_scale
-from tests.caches import ci
+from tests.tiers import ci
 
 E, T, N = 20, 9, 4
 SIZES = dict(

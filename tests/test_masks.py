@@ -15,6 +15,7 @@ import axattn
 from axattn import Mask
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests.reference import visible
+from tests.tiers import ci
 
 T, S, B = 13, 17, 3
 RNG = np.random.default_rng(0)
@@ -142,10 +143,7 @@ def assert_sound(
 TIGHT = {name for name in MASKS if not name.startswith(("segments", "and", "dense"))}
 
 
-OTHER_BLOCKS = [pytest.param(b, marks=pytest.mark.ci) for b in ((1, 1), (16, 32))]
-
-
-@pytest.mark.parametrize("blocks", [(4, 4), (5, 3), *OTHER_BLOCKS])
+@pytest.mark.parametrize("blocks", [(4, 4), (5, 3), *ci(((1, 1),), ((16, 32),))])
 def test_block_map(blocks):
     found = for_all(lambda mask, positions: mask.block_map(T, S, *blocks, **positions))
     for (name, kind), states in found.items():

@@ -17,6 +17,7 @@ from jax.extend import core
 import axattn
 from axattn import Mask
 from axattn.implementations import chunked_backward, chunked_forward
+from tests.tiers import ci
 
 # K and V repeated to all heads are larger than anything else that a call may hold: T < h.
 B, S, N, K, H, h = 2, 130, 12, 3, 40, 24
@@ -101,10 +102,10 @@ def test_jaxpr(force_blocks, features, implementation, T):
 
 @pytest.mark.parametrize(
     "dtype",
-    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.ci)],
+    [jnp.float32, *ci(jnp.bfloat16)],
     ids=["float32", "bfloat16"],
 )
-@pytest.mark.parametrize("T", [SHORT, pytest.param(SHORTER, marks=pytest.mark.ci), 1])
+@pytest.mark.parametrize("T", [SHORT, *ci(SHORTER), 1])
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 def test_compiled(force_blocks, implementation, T, dtype):
     force_blocks(4, 32)
@@ -258,10 +259,7 @@ class TestSkipping:
         "name",
         [
             *("offset", "lengths", "dense"),
-            *(
-                pytest.param(n, marks=pytest.mark.ci)
-                for n in ("nothing", "window", "no_length", "segments", "prefix", "no_key")
-            ),
+            *ci("nothing", "window", "no_length", "segments", "prefix", "no_key"),
         ],
     )
     def test_blocks_visited(self, visited, name):

@@ -19,6 +19,7 @@ from axattn.cache import DenseCache, PagedCache, RingCache
 from tests import caches
 from tests.parallel import sharded_caches
 from tests.parallel.conftest import mesh_of  # noqa: F401
+from tests.tiers import ci
 
 DTYPES = ("float32", "bfloat16", *caches.QUANTIZED)
 
@@ -59,7 +60,7 @@ CACHES = [
     ("dense", "float32"), ("ring", "bfloat16"), ("dense", "int4"), ("ring", "int8"), ("paged", "float8_e4m3fn"),
     ("paged", "float32"),
 ]  # fmt: skip
-CACHES += caches.ci(*sorted(set(itertools.product(caches.KINDS, DTYPES)) - set(CACHES)))
+CACHES += ci(*sorted(set(itertools.product(caches.KINDS, DTYPES)) - set(CACHES)))
 
 
 @pytest.mark.parametrize("kind, dtype", CACHES)

@@ -18,6 +18,7 @@ from axattn.cache import DenseCache
 from axattn.rotary import RotaryEmbedding
 from tests import cases, reference
 from tests.cases import Shape
+from tests.tiers import ci
 
 EMPTY = {
     "nothing": lambda B, T, S: {},
@@ -110,10 +111,8 @@ def symbolic(shape: Shape, sizes: str) -> list[jax.ShapeDtypeStruct]:
 @pytest.mark.parametrize(
     ("implementation", "sizes"),
     [
-        pytest.param(None, "b", marks=pytest.mark.ci),
         (None, "bts"),
-        pytest.param("xla", "bts", marks=pytest.mark.ci),
-        pytest.param("xla_chunked", "ts", marks=pytest.mark.ci),
+        *ci((None, "b"), ("xla", "bts"), ("xla_chunked", "ts")),
     ],
 )
 def test_symbolic_sizes(implementation, sizes):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import axattn
 from axattn import Mask
 from tests import reference
+from tests.tiers import ci
 
 B, T, S, N, K, H, h = 4, 20, 28, 4, 2, 8, 12
 IMPLEMENTATIONS = ["xla", "xla_chunked"]
@@ -23,7 +24,7 @@ IMPLEMENTATIONS = ["xla", "xla_chunked"]
 with_each = pytest.mark.parametrize("attend", IMPLEMENTATIONS, indirect=True)
 
 
-@pytest.fixture(params=["xla_chunked", pytest.param("xla", marks=pytest.mark.ci)])
+@pytest.fixture(params=["xla_chunked", *ci("xla")])
 def attend(request, force_blocks):
     """The function with one implementation; 20 x 28 is cut into blocks of 8 x 12 with tails."""
     force_blocks(8, 12)
@@ -157,9 +158,7 @@ def test_gradient_of_vmap_sums(attend):
     assert_gradients(got, is_causal=True)
 
 
-@pytest.mark.parametrize(
-    "policy", [None, pytest.param(jax.checkpoint_policies.dots_saveable, marks=pytest.mark.ci)]
-)
+@pytest.mark.parametrize("policy", [None, *ci(jax.checkpoint_policies.dots_saveable)])
 def test_remat(attend, policy):
     loss = loss_of(attend, is_causal=True, logits_soft_cap=3.0)
     wrapped = jax.checkpoint(loss, policy=policy)
@@ -357,9 +356,7 @@ class TestForwardMode:
         [
             ("xla_chunked", 4),
             # Of few rows None takes the one path or the other.
-            pytest.param(None, 2, marks=pytest.mark.ci),
-            pytest.param(None, 4, marks=pytest.mark.ci),
-            pytest.param("xla_chunked", 2, marks=pytest.mark.ci),
+            *ci((None, 2), (None, 4), ("xla_chunked", 2)),
         ],
     )
     def test_all_that_varies(self, small_blocks, implementation, heads):

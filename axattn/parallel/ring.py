@@ -132,10 +132,9 @@ def _backward(ring: Ring, residuals, cotangents):
         found = flash.gradients(ring.ways, local, out, lse, dout, dlse)
         return _added(sums, found, source * keys.key.shape[1]), found.sinks
 
-    inputs_of_sums = _Sums(
-        call.query, call.bias, call.traced_scale, present(call.key), present(call.value)
-    )
-    sums = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), inputs_of_sums)
+    key, value = present(call.key), present(call.value)
+    sums = _Sums(call.query, call.bias, call.traced_scale, key, value)
+    sums = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), sums)
     sums = vary_over(sums, varying_axes(*jax.tree.leaves(call)))
     keys = hop.moving(call)
     sums, sinks = one(keys, sums, 0, True)

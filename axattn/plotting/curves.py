@@ -272,8 +272,7 @@ class _Picture:
     def _label(self, quantity: _Quantity) -> str:
         if self.field != "memory_bytes":
             return quantity.label
-        rows = [row for row in self.panel.rows if row.get("memory_kind") is not None]
-        kinds = {row["memory_kind"] for row in rows}
+        kinds = {row.get("memory_kind") for row in self.panel.rows} - {None}
         if len(kinds) != 1:
             return quantity.label
         (kind,) = kinds

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from axattn import aot
+from tests.tiers import exhaustive
 
 
 def need(name: str) -> str:
@@ -26,9 +27,5 @@ def releases_have_all(names, chosen, *factors):
     """Parametrizes over a product, of which the chosen rows are for every run."""
     rows = list(itertools.product(*factors) if len(factors) > 1 else factors[0])
     assert set(chosen) <= set(rows)
-    many = names.count(",") > 0
-
-    def later(row):
-        return pytest.param(*(row if many else (row,)), marks=pytest.mark.exhaustive)
-
-    return pytest.mark.parametrize(names, [row if row in chosen else later(row) for row in rows])
+    rest = exhaustive(*(row for row in rows if row not in chosen))
+    return pytest.mark.parametrize(names, [*chosen, *rest])

@@ -13,6 +13,7 @@ from axattn import aot, latent
 from axattn.cache import DenseCache
 from axattn.rotary import RotaryEmbedding
 from tests.aot.compilers import need
+from tests.tiers import exhaustive
 
 pytestmark = pytest.mark.aot
 
@@ -47,12 +48,8 @@ def analyze(target, tokens, dtype="bfloat16"):
     return r, cache
 
 
-first = pytest.mark.parametrize(
-    "target", ["v5p", pytest.param("h200", marks=pytest.mark.exhaustive)]
-)
-second = pytest.mark.parametrize(
-    "target", [pytest.param("v5p", marks=pytest.mark.exhaustive), "h200"]
-)
+first = pytest.mark.parametrize("target", ["v5p", *exhaustive("h200")])
+second = pytest.mark.parametrize("target", [*exhaustive("v5p"), "h200"])
 
 
 @first

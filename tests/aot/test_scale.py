@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn import aot, parallel
 from tests.aot.compilers import need
+from tests.tiers import exhaustive
 
 pytestmark = pytest.mark.aot
 
@@ -63,7 +64,7 @@ def sent_forward(kv_heads):
     return (CHIPS - 1) * (2 * one + 4 * tokens), one
 
 
-@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.exhaustive), 1])
+@pytest.mark.parametrize("kv_heads", [*exhaustive(4), 1])
 def test_a_ring_sends_keys_and_values_once_around(kv_heads):
     r = analyze("ring", CHIPS, LENGTH, "fwd", kv_heads)
     assert r.ok and sent(r) == {"collective-permute": sent_forward(kv_heads)[0]}

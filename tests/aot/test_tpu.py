@@ -12,6 +12,7 @@ import pytest
 import axattn
 from axattn import aot
 from tests.aot.compilers import need, releases_have_all
+from tests.tiers import exhaustive
 
 pytestmark = pytest.mark.aot
 
@@ -129,7 +130,7 @@ def test_all_features_compile(chip, dtype):
 
 @pytest.mark.parametrize(
     "length, forward_mib, both_mib",
-    [(8192, 24, 100), pytest.param(32768, 96, 400, marks=pytest.mark.exhaustive)],
+    [(8192, 24, 100), *exhaustive((32768, 96, 400))],
 )
 def test_memory(length, forward_mib, both_mib):
     """Queries and outputs are read and written as they are: only K and V are laid out anew."""
@@ -143,7 +144,7 @@ def test_memory(length, forward_mib, both_mib):
 
 @pytest.mark.parametrize(
     "heads, kv_heads, features",
-    [(16, 2, 2048), pytest.param(64, 8, 3072, marks=pytest.mark.exhaustive)],
+    [(16, 2, 2048), *exhaustive((64, 8, 3072))],
 )
 def test_a_layer_has_no_copies(heads, kv_heads, features):
     """Projections write heads first, and the kernels read them so: nothing is laid out anew."""

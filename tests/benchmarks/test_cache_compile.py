@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.harness import cache_compile, cache_sizes
 from benchmarks.harness.cache_tables import Size
+from tests.tiers import ci
 
 MODEL = dict(layers=32, heads=32, batch=4, page_size=16)
 MAIN = dict(kv_heads=4, head_dim=128, tokens=4096)
@@ -21,11 +22,7 @@ def compiled(kind, dtype, shape, target):
 
 @pytest.mark.parametrize(
     "kind, dtype",
-    [("dense", "int8"), ("paged", "bfloat16")]
-    + [
-        pytest.param(*one, marks=pytest.mark.ci)
-        for one in (("dense", "float8_e4m3fn"), ("paged", "int4"))
-    ],
+    [("dense", "int8"), ("paged", "bfloat16"), *ci(("dense", "float8_e4m3fn"), ("paged", "int4"))],
 )
 def test_cpu_agrees(kind, dtype):
     size = compiled(kind, dtype, MAIN, "cpu")

@@ -16,8 +16,9 @@ from axattn.cache import Cache, DenseCache, PagedCache, RingCache, bytes_per_tok
 from axattn.quantization import quantize
 from axattn.stored import NEVER
 from tests import caches
-from tests.caches import FLOATS, KINDS, PAGE, QUANTIZED, B, H, K, ci, h
+from tests.caches import FLOATS, KINDS, PAGE, QUANTIZED, B, H, K, h
 from tests.precision import optimized_jit
+from tests.tiers import ci
 
 append = caches.append
 extend = jax.jit(lambda cache, q, k, v: cache.extend(q, k, v))

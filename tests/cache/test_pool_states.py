@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 from axattn.cache.pool import PagePool, PoolExhaustedError, UnknownSequenceError
+from tests.tiers import ci, exhaustive
 
 SETTINGS = settings(
     deadline=None,
@@ -438,8 +439,8 @@ class PoolMachine(RuleBasedStateMachine):
     "examples, steps",
     [
         (40, 40),
-        pytest.param(100, 40, marks=pytest.mark.ci),
-        pytest.param(600, 60, marks=pytest.mark.exhaustive),
+        *ci((100, 40)),
+        *exhaustive((600, 60)),
     ],
 )
 def test_pool_against_a_model(examples, steps):

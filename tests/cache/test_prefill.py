@@ -10,6 +10,7 @@ import pytest
 from axattn.cache import prefill
 from tests import caches, reference
 from tests.caches import B, N, h
+from tests.tiers import ci
 
 LENGTHS = np.array([37, 11, 0])
 
@@ -38,7 +39,7 @@ def inputs():
         ("dense", 7),
         ("ring", 40),
         ("paged", 1),
-        *caches.ci(("dense", 64), ("paged", 16), ("ring", 1)),
+        *ci(("dense", 64), ("paged", 16), ("ring", 1)),
     ],
 )
 def test_chunks_do_not_matter(kind, chunk_size):
@@ -98,7 +99,7 @@ def test_a_prompt_that_does_not_fit():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", ["dense", *caches.ci(("ring",))])
+@pytest.mark.parametrize("kind", ["dense", *ci(("ring",))])
 def test_in_shard_map(kind):
     """Rows over devices: each prefills its own."""
     embedding, tokens = inputs()

@@ -16,6 +16,7 @@ import pytest
 
 from examples import data, quality
 from examples.caches import make_caches
+from tests.tiers import exhaustive
 
 pytestmark = pytest.mark.ci
 BATCH, LENGTH = 4, 1024
@@ -74,7 +75,7 @@ def test_a_coarser_cache_would_not_pass(logits, finer, coarser):
 
 @pytest.mark.parametrize(
     "dtype, kind, chunk_size",
-    [("int8", "ring", 512), pytest.param("int4", "paged", 64, marks=pytest.mark.exhaustive)],
+    [("int8", "ring", 512), *exhaustive(("int4", "paged", 64))],
 )
 def test_neither_kind_nor_chunks_matter(logits, dtype, kind, chunk_size):
     """A chunk reads its own keys from the cache, too: as coarse as those of chunks before."""

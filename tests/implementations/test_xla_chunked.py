@@ -12,20 +12,14 @@ import pytest
 from axattn.implementations import blocks
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests import cases, precision
-
-
-def in_ci(*rows):
-    return [
-        pytest.param(*row if isinstance(row, tuple) else (row,), marks=pytest.mark.ci)
-        for row in rows
-    ]
+from tests.tiers import ci
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "lengths",
-        *in_ci(
+        *ci(
             "everything",
             "offset_per_row",
             "packed",
@@ -43,7 +37,7 @@ def test_batch_rows_together(force_blocks, name):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("q, kv", [(112, 200), *in_ci((113, 203), (32, 203), (57, 102))])
+@pytest.mark.parametrize("q, kv", [(112, 200), (113, 203), (32, 203), (57, 102)])
 def test_block_sizes(force_blocks, q, kv):
     """Blocks that share all but one slot, one block, a column of blocks, and tails of one."""
     force_blocks(q, kv)
@@ -54,7 +48,7 @@ def test_block_sizes(force_blocks, q, kv):
     "name, folded",
     [
         *(("decode_three", False), ("causal_offset", True)),
-        *in_ci(("decode_three", True), ("causal_offset", False)),
+        *ci(("decode_three", True), ("causal_offset", False)),
     ],
 )
 def test_forms_of_the_products(force_blocks, name, folded):

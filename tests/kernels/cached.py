@@ -25,9 +25,6 @@ def in_lanes(kind):
     return dict(capacity=256) | (dict(window=256 - MAX_APPEND) if kind == "ring" else {})
 
 
-_append = jax.jit(lambda cache, k, v, n: cache.append(k, v, lengths=n))
-
-
 def filled(kind, dtype="bfloat16", lengths=LENGTHS, *, head_dim, value_dim, kv_heads=K, **options):
     """A poisoned cache with so many tokens in its rows."""
     tokens = int(lengths.max())
@@ -47,11 +44,7 @@ def filled(kind, dtype="bfloat16", lengths=LENGTHS, *, head_dim, value_dim, kv_h
         **options,
     )
     step = MAX_APPEND if kind == "ring" else max(tokens, 1)
-    for i in range(0, tokens, step):
-        here = slice(i, i + step)
-        real = np.clip(lengths - i, 0, k[:, here].shape[1]).astype(np.int32)
-        cache = _append(cache, k[:, here], None if v is None else v[:, here], real)
-    return caches.poisoned(cache)
+    return caches.poisoned(caches.grown(cache, k, v, lengths, step=step))
 
 
 def paged(page, dtype="bfloat16", *, head_dim):
@@ -61,7 +54,7 @@ def paged(page, dtype="bfloat16", *, head_dim):
     table = np.random.default_rng(5).permutation(B * pages + 2)[: B * pages]
     cache = cache.with_table(table.reshape(B, pages))
     _, k, v = caches.tokens(200, head_dim=head_dim, value_dim=head_dim, dtype="bfloat16")
-    return caches.poisoned(_append(cache, k, v, LENGTHS.astype(np.int32)))
+    return caches.poisoned(caches.grown(cache, k, v, LENGTHS, step=200))
 
 
 def queries(tokens, heads, head_dim, seed=3, dtype="bfloat16"):

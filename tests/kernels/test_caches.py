@@ -23,6 +23,7 @@ from tests.kernels.cached import (
     queries,
 )
 from tests.kernels.conftest import HOPPER, TPU
+from tests.tiers import ci, exhaustive
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -141,9 +142,8 @@ def test_kinds(family, kind, dtype, tokens, features, size):
 @pytest.mark.parametrize(
     "dtype, features",
     [
-        pytest.param("bfloat16", ("window", "tree"), marks=pytest.mark.ci),
-        pytest.param("int8", ("cap", "sinks"), marks=pytest.mark.ci),
-        pytest.param("float8_e4m3fn", ("tree",), marks=pytest.mark.exhaustive),
+        *ci(("bfloat16", ("window", "tree")), ("int8", ("cap", "sinks"))),
+        *exhaustive(("float8_e4m3fn", ("tree",))),
     ],
 )
 def test_latent(family, dtype, features):
@@ -181,8 +181,7 @@ FOR_RELEASES = [pytest.mark.hopper, pytest.mark.exhaustive]
         (TPU, 80, 48, 6, 2, 2),
         pytest.param(HOPPER, 128, 64, 16, 1, 5, **OF_HOPPER),
         pytest.param(HOPPER, 256, 256, 4, 2, 1, **OF_HOPPER),
-        pytest.param(TPU, 256, 256, 4, 2, 1, marks=pytest.mark.exhaustive),
-        pytest.param(TPU, 64, 128, 8, 8, 1, marks=pytest.mark.exhaustive),
+        *exhaustive((TPU, 256, 256, 4, 2, 1), (TPU, 64, 128, 8, 8, 1)),
         pytest.param(HOPPER, 80, 48, 6, 2, 2, marks=FOR_RELEASES),
         pytest.param(HOPPER, 64, 128, 8, 8, 1, marks=FOR_RELEASES),
     ],
@@ -202,8 +201,7 @@ def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
         (TPU, 96, "int8"),
         pytest.param(HOPPER, 16, "int8", **OF_HOPPER),
         pytest.param(HOPPER, 256, "bfloat16", **OF_HOPPER),
-        pytest.param(TPU, 256, "bfloat16", marks=pytest.mark.exhaustive),
-        pytest.param(TPU, 64, "bfloat16", marks=pytest.mark.exhaustive),
+        *exhaustive((TPU, 256, "bfloat16"), (TPU, 64, "bfloat16")),
         pytest.param(HOPPER, 96, "int8", marks=FOR_RELEASES),
         pytest.param(HOPPER, 64, "bfloat16", marks=FOR_RELEASES),
     ],

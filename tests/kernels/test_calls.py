@@ -14,6 +14,7 @@ from tests import precision
 from tests.kernels import calls
 from tests.kernels.conftest import HOPPER, TPU
 from tests.precision import Call
+from tests.tiers import ci, exhaustive
 
 DTYPE = {TPU: jnp.float32, HOPPER: jnp.bfloat16}
 TOLERANCE = {TPU: 1e-4, HOPPER: 0.05}
@@ -57,8 +58,7 @@ def squares(out):
 @pytest.mark.parametrize(
     "family, scale",
     [
-        pytest.param(TPU, -0.2, marks=pytest.mark.ci),
-        pytest.param(TPU, 0.0, marks=pytest.mark.ci),
+        *ci((TPU, -0.2), (TPU, 0.0)),
         pytest.param(HOPPER, -0.2, marks=[pytest.mark.hopper, pytest.mark.exhaustive]),
         pytest.param(HOPPER, 0.0, marks=[pytest.mark.hopper, pytest.mark.ci]),
     ],
@@ -105,10 +105,7 @@ SEVERAL_TILES = {
 @of_hopper
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("rows", marks=pytest.mark.ci),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("causal", "ragged")),
-    ],
+    [*ci("rows"), *exhaustive("causal", "ragged")],
 )
 def test_several_tiles_of_rows_and_keys(interpreted, family, arrays, name):
     """Rings go around; full and partial blocks meet in one row; the last tiles are clipped."""

@@ -10,6 +10,7 @@ import pytest
 from tests import cases, precision
 from tests.kernels.conftest import HOPPER, TPU
 from tests.precision import Call
+from tests.tiers import ci, exhaustive
 
 DTYPES = {TPU: (jnp.bfloat16, jnp.float32), HOPPER: (jnp.bfloat16, jnp.float16)}
 
@@ -74,7 +75,7 @@ def test_features(interpreted, family, layout, name):
 
 @pytest.mark.parametrize(
     "dtype",
-    [pytest.param(0, marks=pytest.mark.exhaustive), pytest.param(1, marks=pytest.mark.ci)],
+    [*exhaustive(0), *ci(1)],
     ids=["bfloat16", "other"],
 )
 def test_outliers(interpreted, family, dtype):

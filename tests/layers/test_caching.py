@@ -15,7 +15,7 @@ import axattn.linen
 import axattn.nnx
 from axattn.cache import DenseCache, PagedCache, PagePool, RingCache
 from axattn.rotary import RotaryEmbedding
-from tests.caches import ci
+from tests.tiers import ci
 
 B, T, E, N, H = 3, 24, 32, 4, 8
 LENGTHS = np.array([24, 13, 0])

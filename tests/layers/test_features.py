@@ -12,6 +12,7 @@ from axattn.rotary import LinearScaling, RotaryEmbedding
 from tests import reference
 from tests.layers.apis import NNX, B, E, H, K, Linen, N, T, assert_close, each_api, inputs
 from tests.reference import f64
+from tests.tiers import ci
 
 EVERYTHING = dict(
     rope=RotaryEmbedding(), qk_norm="rms", window=(4, 0), logits_soft_cap=5.0, scale=0.7, sinks=True
@@ -177,7 +178,7 @@ WINDOW = dict(window=3)
 DECODED = [(Linen, ROPE, (2,)), (NNX, WINDOW, (2,)), (Linen, EVERYTHING, ()), (NNX, EVERYTHING, ())]
 MORE = [(Linen, WINDOW, (2,)), (NNX, ROPE, (2,))]
 MORE += [(api, EVERYTHING, (2, 3)) for api in (Linen, NNX)]
-DECODED += [pytest.param(*row, marks=pytest.mark.ci) for row in MORE]
+DECODED += ci(*MORE)
 
 
 @pytest.mark.parametrize("api, fields, lead", DECODED)
@@ -191,7 +192,7 @@ def test_decoding_equals_the_causal_pass(api, fields, lead):
     assert cache["cached_key"].shape == (*lead, T, K, H)
 
 
-@pytest.mark.parametrize("api", [Linen, pytest.param(NNX, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("api", [Linen, *ci(NNX)])
 def test_gradients_reach_all_parameters(api):
     layer = made(api, inputs(), **EVERYTHING, fused_qkv=True)
     grads = layer.gradients(inputs(), is_causal=True)

@@ -13,7 +13,7 @@ import axattn
 import axattn.linen
 from axattn import Mask
 from axattn.layers.weights import attention_weights, weighted_sum
-from tests.caches import ci
+from tests.tiers import ci
 
 T, S, N, H = 5, 7, 4, 8
 

@@ -9,6 +9,7 @@ from axattn import Mask
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from axattn.plotting import axes, plot_mask, style
 from tests.plotting.pictures import check_legible, pixels, rendered
+from tests.tiers import ci
 
 IDS = np.repeat(np.arange(4), [10, 30, 17, 23])
 MASKS = {
@@ -24,8 +25,7 @@ MASKS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["causal", "dense"]
-    + [pytest.param(n, marks=pytest.mark.ci) for n in MASKS if n not in ("causal", "dense")],
+    ["causal", "dense", *ci(*(n for n in MASKS if n not in ("causal", "dense")))],
 )
 def test_blocks_have_the_colours_of_their_states(name):
     """In what is rendered, and elements are seen inside of partial blocks, nowhere else."""

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from axattn.implementations import mosaic_gpu
 from tests.kernels.cached import CAPACITY, B, filled, queries
 from tests.kernels.calls import call_of_cache, make_call
+from tests.tiers import ci
 
 LENGTHS = np.array([200, 65, 4])
 
@@ -177,16 +178,14 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "arrays" else pytest.param(n, marks=pytest.mark.ci) for n in CALLS]
-)
+@pytest.mark.parametrize("name", ["arrays", *ci(*(n for n in CALLS if n != "arrays"))])
 def test_every_handover_is_fenced(hopper, name):
     found = {kernel: Walk(jaxpr) for kernel, jaxpr in CALLS[name]().items()}
     assert {kernel: walk.faults for kernel, walk in found.items()} == dict.fromkeys(found, [])
     assert all(walk.freed for kernel, walk in found.items() if kernel != "axattn_merge")
 
 
-@pytest.mark.parametrize("name", [pytest.param("decode of int8", marks=pytest.mark.ci), "arrays"])
+@pytest.mark.parametrize("name", [*ci("decode of int8"), "arrays"])
 def test_a_missing_fence_is_seen(hopper, name, monkeypatch):
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     found = {kernel: Walk(jaxpr).faults for kernel, jaxpr in CALLS[name]().items()}
