@@ -10,6 +10,8 @@ import os
 # The GPU interpreter blocks a thread of XLA's pool per warpgroup, and needs more than a small
 # machine's pool has. Before JAX starts its CPU backend.
 os.environ.setdefault("NPROC", "16")
+# numpy's products are small here: threads of each worker would wait for those of the others.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
