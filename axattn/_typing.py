@@ -59,7 +59,7 @@ Precision = (
 
 
 def present(value: _Type | None) -> _Type:
-    """``value``, which is not None here: what was found out before says so, in no type's words."""
+    """Return ``value``, for type checkers: they cannot see that it is not None here."""
     assert value is not None
     return value
 

@@ -334,7 +334,7 @@ class Cache(serialization.Serializable, abc.ABC):
                 f"query takes as many tokens as key, got {jnp.shape(query)} and {jnp.shape(key)}; "
                 "append and attend apart take other numbers"
             )
-        # Of a type that is one of two, as `CacheType` is, checkers lose which.
+        # Type checkers see only the common class of all caches here.
         cache = cast(CacheType, self.append(key, value, lengths=lengths))
         written = cache.lengths - self.lengths
         return cache.attend(query, query_seq_lengths=written, **options), cache
