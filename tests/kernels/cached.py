@@ -47,14 +47,14 @@ def filled(kind, dtype="bfloat16", lengths=LENGTHS, *, head_dim, value_dim, kv_h
     return caches.poisoned(caches.grown(cache, k, v, lengths, step=step))
 
 
-def paged(page, dtype="bfloat16", *, head_dim):
+def paged(page, dtype="bfloat16", lengths=LENGTHS, *, head_dim):
     """One of pages of another size."""
-    pages = -(-200 // page)
+    pages, tokens = -(-200 // page), int(lengths.max())
     cache = PagedCache.create(B, B * pages + 2, page, pages, K, head_dim, dtype=dtype)
     table = np.random.default_rng(5).permutation(B * pages + 2)[: B * pages]
     cache = cache.with_table(table.reshape(B, pages))
-    _, k, v = caches.tokens(200, head_dim=head_dim, value_dim=head_dim, dtype="bfloat16")
-    return caches.poisoned(caches.grown(cache, k, v, LENGTHS, step=200))
+    _, k, v = caches.tokens(tokens, head_dim=head_dim, value_dim=head_dim, dtype="bfloat16")
+    return caches.poisoned(caches.grown(cache, k, v, lengths, step=tokens))
 
 
 def queries(tokens, heads, head_dim, seed=3, dtype="bfloat16"):

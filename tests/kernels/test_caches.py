@@ -13,7 +13,6 @@ import pytest
 from axattn import Mask
 from axattn.kernels.tpu.cached_tiles import CachedTiles
 from tests.kernels.cached import (
-    LENGTHS,
     B,
     K,
     attend_and_check,
@@ -102,6 +101,21 @@ ROWS = [
     ("paged", "float32", 4, ("mask of keys",), 128),
     ("paged", "int4", 1, ("bias of all heads",), 128),
 ]
+# Where other things than 6 query heads, 2 of keys and values, and pages of 8 are looked at: several
+# tiles of rows, sizes that are no powers of two, the largest; pages that are smaller than a block, as
+# large, larger, and of a size that no block is a multiple of; keys with a center.
+PARTICULAR = {
+    (TPU, "dense", "bfloat16"): dict(heads=16, kv_heads=1, value_dim=64, capacity=256),
+    (TPU, "dense", "float8_e4m3fn"): dict(head_dim=80, value_dim=48, capacity=256),
+    (TPU, "dense", "int8"): dict(center=True),
+    (TPU, "paged", "int8"): dict(page=16),
+    (TPU, "paged", "bfloat16"): dict(page=96),
+    (HOPPER, "dense", "bfloat16"): dict(heads=16, kv_heads=1, head_dim=128),
+    (HOPPER, "dense", "float8_e4m3fn"): dict(heads=4, head_dim=256, value_dim=256),
+    (HOPPER, "dense", "int8"): dict(center=True),
+    (HOPPER, "paged", "bfloat16"): dict(page=256),
+    (HOPPER, "paged", "float8_e4m3fn"): dict(page=16),
+}
 EVERYDAY = ((TPU, "dense", "bfloat16"), (HOPPER, "paged", "int8"))
 
 
@@ -131,9 +145,19 @@ def rows():
 def test_kinds(family, kind, dtype, tokens, features, size):
     lengths = np.array([200, 65, 0 if kind == "dense" else 4])
     size = size if family == TPU else H[family]
-    slots = in_lanes(kind) if family == TPU and size % 128 else {}
-    cache = filled(kind, dtype, lengths, head_dim=size, value_dim=size, **slots)
-    query = queries(tokens, 6, size, dtype="float32" if dtype == "float32" else "bfloat16")
+    particular = dict(PARTICULAR.get((family, kind, dtype), {}))
+    heads, center = particular.pop("heads", 6), particular.pop("center", False)
+    if "page" in particular:
+        cache = paged(particular["page"], dtype, lengths, head_dim=size)
+    else:
+        slots = in_lanes(kind) if family == TPU and size % 128 else {}
+        sizes = dict(head_dim=size, value_dim=size, kv_heads=K, **slots) | particular
+        if center:
+            shape = sizes["kv_heads"], sizes["head_dim"]
+            sizes["key_center"] = 3 * np.random.default_rng(0).normal(size=shape)
+        cache = filled(kind, dtype, lengths, **sizes)
+    dtype = "float32" if dtype == "float32" else "bfloat16"
+    query = queries(tokens, heads, cache.head_dim, dtype=dtype)
     options, reference = options_of(features, cache, query, lengths)
     how = dict(tiles=CachedTiles(2, 128)) if tokens == 4 else None  # of whose tokens a part is
     attend_and_check(family, cache, query, lengths, reference, how, **options)
@@ -169,18 +193,12 @@ def test_latent_of_deepseek(family):
     attend_and_check(family, filled("ring", **sizes, **in_lanes("ring")), queries(1, 16, 576))
 
 
-OF_HOPPER = dict(marks=pytest.mark.hopper)
 FOR_RELEASES = [pytest.mark.hopper, pytest.mark.exhaustive]
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     "family, head_dim, value_dim, heads, kv_heads, tokens",
     [
-        (TPU, 128, 64, 16, 1, 5),
-        (TPU, 80, 48, 6, 2, 2),
-        pytest.param(HOPPER, 128, 64, 16, 1, 5, **OF_HOPPER),
-        pytest.param(HOPPER, 256, 256, 4, 2, 1, **OF_HOPPER),
         *exhaustive((TPU, 256, 256, 4, 2, 1), (TPU, 64, 128, 8, 8, 1)),
         pytest.param(HOPPER, 80, 48, 6, 2, 2, marks=FOR_RELEASES),
         pytest.param(HOPPER, 64, 128, 8, 8, 1, marks=FOR_RELEASES),
@@ -188,19 +206,13 @@ FOR_RELEASES = [pytest.mark.hopper, pytest.mark.exhaustive]
     indirect=["family"],
 )
 def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
-    """Several tiles of rows, one row, sizes that are no powers of two, the largest."""
     cache = filled("dense", head_dim=head_dim, value_dim=value_dim, kv_heads=kv_heads, capacity=256)
     attend_and_check(family, cache, queries(tokens, heads, head_dim))
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     "family, page, dtype",
     [
-        (TPU, 16, "int8"),
-        (TPU, 96, "int8"),
-        pytest.param(HOPPER, 16, "int8", **OF_HOPPER),
-        pytest.param(HOPPER, 256, "bfloat16", **OF_HOPPER),
         *exhaustive((TPU, 256, "bfloat16"), (TPU, 64, "bfloat16")),
         pytest.param(HOPPER, 96, "int8", marks=FOR_RELEASES),
         pytest.param(HOPPER, 64, "bfloat16", marks=FOR_RELEASES),
@@ -208,15 +220,4 @@ def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
     indirect=["family"],
 )
 def test_pages(family, page, dtype):
-    """Pages smaller than a block, as large, larger, and of a size that no block is a multiple of."""
-    cache = paged(page, dtype, head_dim=H[family])
-    attend_and_check(family, cache, queries(2, 6, H[family]))
-
-
-@pytest.mark.ci
-def test_a_center_of_keys(family):
-    """With two heads of a group in a tile."""
-    size = H[family]
-    center = np.random.default_rng(0).normal(size=(K, size)) * 3
-    cache = filled("dense", "int8", head_dim=size, value_dim=size, key_center=center)
-    attend_and_check(family, cache, queries(20, 8, size), LENGTHS, logits_soft_cap=5.0)
+    attend_and_check(family, paged(page, dtype, head_dim=H[family]), queries(2, 6, H[family]))
