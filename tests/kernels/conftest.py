@@ -10,7 +10,7 @@ import pytest
 
 from axattn import _jax_compat
 from axattn.implementations import mosaic_gpu, mosaic_tpu
-from tests.kernels.interpreter import behind_the_door
+from tests.kernels.interpreter import behind_the_door, numpy_in_callbacks
 
 TPU, HOPPER = "mosaic_tpu", "mosaic_gpu"
 
@@ -74,6 +74,7 @@ def interpreted(request, monkeypatch, family, cores):
         return
     module = mosaic_tpu if family == TPU else mosaic_gpu
     behind_the_door(monkeypatch, family, module.call_refusal)
+    numpy_in_callbacks(monkeypatch)
     yield
     if family == TPU:
         assert not _jax_compat.tpu_races_found()
