@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from axattn import _jax_compat
-from axattn.cache import DenseCache
+from axattn.cache import DenseCache, PagedCache
 from axattn.kernels.tpu import cached as kernel
 from axattn.kernels.tpu import cached_codes, cached_cut, cached_tiles
 from axattn.kernels.tpu.cached_tiles import CachedTiles, refuses
 from tests.cache.test_attend import check
 from tests.kernels import cached
-from tests.kernels.cached import LENGTHS, K, paged
+from tests.kernels.cached import LENGTHS, B, K, paged
 from tests.kernels.calls import call_of_cache
 
 H = 128
@@ -35,6 +35,8 @@ def test_slots_that_would_be_copied_are_refused():
     cache = filled("dense", head_dim=64, value_dim=64)
     call = call_of_cache(cache, queries(1, 6, 64))
     assert "slots of a row in a multiple of 128" in refuses(call)
+    call = call_of_cache(PagedCache.create(B, 8, 4, 2, K, H), queries(1, 6))
+    assert "slots of a page in a multiple of 8, got 4" in refuses(call)
 
 
 @pytest.mark.ci
