@@ -24,7 +24,7 @@ SHORT = {
 # Structures that are a part of an everyday one, with something of their own.
 IN_CI = {
     *("nothing", "mask_object", "one_query_one_key", "window_open_left", "decode_three", "prefix"),
-    *("mask_of_keys", "bias_B11S", "bias_infinite", "three_batch_dimensions", "causal_offset"),
+    *("mask_of_keys", "bias_BNT1", "bias_infinite", "three_batch_dimensions", "causal_offset"),
     *("alibi_causal_rows", "head_192_128", "head_256", "small_head", "two_batch_dimensions"),
     *("packed", "mask_NTS", "mask_of_rows", "bias_BNTS", "dropout_broadcast", "window_open_right"),
 }
