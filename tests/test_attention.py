@@ -268,33 +268,6 @@ def test_float16_gradients_that_are_representable(implementation):
     np.testing.assert_allclose(dvalue.astype(float), 1000.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
-@pytest.mark.parametrize(
-    "T", [pytest.param(40, marks=pytest.mark.ci, id="grouped"), pytest.param(4, id="folded")]
-)
-def test_head_order(small_blocks, implementation, T):
-    """Query head n reads key/value head n // G: what repeating K and V along the heads means."""
-    N, K = 12, 3
-    rng = np.random.default_rng(0)
-    q, k, v = cases.arrays(rng, Shape(2, T, 50, N, K, 16, 24), jnp.float32).values()
-
-    @jax.jit
-    def program(q, k, v):
-        def shared(q, k, v):
-            return axattn.dot_product_attention(q, k, v, implementation=implementation)
-
-        def repeated(q, k, v):
-            k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-            return axattn.dot_product_attention(q, k, v, implementation=implementation)
-
-        out, pull = jax.vjp(shared, q, k, v)
-        expected, expected_pull = jax.vjp(repeated, q, k, v)
-        return (out, pull(out)), (expected, expected_pull(out))
-
-    got, expected = program(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
-
-
 @pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 def test_deterministic(small_blocks, implementation):
