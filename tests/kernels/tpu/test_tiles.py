@@ -58,7 +58,7 @@ def test_one_pass_where_every_core_has_a_share():
 def test_two_blocks_of_keys_are_in_flight():
     """One is used while the next one comes; and 128 rows have three tiles of float32 scores."""
     longer, shorter = (tiles.vmem_bytes(small(8, 1), tiles.FORWARD, 16, n) for n in (256, 128))
-    keys = 128 * (128 + 128) * 2  # in bfloat16, heads of 8 features in a whole lane
+    keys = 128 * (128 + 128) * 2  # bfloat16; heads of 8 features take 128 lanes
     assert longer - shorter == 2 * keys + 3 * 128 * 128 * 4
 
 
