@@ -241,6 +241,13 @@ def sinks_empty_rows(rng, s, call):
     return dict(sinks=rng.normal(size=s.N), is_causal=True, q_offset=np.array([-60, 90]))
 
 
+@case(WIDE)
+def sinks_far_from_scores(rng, s, call):
+    # exp(89) is infinite in float32: the largest of a row's scores and its sink is subtracted.
+    sinks = np.resize([200, -200, 0, 1], s.N)
+    return dict(sinks=sinks, is_causal=True, q_offset=np.array([0, 7]))
+
+
 @case()
 def alibi(rng, s, call):
     slopes = (2.0 ** -np.arange(1, s.N + 1)).astype(np.float32)
@@ -335,7 +342,7 @@ GROUPS = {
     "causal_window": ("causal_window", "offset_per_row"),
     "lengths": ("lengths", "lengths_zero"),
     "segments": ("segments_sorted", "segments_unsorted"),
-    "sinks": ("sinks", "sinks_empty_rows"),
+    "sinks": ("sinks", "sinks_empty_rows", "sinks_far_from_scores"),
 }
 GROUPS |= {name: (name,) for name in CASES if name not in sum(GROUPS.values(), ())}
 

@@ -78,18 +78,31 @@ class TestExplanation:
                 "tpu": "mosaic_tpu",
             }
 
-    @pytest.mark.parametrize("platform", sorted(PLATFORMS))
-    def test_chunked_from_two_million_scores(self, platform):
-        """Where no kernel takes the call (here: the head size), B N T S alone decides."""
+    def chosen(self, B=1, T=1, S=1, N=1, K=1, **options):
+        """For all platforms, where no kernel takes the call (here: the head size)."""
+        q, kv = (jax.ShapeDtypeStruct((B, *x, 512), jnp.float32) for x in ((T, N), (S, K)))
+        (name,) = set(explain(q, kv, kv, **options).by_platform.values())
+        return name
 
-        def chosen(B, T, S, N, K):
-            q, kv = (jax.ShapeDtypeStruct((B, *x, 512), jnp.float32) for x in ((T, N), (S, K)))
-            return explain(q, kv, kv, is_causal=True).by_platform[platform]
-
+    def test_chunked_from_two_million_scores(self):
+        """B N T S alone decides."""
+        sizes = dict(B=2, T=64, S=1024, N=16, K=2)
         assert 2 * 16 * 64 * 1024 == 2**21
-        assert chosen(B=2, T=64, S=1024, N=16, K=2) == "xla_chunked"
+        assert self.chosen(**sizes, is_causal=True) == "xla_chunked"
         for fewer in (dict(B=1), dict(T=63), dict(S=1023), dict(N=15, K=3)):
-            assert chosen(**{**dict(B=2, T=64, S=1024, N=16, K=2), **fewer}) == "xla"
+            assert self.chosen(**{**sizes, **fewer}, is_causal=True) == "xla"
+
+    def test_steps_of_64_rows_may_hold_128_mib_of_logits(self):
+        """More query rows are no decode step: two million scores are the limit again."""
+        assert 4 * 64 * 2**19 == 128 * 2**20
+        assert self.chosen(T=2, N=32, S=2**19) == "xla"
+        assert self.chosen(T=2, N=32, S=2**19 + 1) == "xla_chunked"
+        assert self.chosen(N=65, S=2**15) == "xla_chunked"
+
+    def test_lengths_of_1024_keys_are_worth_skipping(self):
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        for S, name in ((1023, "xla"), (1024, "xla_chunked")):
+            assert self.chosen(T=80, S=S, key_value_seq_lengths=lengths) == name
 
     def test_text(self):
         text = str(explain())
@@ -182,6 +195,12 @@ class TestCudnn:
         H, h = sizes
         q, k, v = half(np.zeros((1, 5, 4, H)), np.zeros((1, 5, 4, H)), np.zeros((1, 5, 4, h)))
         assert word in explain(q, k, v)["cudnn"]
+
+    @pytest.mark.parametrize("T, S", [(4, 6), (5, 6), (4, 7)])
+    def test_mask_arrays_of_odd_lengths(self, T, S):
+        q, kv = half(np.zeros((1, T, 4, 8)), np.zeros((1, S, 2, 8)))
+        why = explain(q, kv, kv, mask=np.ones((T, S), bool))
+        assert ("odd T or S" in str(why["cudnn"])) == bool(T % 2 or S % 2)
 
     @pytest.mark.skipif(jax.default_backend() == "gpu", reason="an attached GPU may take it")
     def test_needs_the_device(self):

@@ -316,6 +316,7 @@ def test_equal_masks_are_equal():
         (lambda: Mask.prefix(np.array([True])), TypeError, ["length", "int"]),
         (lambda: Mask.lengths(q=2.0), TypeError, ["q", "2.0", "int"]),
         (lambda: Mask.lengths(kv=np.ones(3)), TypeError, ["kv", "int"]),
+        (lambda: Mask.lengths(kv=np.array([2**31])), ValueError, ["kv", "int32", "2147483648"]),
         (lambda: Mask.segments(np.ones((2, 3))), TypeError, ["q_ids", "float", "integer"]),
         (lambda: Mask.segments(np.int32(3)), TypeError, ["q_ids", "integer"]),
         (lambda: Mask.dense(np.ones((2, 2))), TypeError, ["mask", "boolean", "float"]),

@@ -280,6 +280,11 @@ def test_yarn_leaves_fast_pairs_and_slows_slow_ones():
     np.testing.assert_allclose(scaled[turns > 40], plain[turns > 40])
     np.testing.assert_allclose(scaled[turns < 0.8], plain[turns < 0.8] / 16)
     assert np.all(np.diff(scaled) < 0)
+    # Here even the last pair turns often. The ramp, from pair 8 on, would end at 31: checkpoints
+    # were trained with a limit that counts features, of which there are twice as many as pairs.
+    scaling = YarnScaling(4.0, 65536, beta_fast=1024.0)
+    slowed = rotary_frequencies(32, 100.0, scaling) / rotary_frequencies(32, 100.0)
+    np.testing.assert_allclose(slowed[[8, 15]], [1, 1 - 3 / 4 * 7 / 23])
 
 
 X = jnp.zeros((2, 5, 3, 8))

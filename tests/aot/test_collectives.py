@@ -113,10 +113,12 @@ TPU = """HloModule jit_f, is_scheduled=true
   ROOT %g = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%q), replica_groups=[1,4]<=[4], dimensions={0}
 }
 
-ENTRY %main (x: f32[64,8], y: bf16[16,8], z: s4[16,8]) -> f32[16,8] {
+ENTRY %main (x: f32[64,8], y: bf16[16,8], z: s4[16,8], w: pred[16,8]) -> f32[16,8] {
   %x = f32[64,8]{1,0:T(8,128)} parameter(0)
   %y = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(1)
   %z = s4[16,8]{1,0:T(8,128)(8,1)} parameter(2)
+  %w = pred[16,8]{1,0:T(8,128)(4,1)} parameter(3)
+  %a2a = pred[16,8]{1,0:T(8,128)(4,1)} all-to-all(%w), replica_groups={{0,1,2,3}}, dimensions={0}
   %start = ((bf16[16,8]{1,0}), bf16[64,8]{1,0}, u32[]{:S(2)}) async-start(%y), calls=%gathering
   %cp = (s4[16,8]{1,0}, s4[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%z), \
 source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
@@ -133,6 +135,7 @@ def test_asynchronous_and_fused():
         "reduce-scatter": (1, 3 / 4 * 64 * 8 * 4),
         "all-gather": (1, 3 * 16 * 8 * 2),
         "collective-permute": (1, 16 * 8 / 2),
+        "all-to-all": (1, 3 / 4 * 16 * 8),
     }
     assert [c.sent_bytes for c in found] == sorted((c.sent_bytes for c in found), reverse=True)
     assert notes == ()

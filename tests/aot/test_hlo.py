@@ -78,19 +78,26 @@ def test_trip_count(start, step, direction, bound):
     while test(i):
         count, i = count + 1, i + step
     assert trips(start, step, direction, bound) == count
+    backwards = TEXT.replace("add(%i.1, %s.1)", "subtract(%i.1, %s.1)")
+    assert trips(start, -step, direction, bound, backwards) == count
+    bound_first = TEXT.replace("compare(%p.0, %p.1)", "compare(%p.1, %p.0)")
+    turned = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}[direction]
+    assert trips(start, step, turned, bound, bound_first) == count
 
 
 @pytest.mark.parametrize(
     "start, step, direction, bound",
-    [(0, 0, "LT", 10), (0, -1, "LT", 10), (0, 3, "NE", 10), (0, 1, "EQ", 10)],
+    [(0, 0, "LT", 10), (0, 0, "NE", 10), (0, -1, "LT", 10), (0, 3, "NE", 10), (0, 1, "EQ", 10)],
 )
 def test_loops_that_are_not_counted(start, step, direction, bound):
     assert trips(start, step, direction, bound) is None
 
 
-def test_a_start_that_is_data_is_not_guessed():
-    text = TEXT.replace("copy(%start)", "negate(%start)")
-    assert trips(text=text) is None
+@pytest.mark.parametrize(
+    "line, other", [("copy(%start)", "negate(%start)"), ("add(%i.1, %s.1)", "add(%s.1, %s.1)")]
+)
+def test_a_start_that_is_data_and_a_counter_set_anew_are_not_guessed(line, other):
+    assert trips(text=TEXT.replace(line, other)) is None
 
 
 def test_known_trip_count_is_believed():

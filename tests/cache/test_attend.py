@@ -401,6 +401,10 @@ def test_explain():
     assert why["xla"] is None and why["xla_chunked"] is None
     assert "a cache" in why["cudnn"]
     assert why.by_platform["cpu"] == "xla_chunked"
+    # A TPU cleans a dense cache while it reads it; pages XLA would copy first.
+    for kind, name in (("dense", "xla"), ("paged", "xla_chunked")):
+        stored = caches.make(kind, dtype="float16").stored()  # which no kernel for TPUs takes
+        assert axattn.explain_implementations(q, stored, None).by_platform["tpu"] == name
     with pytest.raises(ValueError, match="value takes None with a cache"):
         axattn.dot_product_attention(q, cache.stored(), v)
 

@@ -49,6 +49,14 @@ def test_partial_results_merged_by_lse_with_an_empty_row():
         np.testing.assert_allclose(g, w, atol=1e-5)
 
 
+def test_a_rounded_output_moves_no_bias():
+    """The same bias for all keys of a row has no effect; an output of bfloat16 would give it one."""
+    q, k, v, dout = arrays(*[(1, 20, 2, 16)] * 4, dtype=jnp.bfloat16)
+    bias = jnp.zeros((1, 2, 20, 1))
+    _, pull = jax.vjp(lambda bias: ATTEND["xla_chunked"](q, k, v, bias), bias)
+    np.testing.assert_allclose(pull(dout)[0], bias, atol=1e-5)
+
+
 def test_sink_of_minus_infinity_is_no_sink():
     def loss(attend, q, k, sinks, mask):
         return (attend(q, k, k, mask=mask, sinks=sinks) ** 2).sum()

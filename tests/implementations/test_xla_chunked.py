@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from axattn.cache import PagedCache
 from axattn.implementations import blocks
 from axattn.mask_parts import EMPTY, FULL, PARTIAL
 from tests import cases, precision
+from tests.kernels.calls import call_of_cache
 from tests.tiers import ci
 
 
@@ -70,7 +72,7 @@ def test_own_block_sizes_are_used():
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1), (8, 1, 8192, 32, 4), (1, 8192, 8192, 16, 2), (64, 512, 512, 128, 128), (2, 3, 7, 16, 1)],
+    [(1, 1, 1, 1, 1), (8, 1, 8192, 32, 4), (1, 8192, 8192, 32, 2), (64, 512, 512, 128, 128), (2, 3, 7, 16, 1)],
     ids=str,
 )  # fmt: skip
 def test_choice_fits(platform, shape):
@@ -82,6 +84,22 @@ def test_choice_fits(platform, shape):
     rows = (1 if chosen.by_row else B) * N
     assert 4 * rows * chosen.q * chosen.kv <= max(2**25, 4 * rows * 64 * 128)
     assert chosen == blocks.choose(call, platform)
+
+
+def test_choice_for_steps_of_a_batch():
+    step, prompt = (_call(8, T, 8192, 32, 4) for T in (1, 512))
+    on = {name: blocks.choose(step, name) for name in ("cpu", "cuda", "tpu")}
+    # On a CPU they read longer runs of keys, and together: one row's step is a poor product.
+    alone = blocks.choose(prompt, "cpu")
+    assert alone.by_row and not on["cpu"].by_row and alone.kv < on["cpu"].kv
+    # Where XLA would copy the keys head by head: on CPU and GPU, and not a cache, which lies so.
+    assert [on[name].folded for name in on] == [True, True, False]
+    query = jnp.zeros((2, 1, 4, 64), jnp.bfloat16)
+    cached = call_of_cache(PagedCache.create(2, 4, 1024, 2, 2, 64), query)
+    found = blocks.choose(cached, "cpu")
+    assert not found.folded and not alone.folded
+    # A block has whole pages, and one where that is longer than blocks are.
+    assert found.kv == 1024 > on["cpu"].kv
 
 
 def _call(B, T, S, N, K):

@@ -74,7 +74,7 @@ def interpreted(request, monkeypatch, family, cores):
         return
     module = mosaic_tpu if family == TPU else mosaic_gpu
     behind_the_door(monkeypatch, family, module.call_refusal)
-    numpy_in_callbacks(monkeypatch)
+    numpy_in_callbacks(monkeypatch, integers=family == HOPPER)
     yield
     if family == TPU:
         assert not _jax_compat.tpu_races_found()

@@ -29,15 +29,16 @@ def behind_the_door(monkeypatch, name, call_refusal):
     monkeypatch.setattr(attention, "_attend", attend)
 
 
-def numpy_in_callbacks(monkeypatch):
+def numpy_in_callbacks(monkeypatch, *, integers: bool):
     """The interpreters' callbacks are given numpy's arrays, as XLA hands them over.
 
     JAX puts each argument on a device first, which takes half of the time of all callbacks.
+    ``integers``: numbers as Python's, which is what the GPU interpreter takes besides jax's.
     """
 
     def given(x):
         x = np.asarray(x)
-        return int(x) if x.ndim == 0 and x.dtype.kind in "iu" else x
+        return int(x) if integers and x.ndim == 0 and x.dtype.kind in "iu" else x
 
     def call(*args, callback, result_avals, **_):
         results = callback(*map(given, args))

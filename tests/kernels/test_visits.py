@@ -25,7 +25,7 @@ def walk(plan, batch, tile):
     return [(int(one.block(jnp.int32(n))), n < int(full)) for n in range(int(total))]
 
 
-def states(array, kv_positions, by_keys=False):
+def states(array, kv_positions, block_q):
     array = array.any(1) if array.shape[1] == 1 else array
     if array.ndim == 4:
         some, every = array.any(1), array.all(1)
@@ -36,14 +36,13 @@ def states(array, kv_positions, by_keys=False):
         some, every = some & ~far[:, None], every & ~far[:, None]
 
     def blocks(x, combine):
-        rows = [combine(x[:, i : i + Q], 1, keepdims=True) for i in range(0, T, Q)]
+        rows = [combine(x[:, i : i + block_q], 1, keepdims=True) for i in range(0, T, block_q)]
         x = np.concatenate(rows, 1)
         return np.concatenate(
             [combine(x[:, :, j : j + KV], 2, keepdims=True) for j in range(0, S, KV)], 2
         )
 
-    out = np.where(blocks(some, np.any), np.where(blocks(every, np.all), FULL, 1), EMPTY)
-    return out.swapaxes(1, 2) if by_keys else out
+    return np.where(blocks(some, np.any), np.where(blocks(every, np.all), FULL, 1), EMPTY)
 
 
 RNG = np.random.default_rng(0)
@@ -66,18 +65,30 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("by_keys", [False, True], ids=["of_queries", "of_keys"])
+def of_few_rows(call, block_q, block_kv):
+    assert block_q == T
+    return visits.Plan(visits.of_few_rows(call, masks.bounds(call), block_kv), None)
+
+
+# Masks for which few rows get no list: blocks that are empty between others are visited.
+LISTED = ("packed", "unsorted", "dense", "keys", "rows", "ring")
+
+
+@pytest.mark.parametrize("plan_of", [visits.of_queries, visits.of_keys, of_few_rows])
 @pytest.mark.parametrize("name", MASKS)
-def test_visits(name, by_keys):
+def test_visits(name, plan_of):
+    by_keys, few = plan_of is visits.of_keys, plan_of is of_few_rows
+    block_q = T if few else Q
+
     @jax.jit
     def both():
         call = masks.fold_key_masks(make_call(2, T, S, 4, 2, 64, **MASKS[name]))
         given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)
-        plan = (visits.of_keys if by_keys else visits.of_queries)(call, Q, KV)
-        return plan, call.mask.materialize(T, S, **given), call.kv_positions
+        return plan_of(call, block_q, KV), call.mask.materialize(T, S, **given), call.kv_positions
 
     plan, *mask = jax.tree.map(np.asarray, both())
-    want = states(*mask, by_keys)
+    want = states(*mask, block_q)
+    want = want.swapaxes(1, 2) if by_keys else want
     for batch in range(2):
         for tile in range(want.shape[1]):
             row = want[min(batch, len(want) - 1), tile]
@@ -86,7 +97,7 @@ def test_visits(name, by_keys):
             assert len(set(blocks)) == len(blocks)
             assert set(blocks) >= set(np.flatnonzero(row != EMPTY))
             assert all(row[block] == FULL for block, full in visited if full)
-            if name not in ("unsorted", "ring"):
+            if name not in (LISTED if few else ("unsorted", "ring")):
                 # Nothing empty is visited, and the mask is evaluated where it must be: the ranges
                 # of unsorted ids and positions cannot tell.
                 assert set(blocks) == set(np.flatnonzero(row != EMPTY))

@@ -110,7 +110,7 @@ def test_a_mask_and_positions(api):
     call, x = layer(api, "SelfAttention"), inputs()
     visible = np.random.default_rng(4).random((B, 1, T, T + 8)) < 0.7
     visible[..., np.arange(T), np.arange(T)] = True
-    at = dict(positions=np.arange(T) + 7)
+    at = dict(positions=2 * np.arange(T) + 7)  # other distances than the cache's own
     full = forward(call, x, mask=visible[..., :T], **at)
     step = jax.jit(lambda x, c: call(x, cache=c, mask=visible.astype(np.float32), **at))
     y, cache = step(x, make_cache("dense", N))

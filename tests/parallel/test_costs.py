@@ -107,6 +107,7 @@ class TestLayouts:
             (Mask.window(16, 0), "contiguous", (0, 1)),
             (Mask.window(17, 0), "contiguous", (0, 1, 2)),
             (Mask.window(3, 3), "contiguous", (0, 1, 3)),
+            (Mask.window(0, 1), "contiguous", (0, 3)),
             (CAUSAL & Mask.window(3, 3), "contiguous", (0, 1)),
             (Mask.prefix(20) & Mask.window(0, None), "contiguous", (0, 3)),
             (Mask.causal(jnp.int32(4)), "contiguous", (0, 1, 2, 3)),

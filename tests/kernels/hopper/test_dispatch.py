@@ -13,6 +13,9 @@ from axattn.cache import DenseCache, PagedCache
 from axattn.implementations import mosaic_gpu
 from tests.kernels.calls import REFUSED, call_of, make_call, shapes
 
+# What CUDA's programming guide says of compute capability 9.0, for one block of threads.
+SHARED_BYTES = 227 * 1024
+
 
 def test_none_takes_the_kernels_on_hopper(hopper):
     why = axattn.explain_implementations(*shapes(), is_causal=True)
@@ -137,14 +140,14 @@ def test_tiles_of_the_decode_kernels_fit(dtype, extras):
             tiles, source = decode_tiles.decode_tiles(call), Source.of(call)
             per_score = 4 if extras else 0
             needed = memory.decode_bytes(tiles, source, H, h, per_score)
-            assert needed <= memory.SHARED_BYTES, (H, h, tiles)
+            assert needed <= SHARED_BYTES, (H, h, tiles)
             assert tiles.warpgroups == 2 or extras or H != h, (H, h, tiles)
 
 
 @pytest.mark.parametrize("kind", ["full", "biased"])
 def test_all_head_sizes_have_tiles_that_fit(kind):
     tiles = pytest.importorskip("axattn.kernels.hopper.tiles", exc_type=ImportError)
-    from axattn.kernels.hopper.memory import SHARED_BYTES, shared_bytes
+    from axattn.kernels.hopper.memory import shared_bytes
 
     options = dict(bias=np.zeros((1, 1, 24, 40))) if kind == "biased" else {}
     for H in range(16, 257, 16):

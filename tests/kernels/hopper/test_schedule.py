@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("axattn.kernels.hopper.schedule", exc_type=ImportError)
 
-from axattn.kernels.hopper.schedule import MIN_BLOCKS, Line, Shape, begin_of_rows
+from axattn.kernels.hopper.schedule import MIN_BLOCKS, Line, Shape, Share, begin_of_rows, each_part
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -25,37 +26,51 @@ def found(visits, shape):
     return jnp.stack(shares, 1), jnp.stack(parts, 1)
 
 
+@jax.jit
+def walk(visits, heads, workers, shares):
+    """What the kernels' walk does: of each part how often, sequence, first visit, visits; and all.
+
+    Its arrays are as large as those of any size, so that it is one program for all of them.
+    """
+    done = jax.new_ref(jnp.zeros((len(shares), 4), jnp.int32))
+
+    def body(part):
+        sequence = part.batch * heads + part.kv_head
+        done[part.number] += jnp.stack([jnp.int32(1), sequence, part.first, part.count])
+
+    def work(worker, total):
+        def visits_of(batch):
+            return SimpleNamespace(total=visits[batch])
+
+        return total + each_part(Share(*shares[worker]), heads, visits_of, body)
+
+    total = jax.lax.fori_loop(0, workers, work, jnp.int32(0))
+    return done[...], total
+
+
 def schedule(visits, heads, workers, split):
     shape = Shape(len(visits), heads, workers, split, 512)
-    return shape, *map(np.asarray, found(np.array(visits), shape))
-
-
-def walk(shape, shares, visits):
-    """What the kernel's walk makes of the shares: (part number, sequence, first visit, count)."""
-    for sequence, first, load, number, parts in shares.tolist():
-        for i in range(parts):
-            total = int(visits[(sequence + i) // shape.heads])
-            start = first if i == 0 else 0
-            taken = min(max(total, 1) - start, load)
-            yield number + i, sequence + i, start, min(taken, total - start)
-            load -= taken
-        assert load == 0
+    visits = np.array(visits, np.int32)
+    shares, parts_of = map(np.asarray, found(visits, shape))
+    rows, padded = np.zeros(9, np.int32), np.zeros((9 * 3 * 512, 5), np.int32)
+    rows[: len(visits)], padded[: shape.grid] = visits, shares
+    done, total = walk(rows, np.int32(heads), np.int32(shape.grid), padded)
+    assert total == visits.sum() * heads
+    return shape, shares, parts_of, np.asarray(done)
 
 
 def check(visits, *sizes):
-    shape, shares, parts_of = schedule(visits, *sizes)
-    parts = {}
-    for number, sequence, start, count in walk(shape, shares, visits):
-        assert number not in parts and 0 <= number < shape.parts
-        parts[number] = (sequence, start, count)
+    shape, shares, parts_of, done = schedule(visits, *sizes)
+    assert done[:, 0].max() == 1 and not done[shape.parts :].any()
+    parts = {number: part for number, (times, *part) in enumerate(done.tolist()) if times}
     for sequence, (first, count) in enumerate(parts_of.tolist()):
         own = [parts.pop(number) for number in range(first, first + count)]
         assert own and all(part[0] == sequence for part in own)
-        done = 0
+        behind = 0
         for _, start, length in own:
-            assert start == done
-            done += length
-        assert done == visits[sequence // shape.heads]
+            assert start == behind
+            behind += length
+        assert behind == visits[sequence // shape.heads]
     assert not parts
     return shares
 
@@ -95,8 +110,7 @@ def test_little_work_has_few_workers():
 
 def test_fixed_splits_depend_on_the_sequence_alone():
     def parts(visits, row):
-        shape, shares, _ = schedule(visits, 1, 7, 4)
-        all_parts = walk(shape, shares, visits)
-        return [(start, count) for _, own, start, count in all_parts if own == row and count]
+        done = schedule(visits, 1, 7, 4)[3].tolist()
+        return [(start, count) for _, own, start, count in done if own == row and count]
 
     assert parts([3, 30, 64], 1) == parts([30], 0) == [(n, min(4, 30 - n)) for n in range(0, 30, 4)]

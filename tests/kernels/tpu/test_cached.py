@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 
 from axattn import _jax_compat
-from axattn.cache import DenseCache
+from axattn.cache import DenseCache, PagedCache
 from axattn.kernels.tpu import cached as kernel
-from axattn.kernels.tpu import cached_codes, cached_tiles
+from axattn.kernels.tpu import cached_codes, cached_cut, cached_tiles
 from axattn.kernels.tpu.cached_tiles import CachedTiles, refuses
 from tests.cache.test_attend import check
 from tests.kernels import cached
-from tests.kernels.cached import LENGTHS, K, paged
+from tests.kernels.cached import LENGTHS, B, K, paged
 from tests.kernels.calls import call_of_cache
 
 H = 128
@@ -34,6 +35,8 @@ def test_slots_that_would_be_copied_are_refused():
     cache = filled("dense", head_dim=64, value_dim=64)
     call = call_of_cache(cache, queries(1, 6, 64))
     assert "slots of a row in a multiple of 128" in refuses(call)
+    call = call_of_cache(PagedCache.create(B, 8, 4, 2, K, H), queries(1, 6))
+    assert "slots of a page in a multiple of 8, got 4" in refuses(call)
 
 
 @pytest.mark.ci
@@ -76,6 +79,14 @@ def test_two_cores_give_the_same(kind):
         for a, b in zip(one, two, strict=True):
             np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-6)
         check(query, real, cache, *one, first=lengths - real)
+
+
+def test_a_core_looks_ahead_in_its_own_steps():
+    """What it fetched for another core nobody would wait for."""
+    cut = SimpleNamespace(cores=2, per_core=3, tiles=1)
+    following = cached_cut._following(jnp.array([4, 0, 2, 0, 7], jnp.int32), cut)
+    np.testing.assert_array_equal(following[:5], [2, 2, -1, 4, -1])
+    np.testing.assert_array_equal(following[5:], [0, 4])
 
 
 @pytest.mark.ci

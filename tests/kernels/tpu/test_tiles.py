@@ -49,6 +49,17 @@ def test_one_pass_where_every_core_has_a_share():
     assert tiles.backward_tiles(small(8, 1), two).key is not None
     assert tiles.backward_tiles(small(8, 1), one).key is None
     assert tiles.backward_tiles(small(16, 2), two).key is None
+    # Of four rows each core has two; of three one core waits for a third of the time.
+    for rows, one_pass in ((4, True), (3, False)):
+        call = small(28, 4, T=8192, B=rows)
+        assert (tiles.backward_tiles(call, two).key is None) == one_pass
+
+
+def test_two_blocks_of_keys_are_in_flight():
+    """One is used while the next one comes; and 128 rows have three tiles of float32 scores."""
+    longer, shorter = (tiles.vmem_bytes(small(8, 1), tiles.FORWARD, 16, n) for n in (256, 128))
+    keys = 128 * (128 + 128) * 2  # bfloat16; heads of 8 features take 128 lanes
+    assert longer - shorter == 2 * keys + 3 * 128 * 128 * 4
 
 
 def test_one_pass_as_long_as_the_keys_fit():
