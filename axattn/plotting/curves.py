@@ -272,7 +272,7 @@ class _Picture:
     def _label(self, quantity: _Quantity) -> str:
         if self.field != "memory_bytes":
             return quantity.label
-        kinds = {row.get("memory_kind") for row in self.panel.rows} - {None}
+        kinds = {str(row["memory_kind"]) for row in self.panel.rows if row.get("memory_kind")}
         if len(kinds) != 1:
             return quantity.label
         (kind,) = kinds
