@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from axattn._jax_compat import linear, staged, vary_over, varying_axes
+from axattn._jax_compat import vary_over, varying_axes
+from axattn._primitives import linear, staged
 from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import (
