@@ -13,6 +13,7 @@ import pytest
 from axattn import Mask
 from axattn.kernels.tpu.cached_tiles import CachedTiles
 from tests.kernels.cached import (
+    LENGTHS,
     B,
     K,
     attend_and_check,
@@ -103,16 +104,14 @@ ROWS = [
 ]
 # Where other things than 6 query heads, 2 of keys and values, and pages of 8 are looked at: several
 # tiles of rows, sizes that are no powers of two, the largest; pages that are smaller than a block, as
-# large, larger, and of a size that no block is a multiple of; keys with a center.
+# large, larger, and of a size that no block is a multiple of.
 PARTICULAR = {
     (TPU, "dense", "bfloat16"): dict(heads=16, kv_heads=1, value_dim=64, capacity=256),
     (TPU, "dense", "float8_e4m3fn"): dict(head_dim=80, value_dim=48, capacity=256),
-    (TPU, "dense", "int8"): dict(center=True),
     (TPU, "paged", "int8"): dict(page=16),
     (TPU, "paged", "bfloat16"): dict(page=96),
     (HOPPER, "dense", "bfloat16"): dict(heads=16, kv_heads=1, head_dim=128),
     (HOPPER, "dense", "float8_e4m3fn"): dict(heads=4, head_dim=256, value_dim=256),
-    (HOPPER, "dense", "int8"): dict(center=True),
     (HOPPER, "paged", "bfloat16"): dict(page=256),
     (HOPPER, "paged", "float8_e4m3fn"): dict(page=16),
 }
@@ -146,15 +145,12 @@ def test_kinds(family, kind, dtype, tokens, features, size):
     lengths = np.array([200, 65, 0 if kind == "dense" else 4])
     size = size if family == TPU else H[family]
     particular = dict(PARTICULAR.get((family, kind, dtype), {}))
-    heads, center = particular.pop("heads", 6), particular.pop("center", False)
+    heads = particular.pop("heads", 6)
     if "page" in particular:
         cache = paged(particular["page"], dtype, lengths, head_dim=size)
     else:
         slots = in_lanes(kind) if family == TPU and size % 128 else {}
         sizes = dict(head_dim=size, value_dim=size, kv_heads=K, **slots) | particular
-        if center:
-            shape = sizes["kv_heads"], sizes["head_dim"]
-            sizes["key_center"] = 3 * np.random.default_rng(0).normal(size=shape)
         cache = filled(kind, dtype, lengths, **sizes)
     dtype = "float32" if dtype == "float32" else "bfloat16"
     query = queries(tokens, heads, cache.head_dim, dtype=dtype)
@@ -221,3 +217,12 @@ def test_shapes(family, head_dim, value_dim, heads, kv_heads, tokens):
 )
 def test_pages(family, page, dtype):
     attend_and_check(family, paged(page, dtype, head_dim=H[family]), queries(2, 6, H[family]))
+
+
+@pytest.mark.ci
+def test_a_center_of_keys(family):
+    """With two heads of a group in a tile."""
+    size = H[family]
+    center = np.random.default_rng(0).normal(size=(K, size)) * 3
+    cache = filled("dense", "int8", head_dim=size, value_dim=size, key_center=center)
+    attend_and_check(family, cache, queries(20, 8, size), LENGTHS, logits_soft_cap=5.0)

@@ -58,8 +58,7 @@ def squares(out):
 @pytest.mark.parametrize(
     "family, scale",
     [
-        *ci((TPU, -0.2)),
-        *exhaustive((TPU, 0.0)),
+        *ci((TPU, -0.2), (TPU, 0.0)),
         pytest.param(HOPPER, -0.2, marks=[pytest.mark.hopper, pytest.mark.exhaustive]),
         pytest.param(HOPPER, 0.0, marks=[pytest.mark.hopper, pytest.mark.ci]),
     ],
