@@ -131,19 +131,6 @@ def result_of(array: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 
-def is_argument(array) -> bool:
-    """Whether ``array`` is there before the program that is traced, which does not compute it.
-
-    For what is only a matter of speed: True where JAX does not say. Tracers of the innermost
-    program know the operation that they come from.
-    """
-    while isinstance(array, jax.core.Tracer):
-        if hasattr(array, "parent"):
-            return array.parent is None
-        array = getattr(array, "primal", getattr(array, "val", None))  # under grad, under vmap
-    return True
-
-
 def vary_over(tree, axes: frozenset):
     """Mark every array of ``tree`` as varying over ``axes``: loop carries have to agree on it."""
 

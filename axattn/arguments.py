@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,90 +11,78 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from axattn import _jax_compat
 from axattn.call import AttentionCall
 from axattn.dropout import dropout_key
 from axattn.dtypes import accumulator
 from axattn.masks import Mask, flatten_lead, int32_array
+from axattn.options import AttentionOptions
 from axattn.stored import Stored
 
 
 def normalize(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any,
-    mask: Any,
-    *,
-    scale: Any,
-    is_causal: bool,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    return_residual: bool,
-    logits_soft_cap: Any,
-    sinks: Any,
-    query_segment_ids: Any,
-    key_value_segment_ids: Any,
-    dropout_rate: Any,
-    dropout_rng: Any,
-    broadcast_dropout: bool,
-    alibi_slopes: Any,
-    q_offset: Any,
-    q_positions: Any,
-    kv_positions: Any,
-    precision: Any,
-    kv_split_size: Any,
+    query: Any, key: Any, value: Any, options: AttentionOptions
 ) -> tuple[AttentionCall, tuple[int, ...]]:
-    """The call, and its leading dimensions ``(...)`` as the user gave them."""
-    heads_first = not _jax_compat.is_argument(query)
-    if isinstance(key, Stored):
-        if value is not None:
-            raise ValueError("value takes None with a cache, which holds the values, too")
-        query, stored = _query_of_stored(query, key), key
-        lead, kv_len, key = query.shape[:-3], stored.kv_len, None
-    else:
-        query, key, value = _arrays(query, key, value)
-        lead, kv_len, stored = query.shape[:-3], key.shape[-3], None
-        query, key, value = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value))
-    batch, q_len, heads, _ = query.shape
+    """Returns the call of arrays, and its leading dimensions ``(...)`` as the user gave them."""
+    query, key, value = _arrays(query, key, value)
+    lead, kv_len = query.shape[:-3], key.shape[-3]
+    query, key, value = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value))
+    return _call(query, key, value, None, options, lead, kv_len), lead
 
-    scale, traced_scale = _scale(scale, query.shape[-1])
-    rate, drop_key = _dropout(dropout_rate, dropout_rng)
-    q_positions, kv_positions = _positions(q_offset, q_positions, kv_positions, lead, q_len, kv_len)
-    call = AttentionCall(
-        heads_first=heads_first,
+
+def normalize_over_cache(query: Any, stored: Stored, options: AttentionOptions) -> AttentionCall:
+    """Returns the call of a query over what a cache stores."""
+    query = _query_of_stored(query, stored)
+    return _call(query, None, None, stored, options, query.shape[:1], stored.kv_len)
+
+
+def trace_shapes(function: Callable[..., None], arguments: Mapping[str, Any]) -> None:
+    """Calls ``function(**arguments)``, where shapes may stand for arrays; nothing is computed.
+
+    What holds a ``jax.ShapeDtypeStruct`` is traced, all else is passed as it is.
+    """
+    structs = {
+        name: value
+        for name, value in arguments.items()
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+    }
+    jax.eval_shape(lambda structs: function(**{**arguments, **structs}), structs)
+
+
+def _call(
+    query: jax.Array,
+    key: jax.Array | None,
+    value: jax.Array | None,
+    stored: Stored | None,
+    options: AttentionOptions,
+    lead: tuple[int, ...],
+    kv_len: int,
+) -> AttentionCall:
+    batch, q_len, heads, head_dim = query.shape
+    scale, traced_scale = _scale(options.scale, head_dim)
+    rate, drop_key = _dropout(options.dropout_rate, options.dropout_rng)
+    q_positions, kv_positions = _positions(options, lead, q_len, kv_len)
+    return AttentionCall(
         query=query,
         key=key,
         value=value,
         stored=stored,
-        bias=_bias(bias, lead, heads, q_len, kv_len),
-        mask=_mask(
-            mask,
-            is_causal,
-            query_seq_lengths,
-            key_value_seq_lengths,
-            local_window_size,
-            query_segment_ids,
-            key_value_segment_ids,
-            lead,
-            (batch, heads, q_len, kv_len),
-        ),
-        sinks=_per_head("sinks", sinks, heads),
+        bias=_bias(options.bias, lead, heads, q_len, kv_len),
+        mask=_mask(options, lead, (batch, heads, q_len, kv_len)),
+        sinks=_per_head("sinks", options.sinks, heads),
         traced_scale=traced_scale,
-        alibi_slopes=_slopes(alibi_slopes, lead, heads),
+        alibi_slopes=_slopes(options.alibi_slopes, lead, heads),
         q_positions=q_positions,
         kv_positions=kv_positions,
         dropout_key=drop_key,
         scale=scale,
-        logits_soft_cap=_soft_cap(logits_soft_cap),
+        logits_soft_cap=_soft_cap(options.logits_soft_cap),
         dropout_rate=rate,
-        broadcast_dropout=_flag("broadcast_dropout", broadcast_dropout),
-        precision=_precision(precision),
-        return_residual=_flag("return_residual", return_residual),
-        kv_split_size=_split_size(kv_split_size),
+        broadcast_dropout=_flag("broadcast_dropout", options.broadcast_dropout),
+        precision=_precision(options.precision),
+        return_residual=_flag("return_residual", options.return_residual),
+        kv_split_size=_split_size(options.kv_split_size),
+        heads_first=_flag("is_projected", options.is_projected),
     )
-    return call, lead
 
 
 def _split_size(size: Any) -> int | None:
@@ -307,50 +296,35 @@ def _scores_shaped(
 
 
 def _positions(
-    q_offset: Any,
-    q_positions: Any,
-    kv_positions: Any,
-    lead: tuple[int, ...],
-    q_len: int,
-    kv_len: int,
+    options: AttentionOptions, lead: tuple[int, ...], q_len: int, kv_len: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    if q_offset is not None and q_positions is not None:
+    if options.q_offset is None:
+        queries = _positions_of_slots("q_positions", options.q_positions, lead, q_len)
+    elif options.q_positions is not None:
         raise ValueError("q_offset and q_positions say the same thing: give one of them, got both")
-    if q_offset is not None:
-        offset = _integers("q_offset", q_offset, "an int or an int array [...]")
+    else:
+        offset = int32_array("q_offset", options.q_offset, "an int or an int array [...]")
         offset = flatten_lead("q_offset", offset, lead, 0, ())
-        q_positions = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
-    result = []
-    for name, positions, length in (
-        ("q_positions", q_positions, q_len),
-        ("kv_positions", kv_positions, kv_len),
-    ):
-        if positions is not None and (name == "kv_positions" or q_offset is None):
-            positions = _integers(name, positions, f"int [..., {length}]")
-            if positions.ndim < 1:
-                raise ValueError(f"{name} takes int [..., {length}], got shape {positions.shape}")
-            positions = flatten_lead(name, positions, lead, 1, (length,))
-        result.append(positions)
-    return result[0], result[1]
+        queries = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
+    return queries, _positions_of_slots("kv_positions", options.kv_positions, lead, kv_len)
 
 
-def _integers(name: str, values: Any, takes: str) -> jax.Array:
-    return int32_array(name, values, takes)
+def _positions_of_slots(
+    name: str, positions: Any, lead: tuple[int, ...], length: int
+) -> jax.Array | None:
+    if positions is None:
+        return None
+    positions = int32_array(name, positions, f"int [..., {length}]")
+    if positions.ndim < 1:
+        raise ValueError(f"{name} takes int [..., {length}], got shape {positions.shape}")
+    return flatten_lead(name, positions, lead, 1, (length,))
 
 
 def _mask(
-    mask: Any,
-    is_causal: bool,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    query_segment_ids: Any,
-    key_value_segment_ids: Any,
-    lead: tuple[int, ...],
-    shape: tuple[int, int, int, int],
+    options: AttentionOptions, lead: tuple[int, ...], shape: tuple[int, int, int, int]
 ) -> Mask:
     _, heads, q_len, kv_len = shape
-    total = Mask()
+    total, mask = Mask(), options.mask
     if isinstance(mask, Mask):
         total = mask
     elif mask is not None:
@@ -362,17 +336,19 @@ def _mask(
             )
         _scores_shaped("mask", mask, lead, heads, q_len, kv_len)  # the check, in these words
         total = Mask.dense(mask)
-    if _flag("is_causal", is_causal):
+    if _flag("is_causal", options.is_causal):
         total = total & Mask.causal()
-    if local_window_size is not None:
-        total = total & Mask.window(*_window(local_window_size))
-    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+    if options.local_window_size is not None:
+        total = total & Mask.window(*_window(options.local_window_size))
+    if options.query_seq_lengths is not None or options.key_value_seq_lengths is not None:
         total = total & Mask.lengths(
-            _lengths("query_seq_lengths", query_seq_lengths, lead),
-            _lengths("key_value_seq_lengths", key_value_seq_lengths, lead),
+            _lengths("query_seq_lengths", options.query_seq_lengths, lead),
+            _lengths("key_value_seq_lengths", options.key_value_seq_lengths, lead),
         )
-    if query_segment_ids is not None or key_value_segment_ids is not None:
-        total = total & _segments(query_segment_ids, key_value_segment_ids, q_len, kv_len)
+    if options.query_segment_ids is not None or options.key_value_segment_ids is not None:
+        total = total & _segments(
+            options.query_segment_ids, options.key_value_segment_ids, q_len, kv_len
+        )
     # A [T, S] mask inside Mask.dense has no lead; only the head dimension is left to check.
     total = total.normalized(lead, q_len, kv_len)
     for part in total.parts:
@@ -403,7 +379,7 @@ def _window(window: Any) -> tuple[int | None, int | None]:
 def _lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
-    lengths = _integers(name, lengths, "int32 lengths, one per batch row")
+    lengths = int32_array(name, lengths, "int32 lengths, one per batch row")
     if lengths.ndim == 0:
         return lengths
     if lengths.shape != lead and lengths.size != 1:
@@ -416,7 +392,7 @@ def _lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
 def _segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
     if q_ids is None:
         raise ValueError("query_segment_ids takes int [..., T] when key_value_segment_ids is given")
-    q_ids = _integers("query_segment_ids", q_ids, f"int [..., {q_len}]")
+    q_ids = int32_array("query_segment_ids", q_ids, f"int [..., {q_len}]")
     if kv_ids is None:
         if q_len != kv_len:
             raise ValueError(
@@ -424,7 +400,7 @@ def _segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
                 f"S = {kv_len}, got None"
             )
         kv_ids = q_ids
-    kv_ids = _integers("key_value_segment_ids", kv_ids, f"int [..., {kv_len}]")
+    kv_ids = int32_array("key_value_segment_ids", kv_ids, f"int [..., {kv_len}]")
     for name, ids, length in (
         ("query_segment_ids", q_ids, q_len),
         ("key_value_segment_ids", kv_ids, kv_len),

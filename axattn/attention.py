@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
 
 from axattn import _jax_compat
 from axattn._jax_compat import explicit_sharding
-from axattn._typing import Array, ArrayLike, Implementation, Precision
-from axattn.arguments import normalize
+from axattn._typing import Array, ArrayLike, Implementation, Precision, present
+from axattn.arguments import normalize, normalize_over_cache, trace_shapes
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.masks import Mask
+from axattn.options import AttentionOptions
 from axattn.stored import Stored
 
 
 @overload
 def dot_product_attention(
     query: ArrayLike,
-    key: ArrayLike | Stored,
-    value: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
     bias: ArrayLike | None = ...,
     mask: ArrayLike | Mask | None = ...,
     *,
@@ -47,14 +47,15 @@ def dot_product_attention(
     kv_positions: ArrayLike | None = ...,
     precision: Precision | None = ...,
     kv_split_size: int | None = ...,
+    is_projected: bool = ...,
 ) -> Array: ...
 
 
 @overload
 def dot_product_attention(
     query: ArrayLike,
-    key: ArrayLike | Stored,
-    value: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
     bias: ArrayLike | None = ...,
     mask: ArrayLike | Mask | None = ...,
     *,
@@ -78,14 +79,15 @@ def dot_product_attention(
     kv_positions: ArrayLike | None = ...,
     precision: Precision | None = ...,
     kv_split_size: int | None = ...,
+    is_projected: bool = ...,
 ) -> tuple[Array, Array]: ...
 
 
 @overload
 def dot_product_attention(
     query: ArrayLike,
-    key: ArrayLike | Stored,
-    value: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
     bias: ArrayLike | None = ...,
     mask: ArrayLike | Mask | None = ...,
     *,
@@ -109,13 +111,14 @@ def dot_product_attention(
     kv_positions: ArrayLike | None = ...,
     precision: Precision | None = ...,
     kv_split_size: int | None = ...,
+    is_projected: bool = ...,
 ) -> Array | tuple[Array, Array]: ...
 
 
 def dot_product_attention(
     query: ArrayLike,
-    key: ArrayLike | Stored,
-    value: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike,
     bias: ArrayLike | None = None,
     mask: ArrayLike | Mask | None = None,
     *,
@@ -139,6 +142,7 @@ def dot_product_attention(
     kv_positions: ArrayLike | None = None,
     precision: Precision | None = None,
     kv_split_size: int | None = None,
+    is_projected: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
 
@@ -162,8 +166,8 @@ def dot_product_attention(
       query: ``[..., T, N, H]``, floating point.
       key: ``[..., S, K, H]``, the same dtype; N must be a multiple of K (K = N is MHA
         https://arxiv.org/abs/1706.03762, K = 1 is MQA https://arxiv.org/abs/1911.02150, between
-        them GQA https://arxiv.org/abs/2305.13245). Or what a cache of `axattn.cache` stores, its
-        ``stored()``, with None for ``value``: `axattn.cache.Cache.attend` calls this.
+        them GQA https://arxiv.org/abs/2305.13245). Caches have their own
+        `axattn.cache.Cache.attend`.
       value: ``[..., S, K, h]``; h may differ from H.
       bias: floating point, broadcastable to ``[..., N, T, S]``; added to the scaled, capped scores.
       mask: boolean (True = attend), broadcastable to ``[..., N, T, S]``, or an
@@ -201,6 +205,9 @@ def dot_product_attention(
         (rounded up to whole blocks): a row's result then has the same bits whatever else is in the
         batch. None splits so that all processors have as much to do. Others split nothing, and
         take no notice.
+      is_projected: the query comes from a matrix product in the same program and the output goes
+        into one, as in a layer. TPUs write and read such arrays with heads before tokens at no
+        cost, and their kernels then take them so. No result changes.
 
     Returns:
       Output ``[..., T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE
@@ -228,17 +235,66 @@ def dot_product_attention(
       >>> jnp.exp(lse)[0, :, 0].round().astype(int).tolist()  # keys that a query sees
       [1, 2, 3, 4, 5, 6, 7, 8]
     """
-    arguments = dict(locals())
-    implementation = arguments.pop("implementation")
-    call, lead = normalize(**arguments)
-    if explicit_sharding(call.query) is None:
-        out, lse = _attend(call, plan=registry.plan(call, implementation))
-    else:
-        from axattn.parallel import explicit  # which is built on this function
-
-        out, lse = explicit.attend(call, registry.check_names(implementation))
+    options = AttentionOptions(
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        alibi_slopes=alibi_slopes,
+        q_offset=q_offset,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        precision=precision,
+        kv_split_size=kv_split_size,
+        is_projected=is_projected,
+    )
+    call, lead = normalize(query, key, value, options)
+    out, lse = _dispatch(call, options.implementation)
     out = out.reshape(*lead, *out.shape[1:])
-    return (out, lse.reshape(*lead, *lse.shape[1:])) if return_residual else out
+    return (out, lse.reshape(*lead, *lse.shape[1:])) if options.return_residual else out
+
+
+def attend_stored(
+    query: ArrayLike, stored: Stored, options: AttentionOptions
+) -> Array | tuple[Array, Array]:
+    """Computes attention over what a cache stores: the entry for caches.
+
+    Args:
+      query: ``[B, T, N, H]``, floating point.
+      stored: what the cache's ``stored()`` returns.
+      options: as in `dot_product_attention`; the cache has put its masks and positions there.
+
+    Returns:
+      As `dot_product_attention`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `dot_product_attention`.
+    """
+    call = normalize_over_cache(query, stored, options)
+    out, lse = _dispatch(call, options.implementation)
+    return (out, present(lse)) if options.return_residual else out
+
+
+def _dispatch(
+    call: AttentionCall, implementation: Implementation | Sequence[Implementation] | None
+) -> tuple[Array, Any]:
+    if explicit_sharding(call.query) is None:
+        return _attend(call, plan=registry.plan(call, implementation))
+    from axattn.parallel import explicit  # which is built on this module
+
+    return explicit.attend(call, registry.check_names(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -312,30 +368,40 @@ def explain_implementations(*args: Any, target: str | None = None, **kwargs: Any
       >>> axattn.explain_implementations(q, kv, kv, is_causal=True, target="v5p").chosen
       'mosaic_tpu'
     """
-    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    registry.check_names(arguments.pop("implementation"))
+
+    def make_call(query, key, value, **options):
+        given = AttentionOptions.parse("explain_implementations", **options)
+        return normalize(query, key, value, given)[0]
+
+    return explain_call(make_call, _by_name(*args, **kwargs), target)
+
+
+def _by_name(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+) -> dict[str, Any]:
+    return dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+
+
+def explain_call(
+    make_call: Callable[..., AttentionCall], arguments: dict[str, Any], target: str | None
+) -> Explanation:
+    """Explains the call that ``make_call(**arguments)`` returns; see `explain_implementations`."""
+    registry.check_names(arguments.get("implementation"))
     explanation = Explanation()
 
-    def explain(structs):
-        call, _ = normalize(**{**arguments, **structs})
+    def explain(**arguments):
+        call = make_call(**arguments)
         explanation.update(registry.refusals(call))
         explanation.by_platform = registry.by_platform(registry.plan(call, None))
 
-    structs = {
-        name: value
-        for name, value in arguments.items()
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
-    }
     explanation.platform = _jax_compat.lowering_platform(jax.default_backend())
     if target is None:
-        jax.eval_shape(explain, structs)
+        trace_shapes(explain, arguments)
         return explanation
     from axattn.aot import targets  # the table; nothing that compiles
 
     chip = targets.target(target)
     explanation.platform = chip.platform
     with _jax_compat.use_abstract_device(*targets.traced_as(chip)):
-        jax.eval_shape(explain, structs)
+        trace_shapes(explain, arguments)
     return explanation

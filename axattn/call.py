@@ -78,8 +78,8 @@ class AttentionCall:
     precision: Any = None
     return_residual: bool = False
     kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
-    # What makes the query and takes the output may write and read them as [B, N, T, H] at no cost:
-    # TPUs' matrix products prefer that, while an array that is just there lies as [B, T, N, H].
+    # Projections make the query and take the output, and may write and read them as [B, N, T, H] at
+    # no cost: TPUs' matrix products prefer that. An array that is just there lies as [B, T, N, H].
     heads_first: bool = False
 
     @property

@@ -51,7 +51,9 @@ class Call:
     @functools.cached_property
     def exact(self) -> reference.Reference:
         options = self.options if self.reference_options is None else self.reference_options
-        options = {name: x for name, x in options.items() if name not in ("precision",)}
+        options = {
+            name: x for name, x in options.items() if name not in ("precision", "is_projected")
+        }
         rng = options.pop("dropout_rng", None)
         if rng is not None:
             *lead, q_len, heads, _ = self.inputs["query"].shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import jax
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 
 import axattn
-from axattn import Mask
+import axattn.linen
+import axattn.nnx
+from axattn import Mask, attention
+from axattn.layers import dialect
+from axattn.options import AttentionOptions
 from tests import cases, precision, reference
 from tests.cases import Shape
 from tests.tiers import ci
@@ -171,6 +176,47 @@ class TestDropIn:
                 name
             )
         assert list(ours)[:5] == list(theirs)[:5]
+
+    def test_options_are_those_of_the_signature(self):
+        _, _, _, *ours = inspect.signature(axattn.dot_product_attention).parameters.values()
+        assert [(p.name, p.default) for p in ours] == [
+            (field.name, field.default) for field in dataclasses.fields(AttentionOptions)
+        ]
+        given = {p.name: object() for p in ours}
+        assert AttentionOptions(**given).as_keywords() == given
+        assert AttentionOptions().as_keywords() == {}
+
+    @pytest.mark.parametrize(
+        "module, function, callee",
+        [
+            (attention, axattn.dot_product_attention, "normalize"),
+            (axattn.linen.function, axattn.linen.dot_product_attention, "flax_attention"),
+            (axattn.nnx.function, axattn.nnx.dot_product_attention, "flax_attention"),
+        ],
+    )
+    def test_each_option_goes_where_it_belongs(self, module, function, callee, monkeypatch):
+        """Under its own name: what is given as the window arrives as the window."""
+        names = {field.name for field in dataclasses.fields(AttentionOptions)}
+        given = {name: object() for name in names & {*inspect.signature(function).parameters}}
+        found = []
+
+        def look(query, key, value, options, **_):
+            found.append(options.as_keywords())
+            raise StopIteration
+
+        monkeypatch.setattr(module, callee, look)
+        with pytest.raises(StopIteration):
+            function(*(np.ones((1, 2, 2, 4), np.float32),) * 3, **given)
+        assert found == [given] and len(given) >= 17
+
+    def test_flax_dialects_say_that_layers_project(self):
+        def attend(*_, **options):
+            return options
+
+        q = np.ones((1, 2, 2, 4), np.float32)
+        given = AttentionOptions(dropout_rate=0.5, is_causal=True)
+        found = dialect.flax_attention(q, q, q, given, deterministic=True, attend=attend, sow=None)
+        assert found == dict(is_causal=True, dropout_rate=0.0, is_projected=True)
 
     @pytest.mark.parametrize(
         "name",

@@ -12,10 +12,13 @@ import numpy as np
 
 from axattn import _jax_compat, quantization, serialization
 from axattn._typing import Array, ArrayLike, Bool, CacheType, Float, Float32, Integer
-from axattn.attention import dot_product_attention
+from axattn.arguments import normalize_over_cache
+from axattn.attention import Explanation, attend_stored, explain_call
 from axattn.cache.checks import as_array, counts_of, host, is_concrete
 from axattn.cache.fields import bytes_per_token, encode
 from axattn.cache.write import Places, write
+from axattn.call import AttentionCall
+from axattn.options import AttentionOptions
 from axattn.stored import KeyValueArrays, Stored
 
 _Kind = TypeVar("_Kind")
@@ -134,10 +137,7 @@ class Cache(serialization.Serializable, abc.ABC):
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
     def stored(self) -> Stored:
-        """What attention reads: ``key`` of `axattn.dot_product_attention`, without a ``value``.
-
-        `attend` passes it, together with the masks that the cache needs.
-        """
+        """Returns what attention reads: arrays and what they mean, without lengths and masks."""
         return Stored(
             self.arrays,
             key_center=self.key_center,
@@ -251,15 +251,49 @@ class Cache(serialization.Serializable, abc.ABC):
             ``key_value_seq_lengths`` or ``q_offset``; another dtype.
           NotImplementedError: the named implementation cannot take the call.
         """
-        return dot_product_attention(
-            **self._arguments(
-                query,
-                query_seq_lengths=query_seq_lengths,
-                q_positions=q_positions,
-                is_causal=is_causal,
-                **options,
-            )
+        query, given = self._query_and_options(
+            query,
+            query_seq_lengths=query_seq_lengths,
+            q_positions=q_positions,
+            is_causal=is_causal,
+            **options,
         )
+        return attend_stored(query, self.stored(), given)
+
+    def explain_implementations(
+        self, query: Any, *, target: str | None = None, **options: Any
+    ) -> Explanation:
+        """Explains which implementations `attend` can take, and which one ``None`` would.
+
+        Nothing is computed.
+
+        Args:
+          query: ``[B, T, N, H]``, an array or a ``jax.ShapeDtypeStruct``. The cache, too, may have
+            these in place of its arrays (``jax.eval_shape`` of its ``create``).
+          target: the chip that is asked about, a name in ``axattn.aot.TARGETS``; None for this
+            process's devices.
+          **options: as in `attend`.
+
+        Returns:
+          As `axattn.explain_implementations`.
+
+        Raises:
+          ValueError, TypeError: what `attend` would raise for these arguments; an unknown target.
+
+        Example:
+          >>> import jax
+          >>> from axattn.cache import DenseCache
+          >>> cache = DenseCache.create(2, 4096, num_kv_heads=1, head_dim=128, dtype="int8")
+          >>> query = jax.ShapeDtypeStruct((2, 1, 16, 128), "bfloat16")
+          >>> cache.explain_implementations(query, target="h200").chosen
+          'mosaic_gpu'
+        """
+
+        def make_call(cache: Cache, query: Any, **options: Any) -> AttentionCall:
+            query, given = cache._query_and_options(query, **options)
+            return normalize_over_cache(query, cache.stored(), given)
+
+        return explain_call(make_call, dict(cache=self, query=query, **options), target)
 
     @overload
     def extend(
@@ -419,7 +453,7 @@ class Cache(serialization.Serializable, abc.ABC):
     @abc.abstractmethod
     def _places(self, counts: Array, length: int) -> Places: ...
 
-    def _arguments(
+    def _query_and_options(
         self,
         query: Any,
         *,
@@ -427,8 +461,8 @@ class Cache(serialization.Serializable, abc.ABC):
         q_positions: ArrayLike | None = None,
         is_causal: bool = True,
         **options: Any,
-    ) -> dict[str, Any]:
-        """What `attend` asks `axattn.dot_product_attention`, by name."""
+    ) -> tuple[Array, AttentionOptions]:
+        """Returns what `attend` asks: what the user gave, and what the cache knows."""
         query = as_array("query", query)
         length = query.shape[1] if query.ndim == 4 else 0  # else the door says what it takes
         self._check_options(options, length, q_positions, is_causal)
@@ -440,16 +474,13 @@ class Cache(serialization.Serializable, abc.ABC):
             count = length if query_seq_lengths is None else query_seq_lengths
             first = self.lengths - jnp.asarray(count, jnp.int32)
             q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-        return {
-            **self._mask_options(),
-            **options,
-            "query": query,
-            "key": self.stored(),
-            "value": None,
-            "query_seq_lengths": query_seq_lengths,
-            "q_positions": q_positions,
-            "is_causal": is_causal,
-        }
+        return query, AttentionOptions.parse(
+            "attend",
+            **{**self._mask_options(), **options},
+            query_seq_lengths=query_seq_lengths,
+            q_positions=q_positions,
+            is_causal=is_causal,
+        )
 
     def _mask_options(self) -> dict[str, Any]:
         return {"key_value_seq_lengths": self.lengths}

@@ -7,46 +7,38 @@ of query heads, and all options of the function are honoured.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from axattn._typing import Array, Float
 from axattn.arguments import normalize
-from axattn.attention import dot_product_attention
 from axattn.implementations.xla import softmax_weights
+from axattn.options import AttentionOptions
 
 Einsum = Callable[..., Array]
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(dot_product_attention).parameters.items()
-    if name not in ("query", "key", "value", "implementation")
-}
 
 
 def attention_weights(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
     value: Float[Array, "*batch S K h"],
+    options: AttentionOptions,
     *,
     einsum: Einsum = jnp.einsum,
-    **options,
 ) -> Float[Array, "*batch N T S"]:
-    """The weights that `axattn.dot_product_attention` gives the values.
+    """Returns the weights that `axattn.dot_product_attention` gives the values.
 
     Args:
       query, key, value: as there.
+      options: as there. With dropout, weights are those after it.
       einsum: ``einsum(subscripts, query, key)`` gives the dot products. The subscripts are Flax's
         where N == K, and otherwise have the query's heads apart as [K, G].
-      options: the other arguments of `axattn.dot_product_attention`. With dropout, weights are
-        those after it.
 
     Returns:
       [..., N, T, S], float32 (float64 for float64). Rows with nothing to attend to are zeros.
     """
-    call, lead = normalize(query, key, value, **{**_DEFAULTS, **options})
+    call, lead = normalize(query, key, value, options)
     query = call.query.reshape(*lead, *call.query.shape[1:])
     if call.group == 1:
         dots = einsum("...qhd,...khd->...hqk", query, key)

@@ -14,8 +14,11 @@ from axattn import attention
 from axattn._jax_compat import einsum_by
 from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
 from axattn.layers.dialect import flax_attention
-from axattn.layers.options import requested
 from axattn.masks import Mask
+from axattn.options import AttentionOptions
+
+# The options that Flax's own function has.
+_FLAX_OPTIONS = ("bias", "mask", "broadcast_dropout", "dropout_rng", "dropout_rate", "precision")
 
 
 def dot_product_attention(
@@ -119,23 +122,30 @@ def dot_product_attention(
             f"einsum_dot_general, got {precision} and {einsum_dot_general}"
         )
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    options = dict(
-        is_causal=is_causal,
+    options = AttentionOptions(
+        bias=bias,
+        mask=mask,
         scale=scale,
+        is_causal=is_causal,
         local_window_size=local_window_size,
+        implementation=implementation,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
         q_offset=q_offset,
         q_positions=q_positions,
         kv_positions=kv_positions,
+        precision=precision,
     )
     if jnp.iscomplexobj(query):
         # Flax's layers take complex numbers; ours leave them to Flax's function.
-        asked = requested(**options, implementation=implementation)
+        asked = [name for name in options.as_keywords() if name not in _FLAX_OPTIONS]
         if asked:
-            raise NotImplementedError(f"complex query, key and value do not go with {[*asked]}")
+            raise NotImplementedError(f"complex query, key and value do not go with {asked}")
         return flax_dot_product_attention(
             query,
             key,
@@ -166,17 +176,10 @@ def dot_product_attention(
         query,
         key,
         value,
-        bias=bias,
-        mask=mask,
-        dropout_rate=dropout_rate,
+        options,
         deterministic=deterministic,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        precision=precision,
-        implementation=implementation,
         attend=attend,
         sow=None if module is None else sow,
         qk_einsum=qk_attn_weights_einsum,
         value_einsum=attn_weights_value_einsum,
-        **options,
     )

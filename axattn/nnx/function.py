@@ -12,6 +12,7 @@ from axattn import attention
 from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
 from axattn.layers.dialect import flax_attention
 from axattn.masks import Mask
+from axattn.options import AttentionOptions
 
 
 def dot_product_attention(
@@ -100,28 +101,31 @@ def dot_product_attention(
     def sow(weights):
         present(module).sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
 
-    return flax_attention(
-        query,
-        key,
-        value,
+    options = AttentionOptions(
         bias=bias,
         mask=mask,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        precision=precision,
-        implementation=implementation,
-        attend=attend,
-        sow=None if module is None else sow,
-        is_causal=is_causal,
         scale=scale,
+        is_causal=is_causal,
         local_window_size=local_window_size,
+        implementation=implementation,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
         q_offset=q_offset,
         q_positions=q_positions,
         kv_positions=kv_positions,
+        precision=precision,
+    )
+    return flax_attention(
+        query,
+        key,
+        value,
+        options,
+        deterministic=deterministic,
+        attend=attend,
+        sow=None if module is None else sow,
     )

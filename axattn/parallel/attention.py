@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -11,16 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._typing import Array, ArrayLike, Layout, Strategy, present
-from axattn.arguments import normalize
-from axattn.attention import dot_product_attention
+from axattn.arguments import normalize, trace_shapes
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.mask_parts import Dense
 from axattn.masks import Mask
+from axattn.options import AttentionOptions
 from axattn.parallel import costs, layouts, program
 from axattn.parallel.axes import Axes, mesh_or_current
-
-_SIGNATURE = inspect.signature(dot_product_attention)
 
 
 @overload
@@ -138,8 +135,8 @@ def attention(
     mesh = mesh_or_current(mesh)
     axes.check(mesh)
     where = _Where(layout, axes.size(mesh, "sequence"))
-    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
-    call, lead, implementation = _call(given, where)
+    given = AttentionOptions.parse("attention", bias=bias, mask=mask, **options)
+    call, lead, implementation = _call(query, key, value, given, where)
     plan = program.plan(
         call,
         axes,
@@ -198,17 +195,13 @@ def explain(
     axes.check(mesh)
     where = _Where(layout, axes.size(mesh, "sequence"))
     given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
-    structs = {
-        name: value
-        for name, value in given.items()
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
-    }
 
-    def look(arrays):
-        call, _, implementation = _call({**given, **arrays}, where)
+    def look(query, key, value, **options):
+        asked = AttentionOptions.parse("explain", **options)
+        call, _, implementation = _call(query, key, value, asked, where)
         found.extend(program.costs_of(call, axes, mesh, layout, links, implementation))
 
-    jax.eval_shape(look, structs)
+    trace_shapes(look, given)
     return found
 
 
@@ -307,8 +300,8 @@ def local_attention(
     """
     shards = lax.axis_size(axis)
     where = _Where(layout, shards, lax.axis_index(axis))
-    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
-    call, lead, implementation = _call(given, where)
+    given = AttentionOptions.parse("local_attention", bias=bias, mask=mask, **options)
+    call, lead, implementation = _call(query, key, value, given, where)
     dense = any(isinstance(part, Dense) for part in call.mask.parts)
     if call.bias is not None or dense:
         raise NotImplementedError("bias and dense masks are for parallel.attention, not for this")
@@ -347,16 +340,13 @@ def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array)
     return (out, lse.reshape(*lead, *lse.shape[1:])) if call.return_residual else out
 
 
-def _call(options: dict[str, Any], where: _Where) -> tuple[AttentionCall, tuple[int, ...], Any]:
-    bound = _SIGNATURE.bind(**options)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    implementation = registry.check_names(arguments.pop("implementation"))
-    call, lead = normalize(**arguments)
-    if arguments["q_offset"] is not None:
+def _call(
+    query: Any, key: Any, value: Any, options: AttentionOptions, where: _Where
+) -> tuple[AttentionCall, tuple[int, ...], tuple[str, ...] | None]:
+    implementation = registry.check_names(options.implementation)
+    call, lead = normalize(query, key, value, options)
+    if options.q_offset is not None:
         # It counts from where the tokens are, not from their slots.
         further = where.positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
         call = dataclasses.replace(call, q_positions=present(call.q_positions) + further[None])
-    if call.stored is not None:
-        raise ValueError("key takes an array, got a cache: ShardedCache has its own attend")
     return call, lead, implementation

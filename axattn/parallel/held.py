@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import inspect
 from typing import Any, Literal, Self, overload
 
 import jax
 
 from axattn import serialization
 from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
-from axattn.arguments import normalize
-from axattn.attention import dot_product_attention
+from axattn.arguments import normalize_over_cache
 from axattn.cache import Cache
 from axattn.call import AttentionCall
 from axattn.implementations import registry
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(dot_product_attention).parameters.items()
-    if parameter.default is not parameter.empty
-}
 
 # What a whole cache is asked for, and a cache in parts answers likewise.
 _FACTS = (
@@ -148,12 +140,9 @@ class HeldCache(serialization.Serializable, abc.ABC):
           TypeError: an argument that there is not, or that the cache knows itself.
           NotImplementedError: dropout; the named implementation cannot take the call.
         """
-        arguments = {**_DEFAULTS, **self.whole._arguments(query, **options)}
-        unknown = sorted(arguments.keys() - inspect.signature(dot_product_attention).parameters)
-        if unknown:
-            raise TypeError(f"attend takes no argument {unknown[0]}")
-        implementation = registry.check_names(arguments.pop("implementation"))
-        call, _ = normalize(**arguments)
+        query, given = self.whole._query_and_options(query, **options)
+        implementation = registry.check_names(given.implementation)
+        call = normalize_over_cache(query, self.whole.stored(), given)
         if call.dropout_key is not None:
             raise NotImplementedError("dropout_rate takes 0 over a cache in parts")
         out, lse = self._attend(dataclasses.replace(call, stored=None), implementation)

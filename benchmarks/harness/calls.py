@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from axattn import dot_product_attention
 from axattn.arguments import normalize
 from axattn.call import AttentionCall
+from axattn.options import AttentionOptions
 
 
-def make_call(*args: Any, **kwargs: Any) -> AttentionCall:
+def make_call(
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+) -> AttentionCall:
     """The call that `axattn.dot_product_attention` makes of the same arguments."""
-    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    del arguments["implementation"]
-    return normalize(**arguments)[0]
+    return normalize(query, key, value, AttentionOptions(bias=bias, mask=mask, **options))[0]
 
 
 def asked(question: Callable[[AttentionCall], Any], *shapes: Any, **options: Any) -> Any:

@@ -56,7 +56,7 @@ def causal(**options):
 
 def computed(attend):
     """``attend`` of a query that the program makes, so that heads come first."""
-    return lambda q, k, v: attend(2 * q, k, v)
+    return lambda q, k, v: attend(2 * q, k, v, is_projected=True)
 
 
 def kernels(report) -> int:
@@ -152,7 +152,8 @@ def test_a_layer_has_no_copies(heads, kv_heads, features):
 
     def layer(x, query, key, value, out):
         q, k, v = (jnp.einsum("bte,enh->btnh", x, kernel) for kernel in (query, key, value))
-        return jnp.einsum("btnh,nhe->bte", causal()(q, k, v), out)
+        attended = causal(is_projected=True)(q, k, v)
+        return jnp.einsum("btnh,nhe->bte", attended, out)
 
     def both(*args):
         out, pull = jax.vjp(layer, *args)

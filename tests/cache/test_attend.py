@@ -13,6 +13,7 @@ import pytest
 
 import axattn
 from axattn import Mask
+from axattn.cache import DenseCache
 from tests import caches, reference
 from tests.caches import FLOATS, QUANTIZED, B, H, K, N, h
 from tests.precision import ULPS, _one_minus_cosine
@@ -397,16 +398,27 @@ def test_no_derivative_is_said():
 def test_explain():
     q, k, v = caches.tokens(1)
     cache = caches.make("paged")
-    why = axattn.explain_implementations(q, cache.stored(), None)
+    why = cache.explain_implementations(q)
     assert why["xla"] is None and why["xla_chunked"] is None
     assert "a cache" in why["cudnn"]
     assert why.by_platform["cpu"] == "xla_chunked"
     # A TPU cleans a dense cache while it reads it; pages XLA would copy first.
     for kind, name in (("dense", "xla"), ("paged", "xla_chunked")):
-        stored = caches.make(kind, dtype="float16").stored()  # which no kernel for TPUs takes
-        assert axattn.explain_implementations(q, stored, None).by_platform["tpu"] == name
-    with pytest.raises(ValueError, match="value takes None with a cache"):
-        axattn.dot_product_attention(q, cache.stored(), v)
+        other = caches.make(kind, dtype="float16")  # which no kernel for TPUs takes
+        assert other.explain_implementations(q).by_platform["tpu"] == name
+    shapes = jax.eval_shape(lambda: cache)
+    assert shapes.explain_implementations(jax.eval_shape(lambda: q)) == why
+    large = jax.eval_shape(lambda: DenseCache.create(2, 1024, 2, 128, dtype="int8"))
+    query = jax.ShapeDtypeStruct((2, 1, 8, 128), "bfloat16")
+    assert large.explain_implementations(query, target="v5p").chosen == "mosaic_tpu"
+    with pytest.raises(TypeError, match="attend takes no argument kv_positions"):
+        cache.explain_implementations(q, kv_positions=0)
+
+
+def test_a_cache_is_no_array():
+    q, _, v = caches.tokens(1)
+    with pytest.raises(TypeError, match=r"key takes an array \[..., S, K, H\], got DenseCache"):
+        axattn.dot_product_attention(q, caches.make("dense"), v)
 
 
 def test_no_array_of_the_size_of_the_cache(force_blocks):

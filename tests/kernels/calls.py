@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from unittest import mock
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from axattn import Mask
-from axattn.cache import base
+from axattn.arguments import normalize_over_cache
 from benchmarks.harness.calls import make_call as call_of
 
 # What no kernel takes: the reason, other sizes than `shapes` has, and options.
@@ -44,18 +44,16 @@ def arrays(B, T, S, N, K, H, h=None, dtype=jnp.bfloat16, seed=0):
     ]
 
 
+def with_layout(call, layout):
+    """The same call with queries in memory by "tokens" or by "heads", which are then said."""
+    return dataclasses.replace(call, options=call.options | {"is_projected": layout == "heads"})
+
+
 def make_call(B, T, S, N, K, H, h=None, dtype=jnp.bfloat16, seed=0, **options):
     return call_of(*arrays(B, T, S, N, K, H, h, dtype, seed), **options)
 
 
 def call_of_cache(cache, query, **options):
     """The call that ``cache.attend`` makes."""
-    found = []
-
-    def door(*args, **kwargs):
-        found.append(call_of(*args, **kwargs))
-        return query
-
-    with mock.patch.object(base, "dot_product_attention", door):
-        cache.attend(query, **options)
-    return found[0]
+    query, given = cache._query_and_options(query, **options)
+    return normalize_over_cache(query, cache.stored(), given)

@@ -53,12 +53,6 @@ def hopper():
         yield
 
 
-@pytest.fixture
-def layout(request, monkeypatch):
-    """Parametrized with "tokens" or "heads": which of them is first where queries lie in HBM."""
-    monkeypatch.setattr(_jax_compat, "is_argument", lambda _: request.param == "tokens")
-
-
 @pytest.fixture(params=[TPU, pytest.param(HOPPER, marks=pytest.mark.hopper)])
 def family(request):
     """Whose kernels: both in tests beside this file, in a family's own folder its own."""

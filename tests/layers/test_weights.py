@@ -13,6 +13,7 @@ import axattn
 import axattn.linen
 from axattn import Mask
 from axattn.layers.weights import attention_weights, weighted_sum
+from axattn.options import AttentionOptions
 from tests.tiers import ci
 
 T, S, N, H = 5, 7, 4, 8
@@ -57,7 +58,7 @@ def test_same_as_the_function(options, lead, kv_heads):
 
     @jax.jit
     def both(q, k, v):
-        weights = attention_weights(q, k, v, **options)
+        weights = attention_weights(q, k, v, AttentionOptions(**options))
         want = axattn.dot_product_attention(q, k, v, **options)
         return weights, weighted_sum(weights, v), want
 

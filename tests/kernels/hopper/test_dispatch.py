@@ -9,9 +9,11 @@ import pytest
 
 import axattn
 from axattn import _jax_compat
+from axattn.arguments import normalize_over_cache
 from axattn.cache import DenseCache, PagedCache
 from axattn.implementations import mosaic_gpu
-from tests.kernels.calls import REFUSED, call_of, make_call, shapes
+from axattn.options import AttentionOptions
+from tests.kernels.calls import REFUSED, make_call, shapes
 
 # What CUDA's programming guide says of compute capability 9.0, for one block of threads.
 SHARED_BYTES = 227 * 1024
@@ -75,7 +77,8 @@ def cache_call(T=1, N=8, K=2, H=128, query_dtype=jnp.bfloat16, kind="dense", **o
         stored = PagedCache.create(1, 4, slots, 4, K, H, **options).stored()
     else:
         stored = DenseCache.create(1, slots, K, H, **options).stored()
-    return call_of(jnp.zeros((1, T, N, H), query_dtype), stored, None, is_causal=True)
+    query = jnp.zeros((1, T, N, H), query_dtype)
+    return normalize_over_cache(query, stored, AttentionOptions(is_causal=True))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_caches_that_are_refused(reason, options):
 def test_none_takes_the_kernels_over_a_cache(hopper):
     cache = DenseCache.create(1, 64, 2, 128, dtype="int8")
     query = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
-    why = axattn.explain_implementations(query, cache.stored(), None)
+    why = cache.explain_implementations(query)
     assert why.by_platform["cuda"] == "mosaic_gpu" and why.by_platform["cpu"] == "xla_chunked"
 
 
@@ -136,7 +139,8 @@ def test_tiles_of_the_decode_kernels_fit(dtype, extras):
     for H in range(32, 257, 32):
         for h in range(32, 257, 32):
             stored = DenseCache.create(1, 256, 2, H, value_head_dim=h, dtype=dtype).stored()
-            call = call_of(jnp.zeros((1, 1, 8, H), jnp.bfloat16), stored, None, **extras)
+            query = jnp.zeros((1, 1, 8, H), jnp.bfloat16)
+            call = normalize_over_cache(query, stored, AttentionOptions(**extras))
             tiles, source = decode_tiles.decode_tiles(call), Source.of(call)
             per_score = 4 if extras else 0
             needed = memory.decode_bytes(tiles, source, H, h, per_score)

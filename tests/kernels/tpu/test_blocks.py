@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axattn import _jax_compat
 from axattn.kernels.problem import Problem
 from axattn.kernels.tpu import cut as cuts
 from axattn.kernels.tpu import tiles
 from axattn.kernels.tpu.tiles import BackwardTiles, Tiles
 from tests import cases, precision
-from tests.kernels.calls import make_call
+from tests.kernels.calls import make_call, with_layout
 from tests.precision import Call
 
 SMALL, OTHER = Tiles(16, 128), Tiles(48, 128)
@@ -45,16 +42,18 @@ def small_blocks(request, monkeypatch):
 @pytest.mark.parametrize(
     "small_blocks, layout, cores, name",
     CALLS,
-    indirect=["small_blocks", "layout", "cores"],
+    indirect=["small_blocks", "cores"],
 )
 def test_features(interpreted, small_blocks, layout, name):
     dtype = (jnp.bfloat16, jnp.float32)[len(name) % 2]
-    precision.check(cases.make(name, dtype), ("mosaic_tpu",))
+    precision.check(with_layout(cases.make(name, dtype), layout), ("mosaic_tpu",))
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    "small_blocks, layout", [("fused", "tokens"), ("split", "heads")], indirect=True
+    "small_blocks, layout",
+    [("fused", "tokens"), ("split", "heads")],
+    indirect=["small_blocks"],
 )
 def test_heads_of_several_groups(interpreted, small_blocks, layout):
     """Two groups of four make the eight heads of a step, and there are two steps."""
@@ -63,7 +62,8 @@ def test_heads_of_several_groups(interpreted, small_blocks, layout):
     sinks = jnp.linspace(-2, 2, 16).astype(jnp.bfloat16)
     slopes = np.linspace(0.01, 0.3, 16).astype(np.float32)
     options = dict(alibi_slopes=slopes, local_window_size=(50, 0))
-    precision.check(Call(inputs | {"sinks": sinks}, options), ("mosaic_tpu",))
+    call = with_layout(Call(inputs | {"sinks": sinks}, options), layout)
+    precision.check(call, ("mosaic_tpu",))
 
 
 @pytest.mark.ci
@@ -89,7 +89,7 @@ def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
 )
 def test_heads_of_a_step_where_heads_are_first(length, heads, kv_heads, together):
     """One, unless it has few rows."""
-    call = dataclasses.replace(make_call(1, length, 8, heads, kv_heads, 8), heads_first=True)
+    call = make_call(1, length, 8, heads, kv_heads, 8, is_projected=True)
     assert cuts.heads_together(call) == together
 
 
@@ -114,12 +114,11 @@ def test_a_window_bounds_the_steps(options, bound):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("cores", [2], indirect=True)
-def test_the_same_bits(interpreted, small_blocks, monkeypatch):
+def test_the_same_bits(interpreted, small_blocks):
     """Always; and where queries lie is a matter of speed."""
     found = []
-    for argument in (True, True, False):
-        monkeypatch.setattr(_jax_compat, "is_argument", lambda _, argument=argument: argument)
-        call = cases.make("causal", jnp.bfloat16)
+    for layout in ("tokens", "tokens", "heads"):
+        call = with_layout(cases.make("causal", jnp.bfloat16), layout)
         found.append(precision.results(call, ("mosaic_tpu",))["mosaic_tpu"])
     for other in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, found[0], other)

@@ -32,7 +32,7 @@ def test_decode_over_arrays_stays_with_xla(tpu):
 def test_a_cache_goes_to_the_kernels(tpu, T):
     cache = jax.eval_shape(lambda: DenseCache.create(2, 1024, 2, 128, dtype=jnp.int8))
     query = jax.ShapeDtypeStruct((2, T, 8, 128), jnp.bfloat16)
-    why = axattn.explain_implementations(query, cache.stored(), None)
+    why = cache.explain_implementations(query)
     assert why["mosaic_tpu"] is None and why.by_platform["tpu"] == "mosaic_tpu"
 
 
