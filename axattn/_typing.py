@@ -6,15 +6,12 @@ so without jaxtyping the subscripted names (``Float[Array, "... T N H"]``) stand
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from jax import lax
 
-if TYPE_CHECKING:
-    from axattn.cache import Cache
-    from axattn.parallel.held import HeldCache  # registered as a `Cache`, which checkers do not see
-
 __all__ = [
+    "AnyCache",
     "Array",
     "ArrayLike",
     "Bool",
@@ -37,8 +34,33 @@ __all__ = [
 
 _Type = TypeVar("_Type")
 
+
+class AnyCache(Protocol):
+    """What every cache has, a whole one (`axattn.cache`) or one in parts (`axattn.parallel`)."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def value_head_dim(self) -> int: ...
+    @property
+    def values_in_keys(self) -> bool: ...
+    @property
+    def stores_floats(self) -> bool: ...
+    @property
+    def lengths(self) -> Any: ...
+
+    def next_positions(self, length: int) -> Any: ...
+    def append(self, key: Any, value: Any = None, *, lengths: Any = None) -> Any: ...
+    def attend(self, query: Any, **options: Any) -> Any: ...
+    def extend(self, query: Any, key: Any, value: Any = None, **options: Any) -> Any: ...
+
+
 # What a call gets as ``cache`` it returns, with the same type.
-CacheType = TypeVar("CacheType", bound="Cache | HeldCache")
+CacheType = TypeVar("CacheType", bound=AnyCache)
 
 # What is named by a string, for type checkers; values are checked where they are read.
 Implementation = Literal["xla", "xla_chunked", "mosaic_gpu", "mosaic_tpu", "cudnn", "mosaic"]
@@ -79,8 +101,6 @@ try:
         Shaped,
     )
 except ImportError:
-    from typing import Any
-
     from jax import Array
     from jax.typing import ArrayLike
 

@@ -16,6 +16,7 @@ from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.masks import Mask
 from axattn.options import AttentionOptions
+from axattn.sharded import explicit
 from axattn.stored import Stored
 
 
@@ -292,7 +293,6 @@ def _dispatch(
 ) -> tuple[Array, Any]:
     if explicit_sharding(call.query) is None:
         return _attend(call, plan=registry.plan(call, implementation))
-    from axattn.parallel import explicit  # which is built on this module
 
     return explicit.attend(call, registry.check_names(implementation))
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from axattn._jax_compat import threefry_2x32
 from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.mask_parts import Span
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def dropout_key(rng: jax.Array) -> jax.Array:
@@ -37,3 +40,21 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
     # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
     threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
     return bits >= jnp.uint32(threshold)
+
+
+def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
+    """Computes the first word at counter (x0, x1) in the arithmetic that kernels have.
+
+    That is int32, which wraps around; kernels have no primitive of JAX for it.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            high = lax.shift_left(x1, jnp.full_like(x1, rotation))
+            low = lax.shift_right_logical(x1, jnp.full_like(x1, 32 - rotation))
+            x1 = (high | low) ^ x0
+        x0 = x0 + keys[(block + 1) % 3]
+        x1 = x1 + (keys[(block + 2) % 3] + (block + 1))
+    return x0

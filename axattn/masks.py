@@ -363,29 +363,6 @@ class Mask(serialization.Serializable):
             ok = jnp.ones((1, 1, 1, 1), bool)
         return jnp.broadcast_to(ok, (*ok.shape[:2], q_len, kv_len))
 
-    def plot(self, q_len: int, kv_len: int, **options: Any) -> Any:
-        """Draws the mask; see `axattn.plotting.plot_mask`, which has the same arguments.
-
-        Args:
-          q_len, kv_len: numbers of query and key slots, T and S.
-          options: ``block_q`` and ``block_kv``, positions, ``row``, ``head``, ``title``, ``ax``.
-
-        Returns:
-          The ``matplotlib.axes.Axes``.
-
-        Raises:
-          ImportError: matplotlib is not installed; the message says how it is.
-
-        Example:
-          >>> from axattn import Mask
-          >>> ax = Mask.causal().plot(256, 256, block_q=64, block_kv=64)
-          >>> ax.get_title()
-          'causal'
-        """
-        from axattn.plotting import plot_mask
-
-        return plot_mask(self, q_len, kv_len, **options)
-
     # ---- batches ------------------------------------------------------------------------------
 
     def normalized(self, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
@@ -466,6 +443,22 @@ def positions_or_default(positions: jax.Array | None, length: int) -> jax.Array:
         return jnp.arange(length, dtype=jnp.int32)[None]
     positions = jnp.asarray(positions, jnp.int32)
     return positions[None] if positions.ndim == 1 else positions
+
+
+def zero_unused(array: jax.Array, slots: jax.Array, length) -> jax.Array:
+    """``array [B, n, heads, size]`` with the slots at and after ``length`` set to zero.
+
+    A slot behind a sequence's length may hold anything; 0 * NaN in a matrix product would let it
+    through. ``length`` is None, an int, or int32 ``[B]``.
+    """
+    if length is None:
+        return array
+    length = jnp.asarray(length)
+    length = length[:, None] if length.ndim else length
+    used = jnp.broadcast_to(
+        slots[None] < length, (length.shape[0] if length.ndim else 1, slots.size)
+    )
+    return jnp.where(used[:, :, None, None], array, jnp.zeros((), array.dtype))
 
 
 def _is_int(value: Any) -> bool:

@@ -14,6 +14,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -105,3 +106,16 @@ def force_blocks(monkeypatch):
 def small_blocks(force_blocks):
     """Blocks of 32 queries and 48 keys: 113 x 203 has full, partial and empty blocks and tails."""
     force_blocks(32, 48)
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """A function of the sizes of the axes "data", "model" and "context"."""
+
+    def make(data=1, model=1, context=1):
+        devices = np.array(jax.devices()[: data * model * context])
+        return jax.sharding.Mesh(
+            devices.reshape(data, model, context), ("data", "model", "context")
+        )
+
+    return make

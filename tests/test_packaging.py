@@ -62,9 +62,10 @@ def test_import_needs_jax_and_numpy_only():
 @pytest.mark.ci
 def test_errors_say_what_to_install():
     run_without_optional(
-        "import axattn, axattn.plotting\n"
+        "import axattn\n"
+        "from axattn.plotting import plot_mask\n"
         "from axattn.huggingface.files import SafeTensors\n"
-        "calls = {'plot': lambda: axattn.Mask.causal().plot(4, 4)}\n"
+        "calls = {'plot': lambda: plot_mask(axattn.Mask.causal(), 4, 4)}\n"
         "calls['huggingface'] = lambda: SafeTensors('.')\n"
         "for extra, call in calls.items():\n"
         "    try:\n"

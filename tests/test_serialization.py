@@ -18,7 +18,6 @@ from axattn import Mask, parallel, quantization, serialization
 from axattn.cache import DenseCache, PagedCache, RingCache
 from tests import caches
 from tests.parallel import sharded_caches
-from tests.parallel.conftest import mesh_of  # noqa: F401
 from tests.tiers import ci
 
 DTYPES = ("float32", "bfloat16", *caches.QUANTIZED)
@@ -168,7 +167,7 @@ def test_bfloat16_as_bits():
         assert_same(flax.serialization.from_state_dict(target, state), target)
 
 
-def test_several_devices(mesh_of):  # noqa: F811
+def test_several_devices(mesh_of):
     mesh = mesh_of(data=2, model=2, context=2)
     cache = filled(sharded_caches.make("paged", mesh, dtype="int8"))
     got = exported(lambda cache: cache, cache)

@@ -27,7 +27,6 @@ from axattn.cache import DenseCache, RingCache, prefill
 from axattn.rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 from tests import caches, cases
 from tests.parallel import sharded_caches
-from tests.parallel.conftest import mesh_of  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -322,7 +321,7 @@ AXES = parallel.Axes(batch="data", heads="model", sequence="context")
         ("ulysses", "contiguous"),
     ],
 )
-def test_strategies(mesh_of, strategy, layout):  # noqa: F811
+def test_strategies(mesh_of, strategy, layout):
     zigzag = layout == "zigzag"
     arrays = [jnp.ones((2, 48, heads, 16), jnp.bfloat16) for heads in (8, 2, 2)]
     options = dict(
@@ -343,7 +342,7 @@ def test_strategies(mesh_of, strategy, layout):  # noqa: F811
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind, dtype", [("dense", "bfloat16"), ("paged", "int8")])
-def test_caches_of_several_devices(mesh_of, kind, dtype):  # noqa: F811
+def test_caches_of_several_devices(mesh_of, kind, dtype):
     mesh = mesh_of(data=2, model=2, context=2)
     cache = sharded_caches.make(kind, mesh, dtype=dtype)
     tokens = caches.tokens(5, batch=4, group=2, dtype="bfloat16")

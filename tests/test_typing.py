@@ -19,7 +19,8 @@ import axattn.nnx
 from axattn import _typing, cache, linen, parallel
 from axattn.implementations import registry
 from axattn.layers import options
-from axattn.parallel import costs, held, layouts
+from axattn.parallel import held
+from axattn.sharded import costs, layouts
 from tests.markdown import ROOT
 
 USER = ROOT / "tests" / "typed_user.py"

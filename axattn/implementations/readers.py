@@ -15,8 +15,8 @@ from axattn._jax_compat import is_known
 from axattn._typing import present
 from axattn.call import DECODE_ROWS, AttentionCall
 from axattn.implementations.products import Folded, Grouped, weighted_mean
-from axattn.implementations.scores import zero_unused
 from axattn.mask_parts import Span
+from axattn.masks import zero_unused
 from axattn.stored import NEVER
 
 

@@ -61,19 +61,3 @@ def mask_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
     """The mask of the tile, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
     allowed = call.mask.tile(q, kv)
     return None if allowed is None else heads_apart(allowed, call)
-
-
-def zero_unused(array: jax.Array, slots: jax.Array, length) -> jax.Array:
-    """``array [B, n, heads, size]`` with the slots at and after ``length`` set to zero.
-
-    A slot behind a sequence's length may hold anything; 0 * NaN in a matrix product would let it
-    through. ``length`` is None, an int, or int32 ``[B]``.
-    """
-    if length is None:
-        return array
-    length = jnp.asarray(length)
-    length = length[:, None] if length.ndim else length
-    used = jnp.broadcast_to(
-        slots[None] < length, (length.shape[0] if length.ndim else 1, slots.size)
-    )
-    return jnp.where(used[:, :, None, None], array, jnp.zeros((), array.dtype))

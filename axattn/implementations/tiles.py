@@ -17,8 +17,9 @@ from jax import lax
 from axattn._jax_compat import is_known
 from axattn.call import AttentionCall
 from axattn.implementations.blocks import Blocks, visits
-from axattn.implementations.scores import bias_tile, capped_tile, mask_tile, zero_unused
+from axattn.implementations.scores import bias_tile, capped_tile, mask_tile
 from axattn.mask_parts import PARTIAL, Layout, Span
+from axattn.masks import zero_unused
 
 
 @dataclasses.dataclass(frozen=True)

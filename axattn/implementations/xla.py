@@ -17,7 +17,8 @@ from jax import lax
 from axattn.call import AttentionCall
 from axattn.dropout import keep_tile
 from axattn.implementations.readers import reader
-from axattn.implementations.scores import heads_apart, mask_tile, score_tile, zero_unused
+from axattn.implementations.scores import heads_apart, mask_tile, score_tile
+from axattn.masks import zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:

@@ -11,11 +11,11 @@ Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on 
 """
 
 from axattn.parallel.attention import attention, explain, local_attention
-from axattn.parallel.axes import Axes
 from axattn.parallel.caches import ShardedCache
-from axattn.parallel.costs import Links
 from axattn.parallel.dealt import DealtCache
-from axattn.parallel.layouts import positions
+from axattn.sharded.axes import Axes
+from axattn.sharded.costs import Links
+from axattn.sharded.layouts import positions
 
 __all__ = [
     "Axes",

@@ -16,8 +16,8 @@ from axattn.implementations import registry
 from axattn.mask_parts import Dense
 from axattn.masks import Mask
 from axattn.options import AttentionOptions
-from axattn.parallel import costs, layouts, program
-from axattn.parallel.axes import Axes, mesh_or_current
+from axattn.sharded import costs, layouts, program
+from axattn.sharded.axes import Axes, mesh_or_current
 
 
 @overload

@@ -32,9 +32,10 @@ from axattn._typing import Array, ArrayLike, Float, Float32
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
 from axattn.call import AttentionCall
 from axattn.implementations import registry
-from axattn.parallel import dealt, heads, specs
-from axattn.parallel.axes import Axes, mesh_or_current, names_of
+from axattn.parallel import dealt
 from axattn.parallel.held import HeldCache, resized
+from axattn.sharded import heads, specs
+from axattn.sharded.axes import Axes, mesh_or_current, names_of
 
 # What `create` of each kind calls the rows and the slots of its arrays.
 _SIZES = {

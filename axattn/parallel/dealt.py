@@ -27,7 +27,7 @@ from axattn.call import AttentionCall
 from axattn.implementations import registry
 from axattn.masks import Mask, positions_or_default
 from axattn.parallel.held import HeldCache, resized
-from axattn.parallel.merge import merged_over, with_sinks
+from axattn.sharded.merge import merged_over, with_sinks
 
 
 @functools.partial(serialization.register_dataclass, data=("cache",), static=("axis",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from axattn.parallel.costs import STRATEGIES
+from axattn.sharded.costs import STRATEGIES
 
 TABLES = ("layer", "decode")
 DIRECTIONS = ("fwd", "fwd+bwd")

@@ -58,7 +58,7 @@ from IPython.display import Markdown
 import axattn
 from axattn import Mask
 from axattn.mask_parts import EMPTY, FULL
-from axattn.plotting import RooflinePoint, plot_roofline, units
+from axattn.plotting import RooflinePoint, plot_mask, plot_roofline, units
 from benchmarks.harness import (
     committed,
     environment,
@@ -101,7 +101,7 @@ masks = {
 }
 figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
 for ax, (title, mask) in zip(axes.flat, masks.items(), strict=True):
-    mask.plot(24, 24, title=title, ax=ax)
+    plot_mask(mask, 24, 24, title=title, ax=ax)
 
 # %% [markdown]
 # ## Blocks that are empty, full, partial
@@ -141,7 +141,7 @@ long_masks = {
 figure, axes = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
 for ax, (title, mask) in zip(axes, long_masks.items(), strict=True):
     q, kv = blocks["v5p"]
-    mask.plot(LENGTH, LENGTH, block_q=q, block_kv=kv, title=f"{title}, v5p", ax=ax)
+    plot_mask(mask, LENGTH, LENGTH, block_q=q, block_kv=kv, title=f"{title}, v5p", ax=ax)
 
 # %% [markdown]
 # What is not empty is what is worked on. Smaller blocks follow the mask more closely; they also

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from axattn.cache import DenseCache, PagedCache
-from axattn.parallel.axes import Axes
 from axattn.parallel.caches import ShardedCache
+from axattn.sharded.axes import Axes
 from tests import caches
 from tests.caches import PAGE, H, K, h
 

@@ -30,7 +30,7 @@ MASKS = {
 def test_blocks_have_the_colours_of_their_states(name):
     """In what is rendered, and elements are seen inside of partial blocks, nowhere else."""
     mask, (q_len, kv_len), (block_q, block_kv) = MASKS[name], (80, 96), (16, 24)
-    ax = mask.plot(q_len, kv_len, block_q=block_q, block_kv=block_kv)
+    ax = plot_mask(mask, q_len, kv_len, block_q=block_q, block_kv=block_kv)
     image = rendered(ax.figure)
     states = np.asarray(mask.block_map(q_len, kv_len, block_q, block_kv))[0]
     allowed = np.asarray(mask.materialize(q_len, kv_len))[0, 0]
@@ -59,7 +59,7 @@ def test_elements_without_blocks():
 
 
 def test_queries_go_down_and_keys_to_the_right():
-    ax = Mask.causal().plot(8, 8)
+    ax = plot_mask(Mask.causal(), 8, 8)
     top, right = ax.transData.transform((7, 0)), ax.transData.transform((7, 7))
     left = ax.transData.transform((0, 7))
     assert top[1] > right[1] and right[0] > left[0]
@@ -88,7 +88,7 @@ def test_a_cell_shows_the_share_of_its_slots():
 
 def test_cells_lie_in_one_block():
     """Also where blocks and cells do not fit: 2500 slots in cells of 5, blocks of 35 have 7."""
-    ax = Mask.causal().plot(2500, 2500, block_q=35, block_kv=35)
+    ax = plot_mask(Mask.causal(), 2500, 2500, block_q=35, block_kv=35)
     pixels = cells(ax)
     assert pixels.shape[:2] == (500, 500)
     states = np.asarray(Mask.causal().block_map(2500, 2500, 35, 35))[0]
@@ -139,7 +139,7 @@ def test_beside_each_other(tmp_path):
 
     figure, beside = plt.subplots(1, 3, figsize=(9, 4), layout="constrained")
     for ax, name in zip(beside, ("causal", "window", "segments"), strict=True):
-        assert MASKS[name].plot(80, 96, block_q=8, block_kv=8, ax=ax) is ax
+        assert plot_mask(MASKS[name], 80, 96, block_q=8, block_kv=8, ax=ax) is ax
     check_legible(figure)
 
 

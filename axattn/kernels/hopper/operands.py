@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from axattn._typing import present
 from axattn.call import AttentionCall
-from axattn.implementations.scores import zero_unused
 from axattn.kernels.hopper.rows import stored_length
 from axattn.kernels.hopper.sources import Source
 from axattn.kernels.masks import bounds, dense_mask, fold_key_masks
 from axattn.kernels.padding import padded
 from axattn.kernels.problem import Problem, round_up
 from axattn.mask_parts import Segments
+from axattn.masks import zero_unused
 from axattn.stored import NEVER
 
 # TMA needs rows that start at multiples of 16 bytes.

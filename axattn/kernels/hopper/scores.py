@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
+from axattn.dropout import threefry
 from axattn.kernels.hopper import device
 from axattn.kernels.problem import LOG2E, Problem
-from axattn.kernels.threefry import threefry
 
 # Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
 _OF_HEADS = ("row_bias", "row_slopes", "row_shift")

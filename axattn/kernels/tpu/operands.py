@@ -20,13 +20,13 @@ from jax.experimental import pallas as pl
 
 from axattn._typing import present
 from axattn.call import AttentionCall
-from axattn.implementations.scores import zero_unused
 from axattn.kernels import masks
 from axattn.kernels.padding import padded
 from axattn.kernels.tpu import cut as cuts
 from axattn.kernels.tpu.cut import Cut, Place
 from axattn.kernels.tpu.layout import by_tile, by_token
 from axattn.mask_parts import Segments
+from axattn.masks import zero_unused
 from axattn.stored import NEVER
 
 

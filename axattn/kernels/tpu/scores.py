@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn.dropout import threefry
 from axattn.kernels.problem import LOG2E, Problem
-from axattn.kernels.threefry import threefry
 
 
 class Block(Protocol):

@@ -14,7 +14,7 @@ from jax import lax
 
 from axattn._typing import present
 from axattn.call import AttentionCall
-from axattn.parallel.axes import Axes, names_of
+from axattn.sharded.axes import Axes, names_of
 
 
 def kv_axes(axes: Axes, mesh, num_heads: int, num_kv_heads: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from axattn import mask_parts as parts
 from axattn.call import AttentionCall
 from axattn.masks import Mask
-from axattn.parallel.axes import Axes, Names
+from axattn.sharded.axes import Axes, Names
 
 
 def of_call(call: AttentionCall, axes: Axes, kv_heads: Names) -> AttentionCall:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import axattn
-from axattn.parallel import merge
+from axattn.sharded import merge
 
 LENGTHS = np.array([0, 9, 24])  # of rows: without keys, with some in the first part alone, with all
 

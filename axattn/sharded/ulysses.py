@@ -14,7 +14,7 @@ from axattn import mask_parts as parts
 from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.masks import Mask
-from axattn.parallel.gather import Results, whole
+from axattn.sharded.gather import Results, whole
 
 
 def refuses(num_heads: int, num_kv_heads: int, shards: int) -> str | None:

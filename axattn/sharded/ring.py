@@ -21,8 +21,8 @@ from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import blocks, chunked_forward, flash
 from axattn.implementations.chunked_backward import Gradients
-from axattn.parallel import hop
-from axattn.parallel.merge import merged
+from axattn.sharded import hop
+from axattn.sharded.merge import merged
 
 
 class Ring(NamedTuple):

@@ -14,8 +14,8 @@ from axattn._jax_compat import explicit_sharding, with_auto_axes
 from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.implementations import registry
-from axattn.parallel import program
-from axattn.parallel.axes import Axes
+from axattn.sharded import program
+from axattn.sharded.axes import Axes
 
 
 def attend(

@@ -10,7 +10,7 @@ import numpy as np
 from axattn.aot.targets import Target
 from axattn.aot.targets import target as find_target
 from axattn.masks import Mask
-from axattn.parallel import layouts, ulysses
+from axattn.sharded import layouts, ulysses
 
 STRATEGIES = ("ring", "gather", "ulysses")
 

@@ -17,8 +17,8 @@ from axattn.call import AttentionCall
 from axattn.implementations import flash, registry
 from axattn.mask_parts import Dense
 from axattn.masks import Mask
-from axattn.parallel import costs, gather, heads, hop, layouts, ring, specs, ulysses
-from axattn.parallel.axes import Axes, names_of
+from axattn.sharded import costs, gather, heads, hop, layouts, ring, specs, ulysses
+from axattn.sharded.axes import Axes, names_of
 
 Results = tuple[jax.Array, jax.Array]
 

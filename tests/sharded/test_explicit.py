@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import axattn
 from axattn._jax_compat import vary_over, varying_axes
-from axattn.parallel import explicit
+from axattn.sharded import explicit
 from tests import cases, precision
 from tests.cases import Shape
 from tests.precision import Call

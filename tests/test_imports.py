@@ -1,0 +1,68 @@
+"""Imports of the library go one way."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import pathlib
+
+import axattn
+
+PACKAGE = pathlib.Path(axattn.__file__).parent
+
+# From the ground up. A part imports from its own and from lower ones, nothing from higher ones.
+FLOORS = (
+    ("_typing", "dtypes", "serialization", "version"),
+    ("_jax_compat", "mask_parts", "rotary", "checkpoints"),
+    ("_primitives", "masks", "quantization", "aot"),
+    ("options", "stored", "plotting"),
+    ("call",),
+    ("dropout",),
+    ("arguments", "kernels"),
+    ("implementations",),
+    ("sharded",),
+    ("attention",),
+    ("cache",),
+    ("latent", "parallel"),
+    ("layers",),
+    ("linen", "nnx"),
+    ("huggingface",),
+)
+
+HEIGHT = {part: height for height, parts in enumerate(FLOORS) for part in parts}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Names of modules and of what is taken from them, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("axattn.")}
+
+
+def test_no_import_goes_up():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        seen.add(own)
+        for name in imported(path):
+            other = name.split(".")[1]
+            if other != own:
+                assert HEIGHT[other] < HEIGHT[own], f"{path} imports {name}"
+    assert seen == set(HEIGHT)
+
+
+def test_no_modules_import_each_other():
+    files = {
+        ".".join(("axattn", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {name: imported(path) & files.keys() for name, path in files.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(files)
