@@ -6,6 +6,7 @@ import collections
 
 import jax
 
+from axattn import _jax_compat
 from axattn._jax_compat import automatic_axes
 from axattn.call import AttentionCall
 from axattn.implementations import blocks, chunked_backward
@@ -37,6 +38,12 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
         if isinstance(part, Dense) and part.array.shape[1] > 1 and part.array.shape[2:] != whole:
             return "does not support a mask array per head that broadcasts along T or S"
     return None
+
+
+def lacks_device(needed: str) -> str:
+    """Why a call cannot run where the device is another one, or none is known."""
+    there = _jax_compat.traced_device()
+    return f"needs {needed}, " + ("and none is attached" if there is None else f"got {there}")
 
 
 def bias_gradient(

@@ -30,21 +30,17 @@ NEEDS = "a Hopper GPU (H100, H200)"
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels here, or None."""
-    refusal = refuses_lowered(call)
-    if refusal is not None or device_known():
-        return refusal
-    there = _jax_compat.traced_device()
-    return f"needs {NEEDS}, " + ("and none is attached" if there is None else f"got {there}")
-
-
-def refuses_lowered(call: AttentionCall) -> str | None:
-    """Why it cannot even where the program is lowered for a GPU that is not here, or None."""
+    """Why this call cannot go to the kernels, though the program may be lowered for any GPU."""
     return call_refusal(call) or device_refusal(call)
 
 
+def lacks() -> str | None:
+    """What is needed and not here, or None."""
+    return None if device_known() else mosaic.lacks_device(NEEDS)
+
+
 def call_refusal(call: AttentionCall) -> str | None:
-    """The same on any device."""
+    """Why no device takes the call, or None."""
     return (
         mosaic.refusal(call, ("float16", "bfloat16")) or _head_refusal(call) or _cache_refusal(call)
     )

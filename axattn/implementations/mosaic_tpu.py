@@ -25,24 +25,18 @@ NEEDS = "a TPU (v4 or later)"
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels here, or None."""
-    refusal = call_refusal(call)
-    if refusal is not None:
-        return refusal
-    if not device_known():
-        there = _jax_compat.traced_device()
-        return f"needs {NEEDS}, " + ("and none is attached" if there is None else f"got {there}")
-    return device_refusal(call)
-
-
-def refuses_lowered(call: AttentionCall) -> str | None:
-    """Why it cannot even where the program is lowered for a TPU that is not here, or None."""
+    """Why this call cannot go to the kernels, though the program may be lowered for any TPU."""
     # Whether the memory of that TPU will do is asked when its kind is known.
     return call_refusal(call) or (device_refusal(call) if device_known() else None)
 
 
+def lacks() -> str | None:
+    """What is needed and not here, or None."""
+    return None if device_known() else mosaic.lacks_device(NEEDS)
+
+
 def call_refusal(call: AttentionCall) -> str | None:
-    """The same on any device."""
+    """Why no device takes the call, or None."""
     return _plain_refusal(call) or _cache_refusal(call)
 
 

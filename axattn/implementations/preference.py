@@ -36,6 +36,10 @@ RAGGED_FROM_KEYS = 1024
 HOPPER_DECODE_FROM_KEYS = 1024
 
 
+# The implementations whose refusals `choose` reads.
+ASKED = ("xla_chunked", "mosaic_gpu", "mosaic_tpu")
+
+
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
     """The name that ``None`` means for ``call`` lowered on ``platform``."""
     if reasons["xla_chunked"] is not None:

@@ -20,18 +20,18 @@ from axattn.implementations.flash import PLATFORMS
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to attend: ``refuses(call)`` is a reason or None.
+    """One way to attend.
 
     ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
-    ``refuses_lowered(call)`` is why it cannot even be lowered for devices that are not here, where
-    that is another question.
+    ``refuses(call)`` is why the call cannot be lowered for any device of its platforms, or None;
+    ``lacks()`` is what it needs besides to run here, or None.
     """
 
     name: str
     attend: Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]] | None
     refuses: Callable[[AttentionCall], str | None]
     platforms: tuple[str, ...]
-    refuses_lowered: Callable[[AttentionCall], str | None] | None = None
+    lacks: Callable[[], str | None] = lambda: None
 
 
 def _takes_all(_: AttentionCall) -> None:
@@ -52,12 +52,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for implementation in (
         Implementation("xla", xla.attend, _takes_all, PLATFORMS),
         Implementation("xla_chunked", None, _takes_blocks, PLATFORMS),
-        Implementation(
-            "mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.refuses_lowered
-        ),
-        Implementation(
-            "mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",), mosaic_tpu.refuses_lowered
-        ),
+        Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.lacks),
+        Implementation("mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",), mosaic_tpu.lacks),
         Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
     )
 }
@@ -83,17 +79,16 @@ class Plan:
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
     """For every name: None where it takes the call here, else the reason why not."""
-    return _with_mosaic({name: impl.refuses(call) for name, impl in IMPLEMENTATIONS.items()})
+    return _with_mosaic(_add_lacks(_refusals_anywhere(call, tuple(IMPLEMENTATIONS))))
 
 
-def _refusals_lowered(call: AttentionCall) -> dict[str, str | None]:
-    """The same where the program is lowered for any device."""
-    return _with_mosaic(
-        {
-            name: (impl.refuses_lowered or impl.refuses)(call)
-            for name, impl in IMPLEMENTATIONS.items()
-        }
-    )
+def _refusals_anywhere(call: AttentionCall, names: Sequence[str]) -> dict[str, str | None]:
+    """Likewise, where the program may be lowered for devices that are not here."""
+    return {name: IMPLEMENTATIONS[name].refuses(call) for name in names}
+
+
+def _add_lacks(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    return {name: reason or IMPLEMENTATIONS[name].lacks() for name, reason in reasons.items()}
 
 
 def _with_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
@@ -125,29 +120,33 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
     if call.is_empty:
         # There is nothing to compute, and so no kernel to ask for: zeros, and an LSE of -inf.
         return Plan(tuple((platform, ("xla",)) for platform in PLATFORMS))
-    reasons, lowered = refusals(call), _refusals_lowered(call)
     if names is None:
-        return Plan(tuple((p, _choice(call, p, reasons, lowered)) for p in PLATFORMS))
-    chosen = {}
+        anywhere = _refusals_anywhere(call, preference.ASKED)
+        here = _add_lacks(anywhere)
+        return Plan(tuple((p, _choice(call, p, here, anywhere)) for p in PLATFORMS))
+    asked = [n for name in names for n in (MOSAIC.values() if name == "mosaic" else (name,))]
+    anywhere, chosen = _refusals_anywhere(call, asked), {}
     for platform in PLATFORMS:
         own = [MOSAIC.get(platform) if name == "mosaic" else name for name in names]
         there = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
-        if found := _until_sure([name for name in there if lowered[name] is None]):
+        if found := _until_sure([name for name in there if anywhere[name] is None]):
             chosen[platform] = found
+    reasons = _add_lacks(anywhere)
+    if "mosaic" in names:
+        reasons = _with_mosaic(reasons)
     refusal = "; ".join(
-        f'implementation "{name}" {lowered[name] or reasons[name] or "is for other platforms"}'
-        for name in names
+        f'implementation "{name}" {reasons[name] or "is for other platforms"}' for name in names
     )
     if not chosen:
         raise NotImplementedError(refusal)
     return Plan(tuple(chosen.items()), refusal)
 
 
-def _choice(call: AttentionCall, platform: str, reasons: dict, lowered: dict) -> tuple[str, ...]:
+def _choice(call: AttentionCall, platform: str, reasons: dict, anywhere: dict) -> tuple[str, ...]:
     """What ``None`` means: the kernels of the platform may be for a device that is not here."""
     kernels = MOSAIC.get(platform)
     here = preference.choose(call, platform, reasons)
-    if kernels is None or lowered[kernels] is not None or reasons[kernels] is None:
+    if kernels is None or anywhere[kernels] is not None or reasons[kernels] is None:
         return (here,)
     there = preference.choose(call, platform, {**reasons, kernels: None})
     return tuple(dict.fromkeys((there, here)))
