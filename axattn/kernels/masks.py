@@ -44,7 +44,7 @@ def fold_key_masks(call: AttentionCall) -> AttentionCall:
     )
 
 
-def bounds(call: AttentionCall) -> tuple[jax.Array | None, jax.Array]:
+def bounds(call: AttentionCall) -> Bounds:
     """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
 
     ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).

@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from axattn.call import AttentionCall
+from axattn.kernels.masks import Bounds
 from axattn.mask_parts import EMPTY, FULL, PARTIAL, Dense, Segments
 from axattn.stored import NEVER
-
-# What each query row attends to, int32 ``[B or 1, T]``: positions in [low, high).
-Bounds = tuple[jax.Array | None, jax.Array]
 
 
 class Plan(NamedTuple):

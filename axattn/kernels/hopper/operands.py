@@ -12,9 +12,9 @@ from axattn._typing import present
 from axattn.call import AttentionCall
 from axattn.kernels.hopper.rows import stored_length
 from axattn.kernels.hopper.sources import Source
-from axattn.kernels.masks import bounds, dense_mask, fold_key_masks
+from axattn.kernels.masks import Bounds, bounds, dense_mask, fold_key_masks
 from axattn.kernels.padding import padded
-from axattn.kernels.problem import Problem, round_up
+from axattn.kernels.problem import round_up
 from axattn.mask_parts import Segments
 from axattn.masks import zero_unused
 from axattn.stored import NEVER
@@ -45,6 +45,7 @@ class Operands:
 
     arrays: Mapping[str, jax.Array]
     call: AttentionCall  # with key masks folded away: what `visits` reads
+    bounds: Bounds  # of the rows of that call
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -53,21 +54,21 @@ class Operands:
 def of(call: AttentionCall) -> Operands:
     """What the kernels read that have a tile of rows per head."""
     call = fold_key_masks(call)
-    problem = Problem.of(call)
-    arrays = {"query": stored_rows(call, call.query, stored_length(problem.q_len))}
+    limits = bounds(call)
+    arrays = {"query": stored_rows(call, call.query, stored_length(call.q_len))}
     if call.stored is None:
-        arrays["key"] = _stored_keys(call, present(call.key), problem)
-        arrays["value"] = _stored_keys(call, present(call.value), problem)
+        arrays["key"] = _stored_keys(call, present(call.key))
+        arrays["value"] = _stored_keys(call, present(call.value))
     else:
         arrays["query"] = arrays["query"].astype(call.product_dtype)
         arrays.update(Source.of(call).arrays(call))
-    return Operands(arrays | score_arrays(call), call)
+    return Operands(arrays | score_arrays(call, limits), call, limits)
 
 
-def score_arrays(call: AttentionCall) -> dict[str, jax.Array]:
+def score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
     """Everything but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
     rows, keys = vector_length(call.q_len), vector_length(call.kv_len)
-    low, high = bounds(call)
+    low, high = limits
     arrays = {"high": padded(high, rows, -NEVER)}
     if low is not None:
         arrays["low"] = padded(low, rows, 0)
@@ -134,9 +135,9 @@ def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array
     return padded(zero_unused(array, slots, call.mask.q_lengths()), length)
 
 
-def _stored_keys(call: AttentionCall, array: jax.Array, problem: Problem) -> jax.Array:
+def _stored_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, call.mask.kv_lengths()), stored_length(problem.kv_len))
+    return padded(zero_unused(array, slots, call.mask.kv_lengths()), stored_length(call.kv_len))
 
 
 def aligned(array: jax.Array) -> jax.Array:

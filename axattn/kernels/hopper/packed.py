@@ -90,7 +90,8 @@ def of(call: AttentionCall) -> Operands:
     source = Source.of(call)
     packing = Packing(call.group, call.q_len)
     call = masks.fold_key_masks(call)
-    arrays = operands.score_arrays(call)
+    limits = masks.bounds(call)
+    arrays = operands.score_arrays(call, limits)
     query = packing.heads(call.query.astype(call.product_dtype))
     query = query.reshape(-1, *query.shape[2:])
     if "key_bias" in arrays and arrays["key_bias"].shape[1] not in (1, call.num_kv_heads):
@@ -107,4 +108,4 @@ def of(call: AttentionCall) -> Operands:
             arrays[name] = packing.vectors(arrays[name])
         elif name in ("bias", "allowed"):
             arrays[name] = packing.score_tiles(arrays[name])
-    return Operands({"query": query, **source.arrays(call), **arrays}, call)
+    return Operands({"query": query, **source.arrays(call), **arrays}, call, limits)

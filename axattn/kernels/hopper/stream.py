@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from axattn.call import AttentionCall
-from axattn.kernels import masks, visits
+from axattn.kernels import visits
 from axattn.kernels.hopper import device, packed
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.merge import Partials, merge
@@ -120,7 +120,7 @@ def _plan(
         split,
         blocks,
     )
-    spans = visits.of_few_rows(found.call, masks.bounds(found.call), tiles.block_kv)
+    spans = visits.of_few_rows(found.call, found.bounds, tiles.block_kv)
     total = jnp.broadcast_to(spans[:, 0, 3], (call.batch,))
     arrays = {**found.arrays, "spans": spans, "begin": begin_of_rows(total, shape)}
     masked = bool(found.call.mask.parts) or found.call.kv_positions is not None

@@ -51,7 +51,8 @@ def _run(call: AttentionCall, cut: Cut, vmem_limit, interpret) -> tuple[jax.Arra
     """``[results, K, tiles, rows, h]`` and ``[results, K, tiles, 1, row_lanes]``."""
     problem = cut.problem
     query = cached_operands.queries(call, cut)
-    vectors = cached_operands.row_vectors(call, cut)
+    limits = masks.bounds(call)
+    vectors = cached_operands.row_vectors(call, cut, limits)
     sources = cached_operands.sources(call, cut)
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     dtype = call.query.dtype if cut.parts == 1 else jnp.float32
@@ -79,7 +80,7 @@ def _run(call: AttentionCall, cut: Cut, vmem_limit, interpret) -> tuple[jax.Arra
         cost_estimate=_cost(call),
         interpret=interpret,
         name="axattn_cached",
-    )(*scalars(call, cut), query, *vectors.values(), *sources.values())
+    )(*scalars(call, cut, limits), query, *vectors.values(), *sources.values())
 
 
 def _spec(cut: Cut, shape: tuple[int, ...]) -> pl.BlockSpec:

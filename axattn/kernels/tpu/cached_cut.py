@@ -116,18 +116,17 @@ def padded_rows(problem: Problem, block_q: int) -> int:
     return round_up(problem.group * block_q, sublanes)
 
 
-def scalars(call: AttentionCall, cut: Cut) -> Scalars:
-    """``call`` without key masks (`masks.fold_key_masks`)."""
-    bounds = masks.bounds(call)
+def scalars(call: AttentionCall, cut: Cut, limits: masks.Bounds) -> Scalars:
+    """``call`` without key masks (`masks.fold_key_masks`), and the bounds of its rows."""
     if cut.tiles == 1:
-        spans = visits.of_few_rows(call, bounds, cut.block_kv)
+        spans = visits.of_few_rows(call, limits, cut.block_kv)
     else:
         plan = visits.of_queries(call, cut.block_q, cut.block_kv, longest_list=0)
         spans = plan.spans
     batch = cut.problem.batch
     spans = jnp.broadcast_to(spans, (batch, cut.tiles, 4))
     if call.kv_positions is None:
-        ends = jnp.clip(bounds[1].max(1), 0, call.kv_len)
+        ends = jnp.clip(limits[1].max(1), 0, call.kv_len)
     else:
         slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         ends = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)

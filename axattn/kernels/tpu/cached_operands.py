@@ -28,14 +28,14 @@ def queries(call: AttentionCall, cut: Cut) -> jax.Array:
     return _rows_of(query, cut)
 
 
-def row_vectors(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
+def row_vectors(call: AttentionCall, cut: Cut, limits: masks.Bounds) -> dict[str, jax.Array]:
     """``[B or 1, K or 1, tiles, 1, row_lanes]`` each.
 
     low, high              int32: each row attends to positions in [low, high)
     q_positions, q_segments   int32
     row_bias, row_shift, slopes, sinks   float32
     """
-    low, high = masks.bounds(call)
+    low, high = limits
     found = {"high": _vector(high[:, None], cut, -NEVER)}
     if low is not None:
         found["low"] = _vector(low[:, None], cut)
