@@ -85,6 +85,11 @@ WRONG = {
         "--heads=1/2": "--heads: takes 3 numbers above 0, with '/' between them, got '1/2'",
         "--lengths=x": "--lengths: takes one or more numbers above 0",
     },
+    "benchmarks/trace_bench.py": {
+        "--heads=4/2": "--heads: takes 3 numbers above 0, with '/' between them, got '4/2'",
+        "--target=v99": "value should be one of <a100|",
+        "--length=0": "0 is not a positive integer",
+    },
     "benchmarks/tune_hopper.py": {
         "--kinds=empty": "--kinds: takes some of full, masked, ",
         "--kernels=fwd": "--kernels: takes some of forward, query_grad, key_grad, got 'fwd'",
