@@ -11,6 +11,7 @@ import jax
 from axattn import _jax_compat
 from axattn._jax_compat import explicit_sharding
 from axattn._typing import Array, ArrayLike, Implementation, Precision, present
+from axattn.aot import targets
 from axattn.arguments import normalize, normalize_over_cache, trace_shapes
 from axattn.call import AttentionCall
 from axattn.implementations import registry
@@ -293,7 +294,6 @@ def _dispatch(
 ) -> tuple[Array, Any]:
     if explicit_sharding(call.query) is None:
         return _attend(call, plan=registry.plan(call, implementation))
-
     return explicit.attend(call, registry.check_names(implementation))
 
 
@@ -398,8 +398,6 @@ def explain_call(
     if target is None:
         trace_shapes(explain, arguments)
         return explanation
-    from axattn.aot import targets  # the table; nothing that compiles
-
     chip = targets.target(target)
     explanation.platform = chip.platform
     with _jax_compat.use_abstract_device(*targets.traced_as(chip)):
