@@ -151,6 +151,21 @@ def test_captured_projections():
     assert_same(found, expected)
 
 
+def test_captured_methods():
+    """What is found of all methods, not of calls only, can leave ``jax.jit``: it is arrays."""
+    sizes = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
+    capture = dict(capture_intermediates=lambda module, method: True, mutable=True)
+    for layer in (
+        MultiHeadAttention(N, qk_norm="rms", decode=True),
+        axattn.linen.MultiHeadLatentAttention(N, **sizes),
+    ):
+        variables = layer.init(KEY, inputs())
+        out, found = jax.jit(lambda v, x, layer=layer: layer.apply(v, x, **capture))(
+            variables, inputs()[:, :1]
+        )
+        np.testing.assert_array_equal(found["intermediates"]["__call__"][0], out)
+
+
 @pytest.mark.ci
 class TestTransforms:
     FIELDS = dict(num_kv_heads=K, sinks=True, fused_qkv=True)

@@ -18,7 +18,7 @@ import axattn
 import axattn.nnx
 from axattn import _typing, cache, linen, parallel
 from axattn.implementations import registry
-from axattn.layers import options
+from axattn.layers.config import QK_NORMS
 from axattn.parallel import held
 from axattn.sharded import costs, layouts
 from tests.markdown import ROOT
@@ -105,4 +105,4 @@ def test_names_are_those_that_there_are():
     assert len(typing.get_args(names)) == 8
     for name in typing.get_args(names):
         lax.Precision(name)
-    assert typing.get_args(_typing.QkNorm) == options.QK_NORMS[1:]
+    assert typing.get_args(_typing.QkNorm) == QK_NORMS[1:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 from jax import lax
 
 from axattn._typing import Array, Float, Integer
@@ -34,3 +37,13 @@ def append(
     )
     # Else XLA on CPU fuses the update into each reader of the cache, and copies it for each.
     return lax.optimization_barrier(cached)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlaxCache:
+    """The arrays of Flax's cache, and what writes all three back to where the dialect has them."""
+
+    key: Float[Array, "*batch S K H"]
+    value: Float[Array, "*batch S K H"]
+    index: Integer[Array, ""]
+    write: Callable[[Array, Array, Array], None]

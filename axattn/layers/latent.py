@@ -1,9 +1,9 @@
-"""A latent attention layer between its projections: rotate, then attend, over a cache or not."""
+"""One step of a latent attention layer, the same in Linen and NNX."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,55 +11,20 @@ import numpy as np
 from jax import lax
 
 from axattn import _jax_compat, latent
-from axattn._typing import Array, ArrayLike, CacheType, Float, Integer
-from axattn.attention import dot_product_attention
+from axattn._typing import Array, Float, Integer
 from axattn.cache.checks import is_concrete
-from axattn.layers.caching import check_step
+from axattn.layers.config import LatentConfig
 from axattn.layers.masking import as_given
-from axattn.layers.options import count
+from axattn.layers.options import requested
 from axattn.layers.positions import rotate
-from axattn.masks import Mask
+from axattn.layers.step import LayerCall, check_cache, normalized
 from axattn.rotary import RotaryEmbedding, yarn_softmax_scale
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentSizes:
-    """The sizes of a layer, by their names in DeepSeek's configurations.
-
-    Raises:
-      ValueError, TypeError: one is not a positive integer, or ``qk_rope_head_dim`` is odd.
-    """
-
-    num_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if name != "q_lora_rank" or value is not None:
-                count(name, value)
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                "qk_rope_head_dim must be even, for features are rotated in pairs, got "
-                f"{self.qk_rope_head_dim}"
-            )
-
-    @staticmethod
-    def of(layer: Any) -> LatentSizes:
-        """Those of a layer that has them as attributes."""
-        names = [field.name for field in dataclasses.fields(LatentSizes)]
-        return LatentSizes(**{name: getattr(layer, name) for name in names})
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
 
 # A projection's kernel, or what stands in its place and has to be called: [..., R] -> [..., N, D].
 Up = Array | Callable[[Array], Array]
+
+# Projections that ``use_bias`` is about.
+BIASED = ("query_down", "kv_down", "out")
 
 # By how much of a module's outputs (root mean square) those of a linear map may miss what its
 # kernel says: sums in 16 bits, which TPUs take for float32 as well.
@@ -172,61 +137,84 @@ def kernel_of(
     return jnp.where(is_linear, kernel, jnp.asarray(jnp.nan, kernel.dtype))
 
 
-def check_fields(rope: RotaryEmbedding, form: latent.Form | None) -> None:
-    """TypeError for a ``rope`` that is none, ValueError for a ``form`` that there is not."""
-    if not isinstance(rope, RotaryEmbedding):
-        raise TypeError(f"rope takes a RotaryEmbedding, got {rope!r}")
-    if form not in (None, *latent.FORMS):
-        raise ValueError(f"form must be one of {latent.FORMS} or None, got {form!r}")
+def project(
+    inputs: Float[Array, "*batch T E"],
+    config: LatentConfig,
+    *,
+    find: Callable[[str], Callable[[Array], Array]],
+    find_up: Callable[[str, Array], Up],
+    promote: Callable[[tuple[Array, ...]], Sequence[Array]],
+) -> Projected:
+    """What a layer's projections and norms make of its inputs.
+
+    Args:
+      inputs: ``[..., T, E]``.
+      config: of the layer.
+      find: the projection or norm of a name.
+      find_up: ``key_up`` or ``value_up``, which would be called with these latents.
+      promote: brings arrays to one dtype.
+    """
+    if config.q_lora_rank is None:
+        query = find("query")(inputs)
+    else:
+        query = find("query_up")(normalized(find("query_norm"), find("query_down")(inputs)))
+    down, key_rope = jnp.split(find("kv_down")(inputs), [config.kv_lora_rank], axis=-1)
+    down = normalized(find("kv_norm"), down)
+    ups = find_up("key_up", down), find_up("value_up", down)
+    return Projected(query, down, key_rope, *ups).promoted(promote)
 
 
 def attend(
-    projected: Projected,
-    *,
-    rope: RotaryEmbedding,
-    scale: float | None,
-    positions: Integer[Array, "*leading T"] | None,
-    form: latent.Form | None,
-    mask: Array | Mask | None,
-    is_causal: bool | None,
-    cache: CacheType | None,
-    lengths: ArrayLike | None,
-    options: Mapping[str, Any],
-    excluded: Mapping[str, bool],
-) -> tuple[Float[Array, "*batch T N h"], CacheType | None]:
-    """Attention of a layer, and its cache with the new tokens.
+    layer: Any, config: LatentConfig, call: LayerCall, projected: Projected
+) -> tuple[Float[Array, "*batch T N h"], Any]:
+    """Rotates, appends to a cache, and attends over that or over the tokens themselves.
 
     Args:
+      layer: of either dialect; read are ``attend``, ``precision`` and what it drops.
+      config: of the layer.
+      call: its arguments, of one input.
       projected: of the inputs.
-      rope, scale, positions, form, mask, is_causal, cache, lengths: as in the layer.
-      options: more for `axattn.latent.latent_attention`, or for ``extend``.
-      excluded: what a layer cannot do over a cache, by name, and whether it was asked for.
+
+    Returns:
+      What ``out`` projects, and the cache or None.
     """
-    check_fields(rope, form)
-    mask = as_given(mask)
+    dropout = {}
+    if not call.deterministic:
+        dropout = dict(
+            dropout_rate=layer.dropout_rate,
+            dropout_rng=call.dropout_rng,
+            broadcast_dropout=layer.broadcast_dropout,
+        )
+    scale, mask = config.scale, as_given(call.mask)
     if scale is None:  # the model's convention: 1 / sqrt(D + P), which YaRN changes
-        scale = yarn_softmax_scale(projected.query.shape[-1], rope.scaling)
-    options = {**options, "scale": scale}
-    if cache is None:
-        if lengths is not None:
-            raise ValueError("lengths takes None without a cache: use a mask")
-        projected = projected.rotated(rope, positions)
-        options.update(mask=mask, is_causal=bool(is_causal))
-        if projected.called and form != "absorbed":
-            # Called with the latents themselves: right whatever stands there.
-            attend_to = options.pop("attend", dot_product_attention)
-            return attend_to(*projected.written_out(options.get("precision")), **options), None
-        return latent.latent_attention(*projected.with_kernels(), form=form, **options), None
-    not_causal = is_causal is not None and not is_causal
-    excluded = {**excluded, "is_causal=False (over a cache tokens attend causally)": not_causal}
-    check_step("inputs", cache, projected.query, excluded)
-    if positions is None:
-        positions = cache.next_positions(projected.query.shape[1])
-    return latent.extend(
-        cache,
-        *projected.rotated(rope, positions).with_kernels(),
-        lengths=lengths,
-        form="absorbed" if form == "absorbed" else None,
-        mask=mask,
-        **options,
-    )
+        scale = yarn_softmax_scale(projected.query.shape[-1], config.rope.scaling)
+    options = {
+        **config.options,
+        **requested(
+            query_segment_ids=call.segment_ids,
+            precision=layer.precision,
+            **dropout,
+        ),
+        "scale": scale,
+        "mask": mask,
+    }
+    if call.cache is not None:
+        cache = check_cache("inputs", call, projected.query, {})
+        positions = call.positions
+        if positions is None:
+            positions = cache.next_positions(projected.query.shape[1])
+        return latent.extend(
+            cache,
+            *projected.rotated(config.rope, positions).with_kernels(),
+            lengths=call.lengths,
+            form="absorbed" if config.form == "absorbed" else None,
+            attend=layer.attend,
+            **options,
+        )
+    projected = projected.rotated(config.rope, call.positions)
+    options["is_causal"] = bool(call.is_causal)
+    if projected.called and config.form != "absorbed":
+        # Called with the latents themselves: right whatever stands there.
+        return layer.attend(*projected.written_out(layer.precision), **options), None
+    arrays = projected.with_kernels()
+    return latent.latent_attention(*arrays, form=config.form, attend=layer.attend, **options), None

@@ -35,10 +35,6 @@ def rotate(
             name = "positions" if positions is not None else "kv_positions"
             raise ValueError(f"{name} has no use in a layer with rope=None")
         return query, key
-    if not isinstance(rope, RotaryEmbedding):
-        raise TypeError(
-            f"rope must be None or an axattn.rotary.RotaryEmbedding, got {type(rope).__name__}"
-        )
     length, kv_length = query.shape[-3], key.shape[-3]
     if kv_positions is None:
         if positions is not None and length != kv_length:

@@ -12,17 +12,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm, present
-from axattn.layers import decode
-from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
-from axattn.layers.caching import attend_over_cache, reads_caches
-from axattn.layers.calling import call_attention
-from axattn.layers.norms import normalized
-from axattn.layers.options import head_layout, qk_norm_kind, requested
-from axattn.layers.positions import rotate
+from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
+from axattn.layers.config import AttentionConfig, check_one_kv_head, merge_qk_norm
+from axattn.layers.decode import FlaxCache
 from axattn.layers.projection import fused_projections
+from axattn.layers.step import Inputs, LayerCall, attend, default_inputs, normalized
 from axattn.linen.function import dot_product_attention
-from axattn.linen.parameters import may_read_kernels, named, parameters
+from axattn.linen.parameters import make_dense, make_norm, may_read_kernels, named, parameters
+from axattn.linen.randomness import resolve_dropout
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -218,218 +215,49 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
           TypeError: arguments of another type; a ``cache`` that is none.
           NotImplementedError: the named implementation cannot take the call.
         """
-        inputs_k, inputs_v = self._default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
-        query, key, value = self._project(inputs_q, inputs_k, inputs_v)
-
-        norm = qk_norm_kind(self.normalize_qk, self.qk_norm, self.qk_norm_per_head)
-        if norm is not None:
-            norm_cls: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]]
-            norm_cls = {"layer": functools.partial(nn.LayerNorm, use_bias=False), "rms": nn.RMSNorm}
-            features = -1 if self.qk_norm_per_head else (-2, -1)
-            axes = LOGICAL_AXES if self.qk_norm_per_head else ALL_HEADS_NORM_AXES
-            make = functools.partial(
-                norm_cls[norm],
-                epsilon=self.qk_norm_epsilon,
-                reduction_axes=features,
-                feature_axes=features,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-            )
-            ones = nn.initializers.ones_init()
-            query, key = (
-                normalized(
-                    make(name=name, scale_init=named(self, ones, name, "scale", axes=axes)), x
-                )
-                for name, x in (("query_ln", query), ("key_ln", key))
-            )
-
-        index = None
-        if self.decode and cache is None:
-            # The first call makes the cache, as long as its inputs, and does not use it.
-            filled = self.has_variable("cache", "cached_key")
-            cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
-            cached_value = self.variable(
-                "cache", "cached_value", jnp.zeros, value.shape, value.dtype
-            )
-            cache_index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
-            if filled:
-                index = cache_index.value
-                decode.check_token(query.shape, key.shape, cached_key.value.shape)
-
-        if cache is None:
-            query, key = rotate(
-                self.rope, query, key, positions, kv_positions, 0 if index is None else index
-            )
-        if index is not None:
-            key = cached_key.value = decode.append(cached_key.value, index, key)
-            value = cached_value.value = decode.append(cached_value.value, index, value)
-            cache_index.value = index + 1
-
-        m_deterministic = True
-        if self.dropout_rate > 0.0:
-            m_deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
-            if not m_deterministic and dropout_rng is None:
-                dropout_rng = self.make_rng("dropout")
-
-        sinks = None
-        if self.sinks:
-            zeros = named(self, nn.initializers.zeros_init(), "sinks")
-            sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype)
-        flax_kwargs = dict(
+        inputs = _default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
+        config = AttentionConfig.from_layer(
+            self,
+            qkv_features=self.qkv_features or inputs_q.shape[-1],
+            qk_norm=merge_qk_norm(self.normalize_qk, self.qk_norm),
+        )
+        query, key, value = _project(self, config, inputs)
+        query, key = _normalize(self, config, query, key)
+        einsums = (self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
+        qk_einsum, value_einsum = (None if cls is None else cls() for cls in einsums)
+        deterministic, dropout_rng = resolve_dropout(self, deterministic, dropout_rng)
+        call = LayerCall(
+            inputs=inputs,
             mask=mask,
+            is_causal=is_causal,
+            positions=positions,
+            kv_positions=kv_positions,
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            sow_weights=sow_weights,
+            cache=cache,
+            lengths=lengths,
+            deterministic=deterministic,
             dropout_rng=dropout_rng,
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=self.broadcast_dropout,
-            deterministic=m_deterministic,
-            dtype=self.dtype,
-            precision=self.precision,
-            force_fp32_for_softmax=self.force_fp32_for_softmax,
-            qk_attn_weights_einsum=_made(self.qk_attn_weights_einsum_cls),
-            attn_weights_value_einsum=_made(self.attn_weights_value_einsum_cls),
         )
-        options = requested(
-            scale=self.scale,
-            local_window_size=self.window,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=sinks,
-            query_segment_ids=segment_ids,
-            key_value_segment_ids=kv_segment_ids,
-            implementation=self.implementation,
-            module=self if sow_weights else None,
+        x, cache = attend(
+            self,
+            config,
+            call,
+            (query, key, value),
+            flax_cache=_find_cache(self, key, value) if cache is None else None,
+            own_fn=dot_product_attention,
+            flax_kwargs=dict(
+                force_fp32_for_softmax=self.force_fp32_for_softmax,
+                qk_attn_weights_einsum=qk_einsum,
+                attn_weights_value_einsum=value_einsum,
+            ),
+            options=dict(sinks=_make_sinks(self), module=self if sow_weights else None),
+            excluded={"decode=True": self.decode, "an einsum of your own": any(einsums)},
+            only_known=True,
         )
-        not_causal = is_causal is not None and not is_causal
-        if cache is not None:
-            x, cache = attend_over_cache(
-                cache,
-                query,
-                key,
-                value,
-                rope=self.rope,
-                positions=positions,
-                lengths=lengths,
-                mask=mask,
-                options={**options, **requested(precision=self.precision)},
-                excluded={
-                    "decode=True": self.decode,
-                    "is_causal=False (over a cache tokens attend causally)": not_causal,
-                    "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
-                    "kv_positions": kv_positions is not None,
-                    "segment_ids": segment_ids is not None or kv_segment_ids is not None,
-                    "sow_weights": sow_weights,
-                    "dropout": not m_deterministic,
-                    "an attention_fn or einsum of your own": self._own_functions(),
-                },
-            )
-        elif lengths is not None:
-            raise ValueError("lengths takes None without a cache: use a mask")
-        else:
-            x = call_attention(
-                self.attention_fn,
-                query,
-                key,
-                value,
-                flax_kwargs,
-                options,
-                is_causal=bool(is_causal),
-                decode_index=index,
-                only_known=True,
-            )
-        y = nn.DenseGeneral(
-            features=self.out_features or inputs_q.shape[-1],
-            axis=(-2, -1),
-            kernel_init=named(self, self.out_kernel_init or self.kernel_init, "out", "kernel"),
-            bias_init=named(self, self.out_bias_init or self.bias_init, "out", "bias"),
-            use_bias=self.use_bias if self.out_use_bias is None else self.out_use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            dot_general=self.out_dot_general,
-            dot_general_cls=self.out_dot_general_cls,
-            name="out",
-        )(x)
-        return y if cache is None else (y, cache)
-
-    def _own_functions(self) -> bool:
-        classes = (self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
-        return not reads_caches(self.attention_fn, dot_product_attention) or any(classes)
-
-    def _default_inputs(self, inputs_q, inputs_k, inputs_v, inputs_kv):
-        if inputs_kv is not None:
-            if inputs_k is not None or inputs_v is not None:
-                raise ValueError(
-                    "If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None. It "
-                    "is their former name: pass `inputs_k` and `inputs_v` only"
-                )
-            warnings.warn(
-                "The inputs_kv arg will be deprecated soon. Pass it as inputs_k.",
-                DeprecationWarning,
-                stacklevel=3,
-            )
-            return inputs_kv, inputs_kv
-        if inputs_k is None:
-            if inputs_v is not None:
-                raise ValueError(
-                    "`inputs_k` cannot be None if `inputs_v` is not None. Pass one array for both "
-                    "as `inputs_k`"
-                )
-            inputs_k = inputs_q
-        if inputs_v is None:
-            inputs_v = inputs_k
-        elif inputs_v.shape[-1] == inputs_v.shape[-2]:
-            warnings.warn(
-                f"inputs_v has the shape {inputs_v.shape}; was it meant as the mask? In Flax 0.7.4 "
-                "the function signature of MultiHeadDotProductAttention's `__call__` method has "
-                "changed: the mask is the keyword argument `mask`.",
-                DeprecationWarning,
-                stacklevel=3,
-            )
-        return inputs_k, inputs_v
-
-    def _project(self, inputs_q, inputs_k, inputs_v):
-        kv_heads, head_dim = head_layout(
-            self.num_heads, self.num_kv_heads, self.qkv_features or inputs_q.shape[-1]
-        )
-        if self.fused_qkv and self.qkv_dot_general_cls is not None:
-            raise ValueError(
-                "fused_qkv=True has one product and cannot make one per projection with "
-                f"qkv_dot_general_cls={self.qkv_dot_general_cls}; use qkv_dot_general"
-            )
-        fused = self.fused_qkv and may_read_kernels()
-        dense = functools.partial(
-            nn.DenseGeneral,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=self.use_bias,
-            precision=self.precision,
-            dot_general=None if fused else self.qkv_dot_general,
-            dot_general_cls=self.qkv_dot_general_cls,
-        )
-        heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
-        layers = {
-            name: dense(
-                features=(n, head_dim),
-                name=name,
-                kernel_init=named(self, self.kernel_init, name, "kernel"),
-                bias_init=named(self, self.bias_init, name, "bias"),
-            )
-            for name, n in heads.items()
-        }
-        inputs = {"query": inputs_q, "key": inputs_k, "value": inputs_v}
-        if not fused:
-            return tuple(layers[name](inputs[name]) for name in layers)
-        arrays = [parameters(layers[name], inputs[name]) for name in layers]
-        return fused_projections(
-            list(inputs.values()),
-            [kernel for kernel, _ in arrays],
-            [present(bias) for _, bias in arrays] if self.use_bias else None,
-            promote=functools.partial(promote_dtype, dtype=self.dtype),
-            dot_general=self.qkv_dot_general,
-            precision=self.precision,
-        )
-
-
-def _made(cls):
-    return None if cls is None else cls()
+        out = _make_out(self, config, self.out_features or inputs_q.shape[-1])
+        return out(x) if cache is None else (out(x), cache)
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention, nn.MultiHeadAttention):
@@ -514,19 +342,6 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
 
-        Args:
-          inputs_q: ``[..., T, E]``.
-          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
-          deterministic: no dropout.
-          dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
-          sow_weights: sow the weights ``[..., N, T, T]`` in ``intermediates``.
-          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
-            False is refused.
-          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
-          segment_ids: int ``[..., T]``.
-          cache: one of `axattn.cache`.
-          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
-
         Returns:
           ``[..., T, D]``; with ``cache`` also the cache.
 
@@ -595,9 +410,117 @@ class MultiQueryAttention(MultiHeadDotProductAttention):
     num_kv_heads: int = _field(1)
 
     def __post_init__(self):
-        if self.num_kv_heads != 1:
-            raise ValueError(
-                f"num_kv_heads must be 1 in MultiQueryAttention, got {self.num_kv_heads}; "
-                "GroupedQueryAttention takes others"
-            )
+        check_one_kv_head(self.num_kv_heads)
         super().__post_init__()
+
+
+# No methods: interceptors and ``capture_intermediates`` would see them, and what they return.
+
+
+def _default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
+    if inputs_kv is not None:
+        if inputs_k is not None or inputs_v is not None:
+            raise ValueError(
+                "If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None. It "
+                "is their former name: pass `inputs_k` and `inputs_v` only"
+            )
+        warnings.warn(
+            "The inputs_kv arg will be deprecated soon. Pass it as inputs_k.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        inputs_k = inputs_kv
+    elif inputs_v is not None and inputs_v.shape[-1] == inputs_v.shape[-2]:
+        warnings.warn(
+            f"inputs_v has the shape {inputs_v.shape}; was it meant as the mask? In Flax 0.7.4 "
+            "the function signature of MultiHeadDotProductAttention's `__call__` method has "
+            "changed: the mask is the keyword argument `mask`.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return default_inputs(inputs_q, inputs_k, inputs_v)
+
+
+def _project(
+    layer: MultiHeadDotProductAttention, config: AttentionConfig, inputs: Inputs
+) -> tuple[Array, ...]:
+    config.check_products(layer.qkv_dot_general_cls)
+    fused = layer.fused_qkv and may_read_kernels()
+    heads = {"query": layer.num_heads, "key": config.kv_heads, "value": config.kv_heads}
+    denses = [
+        make_dense(
+            layer,
+            name,
+            (count, config.head_dim),
+            use_bias=layer.use_bias,
+            dot_general=None if fused else layer.qkv_dot_general,
+            dot_general_cls=layer.qkv_dot_general_cls,
+        )
+        for name, count in heads.items()
+    ]
+    if not fused:
+        return tuple(dense(x) for dense, x in zip(denses, inputs, strict=True))
+    kernels, biases = zip(*map(parameters, denses, inputs), strict=True)
+    return fused_projections(
+        inputs,
+        kernels,
+        biases if layer.use_bias else None,
+        promote=functools.partial(promote_dtype, dtype=layer.dtype),
+        dot_general=layer.qkv_dot_general,
+        precision=layer.precision,
+    )
+
+
+def _normalize(
+    layer: MultiHeadDotProductAttention, config: AttentionConfig, query: Array, key: Array
+) -> tuple[Array, Array]:
+    if config.qk_norm is None:
+        return query, key
+    make = functools.partial(
+        make_norm,
+        layer,
+        kind=config.qk_norm,
+        epsilon=config.qk_norm_epsilon,
+        axes=config.parameter_axes,
+        reduction_axes=config.norm_axes,
+        feature_axes=config.norm_axes,
+    )
+    return normalized(make("query_ln"), query), normalized(make("key_ln"), key)
+
+
+def _find_cache(layer: MultiHeadDotProductAttention, key: Array, value: Array) -> FlaxCache | None:
+    if not layer.decode:
+        return None
+    # The first call makes the cache, as long as its inputs, and does not use it.
+    filled = layer.has_variable("cache", "cached_key")
+    keys = layer.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
+    values = layer.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
+    index = layer.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
+
+    def write(*arrays):
+        keys.value, values.value, index.value = arrays
+
+    return FlaxCache(keys.value, values.value, index.value, write) if filled else None
+
+
+def _make_sinks(layer: MultiHeadDotProductAttention) -> Array | None:
+    if not layer.sinks:
+        return None
+    zeros = named(layer, nn.initializers.zeros_init(), "sinks")
+    return layer.param("sinks", zeros, (layer.num_heads,), layer.param_dtype)
+
+
+def _make_out(
+    layer: MultiHeadDotProductAttention, config: AttentionConfig, features: int
+) -> nn.DenseGeneral:
+    return make_dense(
+        layer,
+        "out",
+        features,
+        axis=(-2, -1),
+        use_bias=config.out_has_bias,
+        kernel_init=layer.out_kernel_init,
+        bias_init=layer.out_bias_init,
+        dot_general=layer.out_dot_general,
+        dot_general_cls=layer.out_dot_general_cls,
+    )

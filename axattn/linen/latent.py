@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from flax.linen.dtypes import promote_dtype
 from axattn import latent
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
-from axattn.layers.latent import LatentSizes, Projected, Up, attend
-from axattn.layers.norms import normalized
-from axattn.layers.options import requested
-from axattn.linen.parameters import may_read_kernels, named, parameters
+from axattn.layers.config import LatentConfig
+from axattn.layers.latent import BIASED, Projected, Up, attend, project
+from axattn.layers.step import LayerCall
+from axattn.linen.parameters import make_dense, make_norm, may_read_kernels, parameters
+from axattn.linen.randomness import resolve_dropout
 from axattn.masks import Mask
 from axattn.rotary import RotaryEmbedding
 
@@ -182,89 +183,43 @@ class MultiHeadLatentAttention(nn.Module):
           TypeError: as the layer; a ``cache`` that is none.
           NotImplementedError: the named implementation cannot take the call.
         """
-        projected = self._project(inputs)
-        stays = True
-        if self.dropout_rate > 0.0:
-            stays = nn.merge_param("deterministic", self.deterministic, deterministic)
-            if not stays and dropout_rng is None:
-                dropout_rng = self.make_rng("dropout")
-        dropout = dict(
-            dropout_rate=self.dropout_rate,
-            dropout_rng=dropout_rng,
-            broadcast_dropout=self.broadcast_dropout,
-        )
-        x, cache = attend(
-            projected,
-            rope=self.rope,
-            scale=self.scale,
-            positions=positions,
-            form=self.form,
+        config = LatentConfig.from_layer(self)
+        deterministic, dropout_rng = resolve_dropout(self, deterministic, dropout_rng)
+        call = LayerCall(
+            inputs=(inputs,),
             mask=mask,
             is_causal=is_causal,
+            positions=positions,
+            segment_ids=segment_ids,
             cache=cache,
             lengths=lengths,
-            options=requested(
-                local_window_size=self.window,
-                logits_soft_cap=self.logits_soft_cap,
-                query_segment_ids=segment_ids,
-                precision=self.precision,
-                implementation=self.implementation,
-                attend=self.attend,
-                **({} if stays else dropout),
-            ),
-            excluded={"segment_ids": segment_ids is not None, "dropout": not stays},
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
         )
-        y = self._dense(
-            self.out_features or inputs.shape[-1],
-            axis=(-2, -1),
-            use_bias=self.use_bias,
-            name="out",
-        )(x)
-        return y if cache is None else (y, cache)
+        x, cache = attend(self, config, call, _project(self, config, inputs))
+        features = self.out_features or inputs.shape[-1]
+        out = make_dense(self, "out", features, axis=(-2, -1), use_bias=self.use_bias)
+        return out(x) if cache is None else (out(x), cache)
 
-    def _dense(
-        self, features: int | tuple[int, int], *, name: str, **options: Any
-    ) -> nn.DenseGeneral:
-        return nn.DenseGeneral(
-            features,
-            name=name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            # Flax's type of it is narrower than what it takes.
-            precision=cast(Any, self.precision),
-            kernel_init=named(self, self.kernel_init, name, "kernel"),
-            bias_init=named(self, self.bias_init, name, "bias"),
-            **options,
-        )
 
-    def _project(self, inputs: Float[Array, "*batch T E"]) -> Projected:
-        sizes = LatentSizes.of(self)
+# No method: interceptors and ``capture_intermediates`` would see it, and what it returns.
+def _project(
+    layer: MultiHeadLatentAttention, config: LatentConfig, inputs: Float[Array, "*batch T E"]
+) -> Projected:
+    def find(name: str) -> nn.Module:
+        if name.endswith("norm"):
+            return make_norm(layer, name, config.norm_epsilon)
+        bias = config.use_bias and name in BIASED
+        return make_dense(layer, name, config.features(name), use_bias=bias)
 
-        def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(
-                epsilon=self.norm_epsilon,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                scale_init=named(self, nn.initializers.ones_init(), name, "scale"),
-                name=name,
-            )
+    def find_up(name: str, latents: Array) -> Up:
+        up = make_dense(layer, name, config.features(name), use_bias=False)
+        return parameters(up, latents)[0] if may_read_kernels() else up
 
-        heads = (self.num_heads, sizes.qk_head_dim)
-        if self.q_lora_rank is None:
-            query = self._dense(heads, use_bias=False, name="query")(inputs)
-        else:
-            down = self._dense(self.q_lora_rank, use_bias=self.use_bias, name="query_down")(inputs)
-            down = normalized(norm("query_norm"), down)
-            query = self._dense(heads, use_bias=False, name="query_up")(down)
-        features = self.kv_lora_rank + self.qk_rope_head_dim
-        down = self._dense(features, use_bias=self.use_bias, name="kv_down")(inputs)
-        down, key_rope = jnp.split(down, [self.kv_lora_rank], axis=-1)
-        down = normalized(norm("kv_norm"), down)
-
-        def up(name: str, size: int) -> Up:
-            layer = self._dense((self.num_heads, size), use_bias=False, name=name)
-            return parameters(layer, down)[0] if may_read_kernels() else layer
-
-        key_up, value_up = up("key_up", self.qk_nope_head_dim), up("value_up", self.v_head_dim)
-        projected = Projected(query, down, key_rope, key_up, value_up)
-        return projected.promoted(lambda arrays: promote_dtype(*arrays, dtype=self.dtype))
+    return project(
+        inputs,
+        config,
+        find=find,
+        find_up=find_up,
+        promote=lambda arrays: promote_dtype(*arrays, dtype=layer.dtype),
+    )

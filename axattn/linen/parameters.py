@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 from flax.linen import module as flax_module
 
-from axattn._typing import Array, Float
+from axattn._typing import Array, Float, QkNorm
 from axattn.layers.axes import LOGICAL_AXES
 
+_NORMS: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]] = {
+    "layer": functools.partial(nn.LayerNorm, use_bias=False),
+    "rms": nn.RMSNorm,
+}
 _DENSE, _CALL = nn.DenseGeneral, nn.DenseGeneral.__call__
 
 
@@ -48,3 +53,46 @@ def named(
 ) -> Callable[..., Any]:
     """``init`` of the parameter at ``path``, boxed with its axes where the layer's are named."""
     return nn.with_logical_partitioning(init, axes[path]) if layer.logical_axes else init
+
+
+def make_dense(
+    layer: Any,
+    name: str,
+    features: int | tuple[int, int],
+    *,
+    use_bias: bool,
+    kernel_init: Callable[..., Any] | None = None,
+    bias_init: Callable[..., Any] | None = None,
+    **options: Any,
+) -> nn.DenseGeneral:
+    """A projection of a layer that is being called; initializers are the layer's by default."""
+    return nn.DenseGeneral(
+        features,
+        name=name,
+        use_bias=use_bias,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        precision=layer.precision,
+        kernel_init=named(layer, kernel_init or layer.kernel_init, name, "kernel"),
+        bias_init=named(layer, bias_init or layer.bias_init, name, "bias"),
+        **options,
+    )
+
+
+def make_norm(
+    layer: Any,
+    name: str,
+    epsilon: float,
+    kind: QkNorm = "rms",
+    axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES,
+    **options: Any,
+) -> nn.LayerNorm | nn.RMSNorm:
+    """A norm of a layer that is being called."""
+    return _NORMS[kind](
+        name=name,
+        epsilon=epsilon,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        scale_init=named(layer, nn.initializers.ones_init(), name, "scale", axes=axes),
+        **options,
+    )

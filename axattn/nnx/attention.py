@@ -13,19 +13,15 @@ from flax import nnx
 from flax.nnx.module import first_from
 
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm, present
-from axattn.layers import decode as decoding
-from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
-from axattn.layers.caching import attend_over_cache, reads_caches
-from axattn.layers.calling import call_attention
-from axattn.layers.norms import normalized
-from axattn.layers.options import head_layout, qk_norm_kind, requested, static
-from axattn.layers.positions import rotate
+from axattn.layers.config import AttentionConfig, check_one_kv_head, merge_qk_norm
+from axattn.layers.decode import FlaxCache
+from axattn.layers.options import requested, static
 from axattn.layers.projection import fused_projections
+from axattn.layers.step import Inputs, LayerCall, attend, default_inputs, normalized
 from axattn.masks import Mask
 from axattn.nnx.function import dot_product_attention
-from axattn.nnx.metadata import name_axes
-from axattn.nnx.parameters import is_plain
-from axattn.nnx.randomness import dropout_key
+from axattn.nnx.parameters import NORMS, is_plain, name_axes
+from axattn.nnx.randomness import resolve_dropout
 from axattn.rotary import RotaryEmbedding
 
 
@@ -144,6 +140,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         in_kv_features: int | None = None,
         *,
         param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
         attention_fn: Callable[..., Array] = dot_product_attention,
         normalize_qk: bool = False,
         rngs: nnx.Rngs,
@@ -161,13 +158,27 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         logical_axes: bool = False,
         **flax_kwargs,
     ):
-        head_layout(num_heads, num_kv_heads, in_features if qkv_features is None else qkv_features)
-        norm = qk_norm_kind(normalize_qk, qk_norm, qk_norm_per_head)
-        if fused_qkv and flax_kwargs.get("qkv_dot_general_cls") is not None:
-            raise ValueError(
-                "fused_qkv=True has one product and cannot make one per projection with "
-                f"qkv_dot_general_cls={flax_kwargs['qkv_dot_general_cls']}; use qkv_dot_general"
-            )
+        self.rope = rope
+        self.qk_norm = merge_qk_norm(normalize_qk, qk_norm)
+        self.qk_norm_epsilon = qk_norm_epsilon
+        self.qk_norm_per_head = qk_norm_per_head
+        self.window = static(window)
+        self.scale = scale
+        self.logits_soft_cap = logits_soft_cap
+        self.out_use_bias = out_use_bias
+        self.fused_qkv = fused_qkv
+        self.implementation = static(implementation)
+        self.logical_axes = logical_axes
+        config = AttentionConfig.from_layer(
+            self,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            qkv_features=in_features if qkv_features is None else qkv_features,
+            use_bias=use_bias,
+            sinks=sinks,
+        )
+        config.check_products(flax_kwargs.get("qkv_dot_general_cls"))
+        flax_norms = config.qk_norm == "layer" and qk_norm_per_head
         super().__init__(
             num_heads,
             in_features,
@@ -176,64 +187,47 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             num_kv_heads,
             in_kv_features,
             param_dtype=param_dtype,
+            use_bias=use_bias,
             attention_fn=attention_fn,
-            normalize_qk=norm == "layer" and qk_norm_per_head,
+            normalize_qk=flax_norms,
             rngs=rngs,
             **flax_kwargs,
         )
-        self.normalize_qk = norm is not None
-        if norm == "rms" or (norm == "layer" and not qk_norm_per_head):
-            norms: Any = [  # of either kind, where Flax has layer norms
-                self._new_norm(norm, name, () if qk_norm_per_head else heads, rngs, flax_kwargs)
-                for name, heads in (("query_ln", (num_heads,)), ("key_ln", (self.num_kv_heads,)))
-            ]
-            self.query_ln, self.key_ln = norms
-        if norm is not None:
-            for layer in (self.query_ln, self.key_ln):
-                present(layer).epsilon = qk_norm_epsilon
-        if out_use_bias is not None and out_use_bias != self.use_bias:
-            self.out.use_bias = out_use_bias
+        self.normalize_qk = config.qk_norm is not None
+        if self.normalize_qk and not flax_norms:
+            for name, count in (("query_ln", num_heads), ("key_ln", config.kv_heads)):
+                metadata = flax_kwargs.get(f"{name}_scale_metadata", {})
+                setattr(self, name, self._make_norm(config, count, rngs, metadata))
+        if self.normalize_qk:
+            for norm in (self.query_ln, self.key_ln):
+                present(norm).epsilon = qk_norm_epsilon
+        if config.out_has_bias != use_bias:
+            self.out.use_bias = config.out_has_bias
             self.out.bias = (
-                self._new_out_bias(rngs, flax_kwargs) if out_use_bias else nnx.data(None)
+                self._make_out_bias(rngs, flax_kwargs) if config.out_has_bias else nnx.data(None)
             )
-        self.rope = rope
-        self.qk_norm = norm
-        self.qk_norm_per_head = qk_norm_per_head
-        self.window = static(window)
-        self.scale = scale
-        self.logits_soft_cap = logits_soft_cap
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
-        self.fused_qkv = fused_qkv
-        self.implementation = static(implementation)
         if logical_axes:
-            name_axes(self, LOGICAL_AXES | ({} if qk_norm_per_head else ALL_HEADS_NORM_AXES))
+            name_axes(self, config.parameter_axes)
 
-    def _new_norm(
-        self,
-        norm: str,
-        name: str,
-        heads: tuple[int, ...],
-        rngs: nnx.Rngs,
-        given: Mapping[str, Any],
-    ) -> nnx.RMSNorm | nnx.LayerNorm:
+    def _make_norm(
+        self, config: AttentionConfig, count: int, rngs: nnx.Rngs, metadata: Mapping[str, Any]
+    ) -> nnx.LayerNorm | nnx.RMSNorm:
         """Over the features of each head, or of that many heads together."""
-        shape = (*heads, self.head_dim)
-        axes = tuple(range(-len(shape), 0))
-        make: dict[str, Callable[..., nnx.RMSNorm | nnx.LayerNorm]]
-        make = {"layer": functools.partial(nnx.LayerNorm, use_bias=False), "rms": nnx.RMSNorm}
-        return make[norm](
+        shape = (count, self.head_dim)[-len(config.norm_axes) :]
+        return NORMS[present(config.qk_norm)](
             math.prod(shape),
-            reduction_axes=axes,
-            feature_axes=axes,
+            reduction_axes=config.norm_axes,
+            feature_axes=config.norm_axes,
             dtype=self.dtype,
             param_dtype=self.query.param_dtype,
             promote_dtype=self.ln_promote_dtype,
             scale_init=lambda key, _, dtype: jnp.ones(shape, dtype),
             rngs=rngs,
-            scale_metadata=given.get(f"{name}_scale_metadata", {}),
+            scale_metadata=metadata,
         )
 
-    def _new_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
+    def _make_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
         init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()
         metadata = given.get("out_bias_metadata") or given.get("bias_metadata") or {}
         bias = init(rngs.params(), (self.out_features,), self.out.param_dtype)
@@ -344,140 +338,88 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
           TypeError: arguments of another type; a ``cache`` that is none.
           NotImplementedError: the named implementation cannot take the call.
         """
-        if inputs_k is None:
-            if inputs_v is not None:
-                raise ValueError(
-                    "`inputs_k` cannot be None if `inputs_v` is not None. Pass one array for both "
-                    "as `inputs_k`"
-                )
-            inputs_k = inputs_q
-        if inputs_v is None:
-            inputs_v = inputs_k
-        for name, x, features in (
-            ("inputs_q", inputs_q, self.in_features),
-            ("inputs_k", inputs_k, self.in_kv_features),
-            ("inputs_v", inputs_v, self.in_kv_features),
-        ):
+        if input_positions is not None and self.rope is not None:
+            if positions is not None:
+                raise ValueError("input_positions is another name of positions: give one of them")
+            positions, input_positions = input_positions, None
+        inputs = default_inputs(inputs_q, inputs_k, inputs_v)
+        self._check_features(inputs)
+        query, key, value = self._project(inputs, qkv_sharding)
+        if self.normalize_qk:
+            query = normalized(present(self.query_ln), query)
+            key = normalized(present(self.key_ln), key)
+        deterministic, dropout_rng = resolve_dropout(self, deterministic, rngs)
+        config = AttentionConfig.from_layer(self, sinks=self.sinks is not None)
+        call = LayerCall(
+            inputs=inputs,
+            mask=mask,
+            is_causal=None if is_causal is _NOT_GIVEN else is_causal,
+            positions=positions,
+            kv_positions=kv_positions,
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            sow_weights=sow_weights,
+            cache=cache,
+            lengths=lengths,
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
+        )
+        x, cache = attend(
+            self,
+            config,
+            call,
+            (query, key, value),
+            flax_cache=self._find_cache(decode) if cache is None else None,
+            own_fn=dot_product_attention,
+            flax_kwargs=dict(module=self if sow_weights else None, is_causal=False),
+            options=dict(
+                sinks=None if self.sinks is None else self.sinks[...],
+                input_positions=input_positions,
+            ),
+            excluded={"decode=True": bool(self.decode if decode is None else decode)},
+        )
+        y = self.out(x, **requested(out_sharding=out_sharding))
+        return y if cache is None else (y, cache)
+
+    def _check_features(self, inputs: Inputs) -> None:
+        takes = (self.in_features, self.in_kv_features, self.in_kv_features)
+        names = ("inputs_q", "inputs_k", "inputs_v")
+        for name, x, features in zip(names, inputs, takes, strict=True):
             if x.shape[-1] != features:
                 raise ValueError(
                     f"Incompatible input dimension, got {x.shape[-1]} but module expects "
                     f"{features}, for {name} of shape {x.shape}."
                 )
-        if input_positions is not None and self.rope is not None:
-            if positions is not None:
-                raise ValueError("input_positions is another name of positions: give one of them")
-            positions, input_positions = input_positions, None
 
-        query, key, value = self._project((inputs_q, inputs_k, inputs_v), qkv_sharding)
-        if self.normalize_qk:
-            query = normalized(present(self.query_ln), query)
-            key = normalized(present(self.key_ln), key)
-
-        asked_to_decode = self.decode if decode is None else decode
-        decode = cache is None and first_from(
-            decode,
-            self.decode,
-            error_msg="No `decode` argument was provided to MultiHeadAttention, neither to its "
-            "constructor nor to its call nor as an attribute.",
+    def _find_cache(self, decode: bool | None) -> FlaxCache | None:
+        message = (
+            "No `decode` argument was provided to MultiHeadAttention, neither to its constructor "
+            "nor to its call nor as an attribute."
         )
-        index = None
-        if decode:
-            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-                raise ValueError("Autoregressive cache not initialized, call ``init_cache`` first.")
-            index = self.cache_index[...]
-            decoding.check_token(query.shape, key.shape, self.cached_key.shape)
-        if cache is None:
-            query, key = rotate(
-                self.rope, query, key, positions, kv_positions, 0 if index is None else index
-            )
-        if index is not None:
-            cached_key, cached_value = present(self.cached_key), present(self.cached_value)
-            key = decoding.append(cached_key[...], index, key)
-            value = decoding.append(cached_value[...], index, value)
-            cached_key[...], cached_value[...] = key, value
-            present(self.cache_index)[...] = index + 1
+        if not first_from(decode, self.decode, error_msg=message):
+            return None
+        keys, values, index = self.cached_key, self.cached_value, self.cache_index
+        if keys is None or values is None or index is None:
+            raise ValueError("Autoregressive cache not initialized, call ``init_cache`` first.")
 
-        dropout_rng = None
-        if self.dropout_rate > 0.0:
-            deterministic = first_from(
-                deterministic,
-                self.deterministic,
-                error_msg="No `deterministic` argument was provided to MultiHeadAttention, neither "
-                "to its constructor nor to its call nor as an attribute.",
-            )
-            if not deterministic:
-                dropout_rng = dropout_key(rngs, self)
-        else:
-            deterministic = True
+        def write(*arrays):
+            keys[...], values[...], index[...] = arrays
 
-        flax_kwargs = dict(
-            mask=mask,
-            dropout_rng=dropout_rng,
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=self.broadcast_dropout,
-            deterministic=deterministic,
+        return FlaxCache(keys[...], values[...], index[...], write)
+
+    def _project(self, inputs: Inputs, sharding: Any) -> tuple[Array, ...]:
+        layers = (self.query, self.key, self.value)
+        are_plain = functools.partial(
+            is_plain,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             precision=self.precision,
-            module=self if sow_weights else None,
-            is_causal=False,
+            promote_dtype=self.qkv_promote_dtype,
+            dot_general=self.qkv_dot_general,
         )
-        options = requested(
-            input_positions=input_positions,
-            scale=self.scale,
-            local_window_size=self.window,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=None if self.sinks is None else self.sinks[...],
-            query_segment_ids=segment_ids,
-            key_value_segment_ids=kv_segment_ids,
-            implementation=self.implementation,
-        )
-        not_causal = is_causal is not _NOT_GIVEN and not is_causal
-        if cache is not None:
-            x, cache = attend_over_cache(
-                cache,
-                query,
-                key,
-                value,
-                rope=self.rope,
-                positions=positions,
-                lengths=lengths,
-                mask=mask,
-                options={**options, **requested(precision=self.precision)},
-                excluded={
-                    "decode=True": bool(asked_to_decode),
-                    "is_causal=False (over a cache tokens attend causally)": not_causal,
-                    "inputs_k or inputs_v": inputs_k is not inputs_q or inputs_v is not inputs_q,
-                    "kv_positions": kv_positions is not None,
-                    "segment_ids": segment_ids is not None or kv_segment_ids is not None,
-                    "sow_weights": sow_weights,
-                    "dropout": not deterministic,
-                    "an attention_fn of your own": not reads_caches(
-                        self.attention_fn, dot_product_attention
-                    ),
-                },
-            )
-            return self.out(x, **requested(out_sharding=out_sharding)), cache
-        if lengths is not None:
-            raise ValueError("lengths takes None without a cache: use a mask")
-        x = call_attention(
-            self.attention_fn,
-            query,
-            key,
-            value,
-            flax_kwargs,
-            options,
-            is_causal=bool(is_causal),
-            decode_index=index,
-        )
-        return self.out(x, **requested(out_sharding=out_sharding))
-
-    def _project(self, inputs, sharding):
-        layers = (self.query, self.key, self.value)
-        if not (self.fused_qkv and all(self._is_plain(f) for f in layers)):
-            return tuple(
-                f(x, **requested(out_sharding=sharding))
-                for f, x in zip(layers, inputs, strict=True)
-            )
+        options = requested(out_sharding=sharding)
+        if not (self.fused_qkv and all(map(are_plain, layers))):
+            return tuple(f(x, **options) for f, x in zip(layers, inputs, strict=True))
         return fused_projections(
             inputs,
             [f.kernel[...] for f in layers],
@@ -485,17 +427,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             promote=lambda *arrays: self.qkv_promote_dtype(arrays, dtype=self.dtype),
             dot_general=self.qkv_dot_general,
             precision=self.precision,
-            out_sharding=sharding,
-        )
-
-    def _is_plain(self, projection) -> bool:
-        return is_plain(
-            projection,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            precision=self.precision,
-            promote_dtype=self.qkv_promote_dtype,
-            dot_general=self.qkv_dot_general,
+            **options,
         )
 
 
@@ -571,20 +503,6 @@ class SelfAttention(MultiHeadAttention):
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
-
-        Args:
-          inputs_q: ``[..., T, E]``.
-          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
-          deterministic, rngs: no dropout, or where its random numbers come from.
-          sow_weights: sow the weights ``[..., N, T, T]`` as ``nnx.Intermediate``.
-          decode: one token at a time, with the cache of ``init_cache``.
-          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
-            False is refused.
-          out_sharding, qkv_sharding: of the results of the projections.
-          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
-          segment_ids: int ``[..., T]``.
-          cache: one of `axattn.cache`.
-          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
 
         Returns:
           ``[..., T, D]``; with ``cache`` also the cache.
@@ -679,9 +597,5 @@ class MultiQueryAttention(MultiHeadAttention):
         *args,
         **kwargs,
     ):
-        if num_kv_heads != 1:
-            raise ValueError(
-                f"num_kv_heads must be 1 in MultiQueryAttention, got {num_kv_heads}; "
-                "GroupedQueryAttention takes others"
-            )
+        check_one_kv_head(num_kv_heads)
         super().__init__(num_heads, in_features, qkv_features, out_features, 1, *args, **kwargs)

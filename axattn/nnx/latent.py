@@ -7,19 +7,18 @@ from typing import Any, cast, overload
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import promote_dtype
 
 from axattn import latent
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
 from axattn.attention import dot_product_attention
-from axattn.layers.latent import LatentSizes, Projected, attend, check_fields
-from axattn.layers.norms import normalized
-from axattn.layers.options import requested, static
+from axattn.layers.config import LatentConfig
+from axattn.layers.latent import BIASED, Projected, Up, attend, project
+from axattn.layers.options import static
+from axattn.layers.step import LayerCall
 from axattn.masks import Mask
-from axattn.nnx.metadata import name_axes
-from axattn.nnx.parameters import is_plain
-from axattn.nnx.randomness import dropout_key
+from axattn.nnx.parameters import is_plain, name_axes
+from axattn.nnx.randomness import resolve_dropout
 from axattn.rotary import RotaryEmbedding
 
 
@@ -120,21 +119,23 @@ class MultiHeadLatentAttention(nnx.Module):
         self.logits_soft_cap = logits_soft_cap
         self.form = form
         self.implementation = static(implementation)
+        self.use_bias = use_bias
+        self.norm_epsilon = norm_epsilon
+        self.logical_axes = logical_axes
         self.dropout_rate = dropout_rate
         self.broadcast_dropout = broadcast_dropout
         self.deterministic = deterministic
         self.attend = attend
         self.dtype = dtype
         self.precision = precision
-        check_fields(rope, form)
-        sizes = LatentSizes.of(self)
+        config = LatentConfig.from_layer(self)
 
-        def dense(inputs, features, *, bias=False, axis=-1):
+        def dense(name, inputs, features=None, axis=-1):
             return nnx.LinearGeneral(
                 inputs,
-                features,
+                features or config.features(name),
                 axis=axis,
-                use_bias=bias,
+                use_bias=use_bias and name in BIASED,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 precision=cast(Any, precision),  # Flax's type of it is narrower than what it takes
@@ -148,20 +149,18 @@ class MultiHeadLatentAttention(nnx.Module):
                 features, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        heads = (num_heads, sizes.qk_head_dim)
         if q_lora_rank is None:
-            self.query = dense(in_features, heads)
+            self.query = dense("query", in_features)
         else:
-            self.query_down = dense(in_features, q_lora_rank, bias=use_bias)
+            self.query_down = dense("query_down", in_features)
             self.query_norm = norm(q_lora_rank)
-            self.query_up = dense(q_lora_rank, heads)
-        self.kv_down = dense(in_features, kv_lora_rank + qk_rope_head_dim, bias=use_bias)
+            self.query_up = dense("query_up", q_lora_rank)
+        self.kv_down = dense("kv_down", in_features)
         self.kv_norm = norm(kv_lora_rank)
-        self.key_up = dense(kv_lora_rank, (num_heads, qk_nope_head_dim))
-        self.value_up = dense(kv_lora_rank, (num_heads, v_head_dim))
-        self.out = dense(
-            (num_heads, v_head_dim), out_features or in_features, bias=use_bias, axis=(-2, -1)
-        )
+        self.key_up = dense("key_up", kv_lora_rank)
+        self.value_up = dense("value_up", kv_lora_rank)
+        heads = (num_heads, v_head_dim)
+        self.out = dense("out", heads, out_features or in_features, axis=(-2, -1))
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else nnx.data(None)
         if logical_axes:
             name_axes(self)
@@ -252,55 +251,38 @@ class MultiHeadLatentAttention(nnx.Module):
             raise ValueError(
                 f"inputs takes {self.in_features} features, got shape {tuple(inputs.shape)}"
             )
-        dropout = {}
-        if self.dropout_rate > 0.0:
-            stays = first_from(
-                deterministic,
-                self.deterministic,
-                error_msg="No `deterministic` argument was provided to MultiHeadLatentAttention, "
-                "neither to its constructor nor to its call nor as an attribute.",
-            )
-            if not stays:
-                dropout = dict(
-                    dropout_rate=self.dropout_rate,
-                    dropout_rng=dropout_key(rngs, self),
-                    broadcast_dropout=self.broadcast_dropout,
-                )
-        x, cache = attend(
-            self._project(inputs),
-            rope=self.rope,
-            scale=self.scale,
-            positions=positions,
-            form=self.form,
+        config = LatentConfig.from_layer(self)
+        deterministic, dropout_rng = resolve_dropout(self, deterministic, rngs)
+        call = LayerCall(
+            inputs=(inputs,),
             mask=mask,
             is_causal=is_causal,
+            positions=positions,
+            segment_ids=segment_ids,
             cache=cache,
             lengths=lengths,
-            options=requested(
-                local_window_size=self.window,
-                logits_soft_cap=self.logits_soft_cap,
-                query_segment_ids=segment_ids,
-                precision=self.precision,
-                implementation=self.implementation,
-                attend=self.attend,
-                **dropout,
-            ),
-            excluded={"segment_ids": segment_ids is not None, "dropout": bool(dropout)},
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
         )
+        x, cache = attend(self, config, call, self._project(config, inputs))
         return self.out(x) if cache is None else (self.out(x), cache)
 
-    def _project(self, inputs: Float[Array, "*batch T E"]) -> Projected:
-        if self.q_lora_rank is None:
-            query = self.query(inputs)
-        else:
-            query = self.query_up(normalized(self.query_norm, self.query_down(inputs)))
-        down, key_rope = jnp.split(self.kv_down(inputs), [self.kv_lora_rank], axis=-1)
-        made_with = dict(
-            use_bias=False, dtype=self.dtype, precision=self.precision, promote_dtype=promote_dtype
+    def _project(self, config: LatentConfig, inputs: Float[Array, "*batch T E"]) -> Projected:
+        def find_up(name: str, latents: Array) -> Up:
+            up = getattr(self, name)
+            plain = is_plain(
+                up,
+                use_bias=False,
+                dtype=self.dtype,
+                precision=self.precision,
+                promote_dtype=promote_dtype,
+            )
+            return up.kernel[...] if plain else up
+
+        return project(
+            inputs,
+            config,
+            find=lambda name: getattr(self, name),
+            find_up=find_up,
+            promote=lambda arrays: promote_dtype(arrays, dtype=self.dtype),
         )
-        ups = (
-            up.kernel[...] if is_plain(up, **made_with) else up
-            for up in (self.key_up, self.value_up)
-        )
-        projected = Projected(query, normalized(self.kv_norm, down), key_rope, *ups)
-        return projected.promoted(lambda arrays: promote_dtype(arrays, dtype=self.dtype))

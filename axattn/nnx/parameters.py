@@ -1,11 +1,19 @@
-"""Whether a projection is still what the layer put there, so that its parameters may be read."""
+"""A layer's parameters: whether they may be read without a call, and names for their axes."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
+from axattn.layers.axes import LOGICAL_AXES
+
+NORMS: dict[str, Callable[..., nnx.LayerNorm | nnx.RMSNorm]] = {
+    "layer": functools.partial(nnx.LayerNorm, use_bias=False),
+    "rms": nnx.RMSNorm,
+}
 _DENSE, _CALL = nnx.LinearGeneral, nnx.LinearGeneral.__call__
 
 
@@ -27,3 +35,19 @@ def is_plain(layer: Any, *, use_bias: bool, **made_with: Any) -> bool:
     return (layer.bias is not None) is use_bias and all(
         getattr(layer, name) == value for name, value in made_with.items()
     )
+
+
+def name_axes(
+    layer: nnx.Module, axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES
+) -> None:
+    """Sets ``out_sharding`` of every parameter that has none of its own.
+
+    Arrays stay where they are: ``nnx.get_named_sharding`` says where they belong, under
+    ``nnx.logical_axis_rules``.
+    """
+    for path, names in axes.items():
+        found: Any = layer
+        for name in path:
+            found = getattr(found, name, None)
+        if isinstance(found, nnx.Param) and not found.get_metadata().get("out_sharding"):
+            found.set_metadata(out_sharding=names)

@@ -1,32 +1,36 @@
-"""Where a layer's dropout gets its key."""
+"""Whether a layer drops, and where the key of that comes from."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from flax import nnx
+from flax.nnx.module import first_from
 
 from axattn._typing import Array
 
 
-class _HasRngs(Protocol):
-    @property
-    def rngs(self) -> Any: ...
-
-
-def dropout_key(rngs: nnx.Rngs | nnx.RngStream | None, layer: _HasRngs) -> Array:
-    """A new key: of the call's ``rngs``, or of those that the layer keeps.
+def resolve_dropout(
+    layer: Any, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
+) -> tuple[bool, Array | None]:
+    """Whether a call drops nothing, and else a key of its ``rngs``, or of those of the layer.
 
     Raises:
-      ValueError: there is neither.
+      ValueError: nobody says whether the layer drops, or there is no key.
     """
-    if rngs is None:
-        rngs = layer.rngs
-    elif isinstance(rngs, nnx.Rngs):
-        rngs = rngs.dropout
+    name = type(layer).__name__
+    if layer.dropout_rate <= 0.0 or first_from(
+        deterministic,
+        layer.deterministic,
+        error_msg=f"No `deterministic` argument was provided to {name}, neither to its constructor "
+        "nor to its call nor as an attribute.",
+    ):
+        return True, None
+    rngs = rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+    rngs = layer.rngs if rngs is None else rngs
     if rngs is None:
         raise ValueError(
-            f"'rngs' must be provided to __call__ method if {type(layer).__name__} instance is "
-            "defined with keep_rngs=False."
+            f"'rngs' must be provided to __call__ method if {name} instance is defined with "
+            "keep_rngs=False."
         )
-    return rngs()
+    return False, rngs()

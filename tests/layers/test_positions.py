@@ -35,8 +35,3 @@ def test_lengths_that_differ():
     np.testing.assert_allclose(k, ROPE.apply(short, jnp.arange(3)), atol=1e-6)
     with pytest.raises(ValueError, match="pass kv_positions too for the 3 keys"):
         rotate(ROPE, Q, short, jnp.arange(5), None)
-
-
-def test_only_our_embedding():
-    with pytest.raises(TypeError, match=r"rope must be .* got float"):
-        rotate(10000.0, Q, K, None, None)

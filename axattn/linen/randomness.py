@@ -1,0 +1,25 @@
+"""Whether a layer drops, and where the key of that comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+from axattn._typing import Array
+
+
+def resolve_dropout(
+    layer: Any, deterministic: bool | None, rng: Array | None
+) -> tuple[bool, Array | None]:
+    """Whether a call drops nothing, and its own key or the next one of the stream ``dropout``.
+
+    Raises:
+      ValueError: neither the layer nor the call says whether it drops, or both do.
+    """
+    stays = layer.dropout_rate <= 0.0 or nn.merge_param(
+        "deterministic", layer.deterministic, deterministic
+    )
+    if not stays and rng is None:
+        rng = layer.make_rng("dropout")
+    return stays, rng
