@@ -17,6 +17,7 @@ from flax import nnx
 
 from axattn import huggingface
 from axattn.cache import DenseCache, PagedCache, RingCache
+from axattn.layers.config import AttentionConfig, LatentConfig
 from axattn.rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 from tests.huggingface import GOLDENS, golden, save
 from tests.tiers import ci, exhaustive
@@ -355,7 +356,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations(name):
     config, layer, fields = PUBLISHED[name]
-    assert dict(huggingface.attention_spec(config, layer).fields) == fields
+    spec = huggingface.attention_spec(config, layer)
+    kind = LatentConfig if "kv_lora_rank" in fields else AttentionConfig
+    assert spec.layer_config == kind(**fields)  # what is not named here is the layer's default
+    assert spec.fields == {**spec.layer_config.fields, **fields}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from axattn._typing import present
 from axattn.huggingface.fields import COUNT_OR_0, KINDS, OBJECT, TEXT, Config, checked, pick_layer
 from axattn.huggingface.rope import rotary_embedding
+from axattn.layers.config import AttentionConfig, LatentConfig
 from axattn.rotary import yarn_attention_factor
 
 
@@ -19,8 +21,8 @@ class AttentionSpec:
       family: ``model_type``, without the suffix that multimodal configurations have.
       layer: its index.
       in_features: E, of its inputs and its output.
-      latent: whether it is a ``MultiHeadLatentAttention``; else a ``GroupedQueryAttention``.
-      fields: of that layer, by name; the same for Linen and NNX.
+      layer_config: its fields as a value: an ``AttentionConfig`` or, of a
+        ``MultiHeadLatentAttention``, a ``LatentConfig`` of ``axattn.layers.config``.
       is_causal: for the layer's calls.
 
     Example:
@@ -36,9 +38,18 @@ class AttentionSpec:
     family: str
     layer: int
     in_features: int
-    latent: bool
-    fields: Mapping[str, Any]
+    layer_config: AttentionConfig | LatentConfig
     is_causal: bool = True
+
+    @property
+    def latent(self) -> bool:
+        """Whether it is a ``MultiHeadLatentAttention``; else a ``GroupedQueryAttention``."""
+        return isinstance(self.layer_config, LatentConfig)
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """All fields of that layer, by name; the same for Linen and NNX."""
+        return self.layer_config.fields
 
     @property
     def head_dim(self) -> int:
@@ -108,12 +119,11 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
         raise ValueError(
             f"layer takes 0 to {count - 1} where num_hidden_layers is {count}, got {layer}"
         )
-    fields = FAMILIES[kind](config, layer)
+    layer_config = FAMILIES[kind](config, layer)
     causal = config["is_causal"] and not config["use_bidirectional_attention"]
-    if not config["is_causal"] and fields.get("window") is not None:
+    if not config["is_causal"] and layer_config.window is not None:
         raise NotImplementedError("is_causal takes true where there is a sliding window, got false")
-    latent = "kv_lora_rank" in fields
-    return AttentionSpec(kind, layer, config["hidden_size"], latent, fields, causal)
+    return AttentionSpec(kind, layer, config["hidden_size"], layer_config, causal)
 
 
 def text_config(config: Config) -> Config:
@@ -312,7 +322,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _grouped(config: Config, *, rope: Mapping[str, Any] | None = None, **more: Any) -> dict:
+def _grouped(
+    config: Config, *, rope: Mapping[str, Any] | None = None, **more: Any
+) -> AttentionConfig:
     """What most families have in common; ``rope`` are arguments of `rotary_embedding`."""
     heads, head_dim = config["num_attention_heads"], config["head_dim"]
     kv_heads = config["num_key_value_heads"] or heads
@@ -328,14 +340,14 @@ def _grouped(config: Config, *, rope: Mapping[str, Any] | None = None, **more: A
                 f"got {config['hidden_size']} and {heads}"
             )
         head_dim = config["hidden_size"] // heads
-    return {
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "qkv_features": heads * head_dim,
-        "use_bias": bool(config.get("attention_bias")),
-        "rope": rotary_embedding(config, head_dim, **(rope or {})),
-        **more,
-    }
+    fields: dict[str, Any] = dict(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        qkv_features=heads * head_dim,
+        use_bias=bool(config.get("attention_bias")),
+        rope=rotary_embedding(config, head_dim, **(rope or {})),
+    )
+    return AttentionConfig(**{**fields, **more})
 
 
 def _before(window: int | None) -> tuple[int, int] | None:
@@ -372,11 +384,11 @@ def _refuse_both_directions(config: Config) -> None:
         )
 
 
-def _llama(config: Config, layer: int) -> dict[str, Any]:
+def _llama(config: Config, layer: int) -> AttentionConfig:
     return _grouped(config)
 
 
-def _mistral(config: Config, layer: int) -> dict[str, Any]:
+def _mistral(config: Config, layer: int) -> AttentionConfig:
     return _grouped(config, use_bias=False, window=_before(config["sliding_window"]))
 
 
@@ -385,35 +397,35 @@ def _qwen_window(config: Config, layer: int, otherwise: Callable[[int], bool]) -
     return _before(config["sliding_window"]) if slides else None
 
 
-def _qwen2(config: Config, layer: int) -> dict[str, Any]:
+def _qwen2(config: Config, layer: int) -> AttentionConfig:
     window = _qwen_window(config, layer, lambda i: i >= config["max_window_layers"])
     return _grouped(config, use_bias=True, out_use_bias=False, window=window)
 
 
-def _qwen2_moe(config: Config, layer: int) -> dict[str, Any]:
+def _qwen2_moe(config: Config, layer: int) -> AttentionConfig:
     # Every other one of the first layers; the dense model's are all of the last.
     window = _qwen_window(config, layer, lambda i: i % 2 == 0 and i < config["max_window_layers"])
     bias = bool(config["qkv_bias"])
     return _grouped(config, use_bias=bias, out_use_bias=False, window=window)
 
 
-def _qwen3(config: Config, layer: int) -> dict[str, Any]:
+def _qwen3(config: Config, layer: int) -> AttentionConfig:
     bias = bool(config["attention_bias"])
     norm = dict(qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
-    return {**_qwen2(config, layer), "use_bias": bias, "out_use_bias": bias, **norm}
+    return dataclasses.replace(_qwen2(config, layer), use_bias=bias, out_use_bias=bias, **norm)
 
 
-def _qwen3_moe(config: Config, layer: int) -> dict[str, Any]:
+def _qwen3_moe(config: Config, layer: int) -> AttentionConfig:
     window = _before(config["sliding_window"]) if config["use_sliding_window"] else None
     return _grouped(config, window=window, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
 
 
-def _gemma(config: Config, layer: int) -> dict[str, Any]:
+def _gemma(config: Config, layer: int) -> AttentionConfig:
     _refuse_both_directions(config)
     return _grouped(config)
 
 
-def _gemma2(config: Config, layer: int) -> dict[str, Any]:
+def _gemma2(config: Config, layer: int) -> AttentionConfig:
     _refuse_both_directions(config)
     slides = _is_local(config, layer, lambda i: i % 2 == 0)
     return _grouped(
@@ -424,7 +436,7 @@ def _gemma2(config: Config, layer: int) -> dict[str, Any]:
     )
 
 
-def _gemma3(config: Config, layer: int) -> dict[str, Any]:
+def _gemma3(config: Config, layer: int) -> AttentionConfig:
     slides = _is_local(config, layer, lambda i: bool((i + 1) % config["sliding_window_pattern"]))
     window = config["sliding_window"] if slides else None
     around = _before(window)
@@ -440,15 +452,15 @@ def _gemma3(config: Config, layer: int) -> dict[str, Any]:
     )
 
 
-def _phi3(config: Config, layer: int) -> dict[str, Any]:
+def _phi3(config: Config, layer: int) -> AttentionConfig:
     window = _before(config["sliding_window"])
     fields = _grouped(config, use_bias=False, window=window, rope=dict(partial=True))
-    if fields["rope"].scaling is not None:
+    if present(fields.rope).scaling is not None:
         raise NotImplementedError("rope_type takes default for phi3: longrope is not read here")
     return fields
 
 
-def _gpt_oss(config: Config, layer: int) -> dict[str, Any]:
+def _gpt_oss(config: Config, layer: int) -> AttentionConfig:
     if config["rope_parameters"] is None:  # the same as nothing, in this family
         config = {**config, "rope_parameters": DEFAULTS["gpt_oss"]["rope_parameters"]}
     slides = _is_local(config, layer, lambda i: i % 2 == 0)
@@ -456,27 +468,27 @@ def _gpt_oss(config: Config, layer: int) -> dict[str, Any]:
     return _grouped(config, window=window, sinks=True)
 
 
-def _granite(config: Config, layer: int) -> dict[str, Any]:
+def _granite(config: Config, layer: int) -> AttentionConfig:
     return _grouped(config, scale=float(config["attention_multiplier"]))
 
 
-def _olmo2(config: Config, layer: int) -> dict[str, Any]:
+def _olmo2(config: Config, layer: int) -> AttentionConfig:
     norm = dict(qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"], qk_norm_per_head=False)
     return _grouped(config, **norm)
 
 
-def _smollm3(config: Config, layer: int) -> dict[str, Any]:
+def _smollm3(config: Config, layer: int) -> AttentionConfig:
     turned, window = _has_rope(config, layer), config["sliding_window"]
     slides = _is_local(config, layer, lambda _: not turned) and config["use_sliding_window"]
     fields = _grouped(config, window=_before(window) if slides else None)
-    return fields if turned else {**fields, "rope": None}
+    return fields if turned else dataclasses.replace(fields, rope=None)
 
 
-def _glm4(config: Config, layer: int) -> dict[str, Any]:
+def _glm4(config: Config, layer: int) -> AttentionConfig:
     return _grouped(config, out_use_bias=False, rope=dict(interleaved=True, partial=True))
 
 
-def _llama4(config: Config, layer: int) -> dict[str, Any]:
+def _llama4(config: Config, layer: int) -> AttentionConfig:
     longest = config["max_position_embeddings"]
     chunk, floor = config["attention_chunk_size"], config["floor_scale"]
     listed = config["no_rope_layers"] or None  # an empty list is none, in this family
@@ -495,9 +507,9 @@ def _llama4(config: Config, layer: int) -> dict[str, Any]:
         if not config["use_qk_norm"]:
             return fields
         # The model divides by the length after the rotation, which does not change lengths.
-        if yarn_attention_factor(fields["rope"].scaling) != 1.0:
+        if yarn_attention_factor(present(fields.rope).scaling) != 1.0:
             raise NotImplementedError("use_qk_norm takes false where rope_type is 'yarn', got true")
-        return {**fields, "qk_norm": "rms", "qk_norm_epsilon": config["rms_norm_eps"]}
+        return dataclasses.replace(fields, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
     if config["attn_temperature_tuning"] and config["attn_scale"] and floor <= longest:
         raise NotImplementedError(
             f"attn_temperature_tuning takes false, or a floor_scale of more than "
@@ -505,10 +517,10 @@ def _llama4(config: Config, layer: int) -> dict[str, Any]:
             f"positions here. For sequences of less than {floor} tokens, where it is 1, set "
             "max_position_embeddings to their length"
         )
-    return {**fields, "rope": None}
+    return dataclasses.replace(fields, rope=None)
 
 
-def _falcon(config: Config, layer: int) -> dict[str, Any]:
+def _falcon(config: Config, layer: int) -> AttentionConfig:
     if config["alibi"]:
         raise NotImplementedError("alibi takes False: axattn's layers have rotary embeddings")
     older = [name for name in ("n_embed", "n_head", "n_head_kv", "n_layer") if name in config]
@@ -526,20 +538,20 @@ def _falcon(config: Config, layer: int) -> dict[str, Any]:
     return _grouped({**config, **sizes}, use_bias=bool(config["bias"]))
 
 
-def _deepseek(config: Config, layer: int) -> dict[str, Any]:
+def _deepseek(config: Config, layer: int) -> LatentConfig:
     names = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     halves = config["model_type"] == "deepseek_v3" and not config["rope_interleave"]
-    return {
-        "num_heads": config["num_attention_heads"],
+    return LatentConfig(
+        num_heads=config["num_attention_heads"],
         **{name: config[name] for name in names},
-        "use_bias": bool(config["attention_bias"]),
-        "rope": rotary_embedding(config, config["qk_rope_head_dim"], interleaved=not halves),
+        use_bias=bool(config["attention_bias"]),
+        rope=rotary_embedding(config, config["qk_rope_head_dim"], interleaved=not halves),
         # Its latents' norms do not take the model's epsilon.
-        "norm_epsilon": 1e-6,
-    }
+        norm_epsilon=1e-6,
+    )
 
 
-FAMILIES: dict[str, Callable[[Config, int], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[Config, int], AttentionConfig | LatentConfig]] = {
     "llama": _llama,
     "llama4_text": _llama4,
     "mistral": _mistral,

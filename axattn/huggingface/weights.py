@@ -9,6 +9,7 @@ import numpy as np
 
 from axattn.huggingface.fields import COUNT, OBJECT, QUANTIZATION_KINDS, Config, checked
 from axattn.huggingface.spec import AttentionSpec, attention_spec, text_config
+from axattn.layers.config import AttentionConfig, LatentConfig
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -69,9 +70,9 @@ def attention_params(
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors takes a mapping of names to arrays, got {type(tensors).__name__}")
     of = _Layer(tensors, spec, config, dtype)
-    if spec.latent:
-        return _latent(of, spec)
-    return _grouped(of, spec)
+    if isinstance(spec.layer_config, LatentConfig):
+        return _latent(of, spec, spec.layer_config)
+    return _grouped(of, spec, spec.layer_config)
 
 
 def _quantization(config: Config) -> Config:
@@ -165,10 +166,9 @@ class _Layer:
         return {**found, "kernel": found["kernel"].reshape(heads, size, outputs)}
 
 
-def _grouped(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
-    fields, features = spec.fields, spec.in_features
-    heads, kv_heads, size = fields["num_heads"], fields["num_kv_heads"], spec.head_dim
-    bias, out = fields["use_bias"], "o_proj"
+def _grouped(of: _Layer, spec: AttentionSpec, config: AttentionConfig) -> dict[str, Any]:
+    features, heads, kv_heads = spec.in_features, config.num_heads, config.kv_heads
+    size, bias, out = config.head_dim, config.use_bias, "o_proj"
     if spec.family == "falcon":  # group by group, each with its keys and values
         fused = of.into_heads("query_key_value", features, heads + 2 * kv_heads, size, bias)
         params, out = _split(fused, heads, kv_heads, groups=kv_heads), "dense"
@@ -181,14 +181,14 @@ def _grouped(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
             "key": of.into_heads("k_proj", features, kv_heads, size, bias),
             "value": of.into_heads("v_proj", features, kv_heads, size, bias),
         }
-    params["out"] = of.out_of_heads(out, heads, size, features, fields.get("out_use_bias", bias))
-    if fields.get("sinks"):
+    params["out"] = of.out_of_heads(out, heads, size, features, config.out_has_bias)
+    if config.sinks:
         params["sinks"] = of.array("sinks", heads)
-    if fields.get("qk_norm"):
+    if config.qk_norm:
         for name, theirs, count in (("query_ln", "q_norm", heads), ("key_ln", "k_norm", kv_heads)):
             if spec.family == "llama4_text":  # whose norms have no scales
                 scale = np.ones(size, params["query"]["kernel"].dtype)
-            elif fields.get("qk_norm_per_head", True):
+            elif config.qk_norm_per_head:
                 scale = of.norm(f"{theirs}.weight", size, spec.family.startswith("gemma"))
             else:
                 scale = of.array(f"{theirs}.weight", count * size).reshape(count, size)
@@ -208,11 +208,10 @@ def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, 
     return params
 
 
-def _latent(of: _Layer, spec: AttentionSpec) -> dict[str, Any]:
-    fields, features = spec.fields, spec.in_features
-    heads, rank, q_rank = (fields[n] for n in ("num_heads", "kv_lora_rank", "q_lora_rank"))
-    nope, rope, value = (fields[n] for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    bias = fields["use_bias"]
+def _latent(of: _Layer, spec: AttentionSpec, config: LatentConfig) -> dict[str, Any]:
+    features, heads, bias = spec.in_features, config.num_heads, config.use_bias
+    rank, q_rank = config.kv_lora_rank, config.q_lora_rank
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     up = of.array("kv_b_proj.weight", heads * (nope + value), rank)
     up = up.reshape(heads, nope + value, rank).transpose(2, 0, 1)
     params = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import types
 
 import numpy as np
 import pytest
 
+import axattn.linen
+import axattn.nnx
 from axattn.layers.config import AttentionConfig, LatentConfig, merge_qk_norm
 from axattn.layers.options import requested
 from axattn.rotary import RotaryEmbedding
@@ -67,6 +71,19 @@ def test_from_a_layer_and_back():
     del layer.sinks
     assert AttentionConfig.from_layer(layer, sinks=True).sinks is True
     assert config.options == {"local_window_size": (3, 0)}
+
+
+@pytest.mark.parametrize("package", [axattn.linen, axattn.nnx], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "config_cls, name",
+    [(AttentionConfig, "MultiHeadAttention"), (LatentConfig, "MultiHeadLatentAttention")],
+)
+def test_constructors_have_the_same_defaults(package, config_cls, name):
+    parameters = inspect.signature(getattr(package, name).__init__).parameters
+    for field in dataclasses.fields(config_cls):
+        if field.default is not dataclasses.MISSING:
+            assert parameters[field.name].default == field.default, field.name
+    assert "num_heads" in parameters
 
 
 def test_merge_qk_norm():
