@@ -99,6 +99,27 @@ def test_exported_for_several_platforms():
         jax.export.export(named, platforms=["tpu", "cpu"])(*structs())
 
 
+def in_scan(query, key, value):
+    def layer(query, _):
+        return attend(query, key, value), None
+
+    return jax.lax.scan(jax.checkpoint(layer), query, length=3)[0].astype(jnp.float32).sum()
+
+
+def over_rows(query, key, value):
+    rows = (jnp.stack([x, x]) for x in (query, key, value))
+    return jax.vmap(attend)(*rows).astype(jnp.float32).sum()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("function, count", [(in_scan, 3), (over_rows, 2)])
+def test_gradients_inside_of_transformations(function, count):
+    """The forward kernel, in scan once more for the backward pass, and that of the gradients."""
+    gradient = jax.grad(function, argnums=(0, 1, 2))
+    assert kernels(lowered(gradient, LONG, "tpu"))[0] == count
+    assert kernels(lowered(gradient, LONG, "cpu")) == (0, 0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_step_over_a_cache(dtype):
     cache = jax.eval_shape(lambda: DenseCache.create(1, 256, 1, 128, dtype=dtype))
