@@ -441,6 +441,11 @@ def cuda_runtime_version() -> int | None:
     return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
 
+def gpu_kernel_cost(estimate) -> dict[str, Any]:
+    """What gives a Mosaic GPU kernel its cost estimate: nothing does before jax 0.12."""
+    return {"cost_estimate": estimate} if jax.__version_info__ >= (0, 12) else {}
+
+
 def gpu_interpreter():
     """Parameters with which a Mosaic GPU kernel runs on the CPU and its races are detected."""
     from jax.experimental.pallas import mosaic_gpu

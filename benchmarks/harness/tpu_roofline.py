@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from axattn.kernels.extent import blocks_per_tile
 from axattn.kernels.tpu import tiles
-from axattn.kernels.tpu.extent import blocks_per_tile
 from benchmarks.harness.calls import asked
 
 # What the devices call themselves, and their cores.

@@ -55,6 +55,7 @@ def kernel(
     scratch: Any,
     work: int,
     warpgroups: int,
+    cost: pl.CostEstimate,
     interpret: bool,
     reduction_bytes: int = 2048,
 ):
@@ -79,6 +80,7 @@ def kernel(
             reduction_scratch_bytes=reduction_bytes,
         ),
         interpret=_jax_compat.gpu_interpreter() if interpret else None,
+        **_jax_compat.gpu_kernel_cost(cost),
     )
 
 

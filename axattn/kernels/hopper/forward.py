@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
 from axattn.kernels import visits
-from axattn.kernels.hopper import device, prepare, softmax
+from axattn.kernels.hopper import cost, device, prepare, softmax
 from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.pipeline import Ring
 from axattn.kernels.hopper.rows import ROWS, stored_length
@@ -60,6 +60,7 @@ def forward(
         scratch=_scratch(cut, tiles.stages, arrays),
         work=cut.work,
         warpgroups=cut.warpgroups + 1,
+        cost=cost.forward(operands.call, arrays, out, (cut.q_block, cut.block_kv)),
         interpret=problem.interpret,
     )(*arrays.values())
     return out[:, : problem.q_len], lse[:, :, : problem.q_len].swapaxes(1, 2)

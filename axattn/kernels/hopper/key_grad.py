@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
 from axattn.kernels import visits
-from axattn.kernels.hopper import device
+from axattn.kernels.hopper import cost, device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.operands import Operands, with_transposed_tiles
 from axattn.kernels.hopper.pipeline import Ring, produce
@@ -106,6 +106,7 @@ def key_grad(
         scratch=_scratch(cut, arrays),
         work=cut.work,
         warpgroups=tiles.warpgroups + 1,
+        cost=cost.key_grad(call, arrays, out, (tiles.block_q, cut.kv_block), split=tiles.split),
         interpret=problem.interpret,
     )(*arrays.values())
     return dkey[:, : problem.kv_len], dvalue[:, : problem.kv_len]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.call import AttentionCall
-from axattn.kernels.hopper import device
+from axattn.kernels.hopper import cost, device
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.packed import Packing
 from axattn.kernels.hopper.rows import ROWS
@@ -109,6 +109,7 @@ def merge(
         scratch=_scratch(load, wide, call.query.dtype),
         work=call.batch * call.num_kv_heads * cut.packing.rows,
         warpgroups=load.warpgroups,
+        cost=cost.merge(out, results=partials.lse.shape[0] * cut.packing.rows, size=wide),
         interpret=cut.problem.interpret,
     )(*arrays.values())
     return out[..., :size], lse

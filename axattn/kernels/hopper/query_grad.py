@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn.kernels import visits
-from axattn.kernels.hopper import device
+from axattn.kernels.hopper import cost, device
 from axattn.kernels.hopper.operands import Operands
 from axattn.kernels.hopper.pipeline import Ring
 from axattn.kernels.hopper.rows import ROWS, stored_length
@@ -34,13 +34,15 @@ def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> j
     plan = visits.of_queries(operands.call, cut.q_block, cut.block_kv)
     arrays = {**operands.arrays, **plan.arrays()}
     shape = (problem.batch, stored_length(problem.q_len), problem.num_heads, problem.head_dim)
+    out = jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype))
     dquery = device.kernel(
         functools.partial(_body, cut, tuple(arrays)),
         name="axattn_query_grad",
-        out=jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype)),
+        out=out,
         scratch=_scratch(cut, tiles, arrays),
         work=cut.work,
         warpgroups=cut.warpgroups + 1,
+        cost=cost.query_grad(operands.call, arrays, out, (cut.q_block, cut.block_kv)),
         interpret=problem.interpret,
     )(*arrays.values())
     return dquery[:, : problem.q_len]

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from axattn.call import AttentionCall
 from axattn.kernels import visits
-from axattn.kernels.hopper import device, packed
+from axattn.kernels.hopper import cost, device, packed
 from axattn.kernels.hopper.device import div, rem
 from axattn.kernels.hopper.merge import Partials, merge
 from axattn.kernels.hopper.packed import Packing
@@ -96,6 +96,7 @@ def run(
         scratch=body.scratch(cut, arrays),
         work=cut.shape.grid * cut.packing.tiles,
         warpgroups=cut.warpgroups + 1,
+        cost=cost.few_rows(call, arrays, out),
         interpret=interpret,
         reduction_bytes=0,  # rows only are reduced, within a warp
     )(*arrays.values())

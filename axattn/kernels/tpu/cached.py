@@ -19,11 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from axattn import quantization
 from axattn._jax_compat import result_of
 from axattn._typing import present
 from axattn.call import AttentionCall
-from axattn.kernels import masks
+from axattn.kernels import cost, masks
 from axattn.kernels.tpu import cached_codes, cached_copies, cached_operands
 from axattn.kernels.tpu.cached_copies import Copies, Fetch
 from axattn.kernels.tpu.cached_cut import Cut, Scalars, scalars
@@ -77,7 +76,7 @@ def _run(call: AttentionCall, cut: Cut, vmem_limit, interpret) -> tuple[jax.Arra
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_limit,
         ),
-        cost_estimate=_cost(call),
+        cost_estimate=cost.over_all_keys(call),
         interpret=interpret,
         name="axattn_cached",
     )(*scalars(call, cut, limits), query, *vectors.values(), *sources.values())
@@ -107,21 +106,6 @@ def _scratch(cut: Cut, sources: Mapping[str, jax.Array]) -> list[Any]:
         pltpu.VMEM((cut.kv_heads, cut.rows, cut.problem.value_head_dim), jnp.float32),
         pltpu.VMEM((cut.kv_heads, cut.rows, 2), jnp.float32),  # maximum and sum
     ]
-
-
-def _cost(call: AttentionCall) -> pl.CostEstimate:
-    """The products over all slots, and the bytes of the slots of the batch, read once."""
-    pairs = call.batch * call.num_heads * call.q_len * call.kv_len
-    stored = present(call.stored)
-    sizes = [call.head_dim] + [call.value_head_dim] * (stored.arrays.values is not None)
-    per_slot = sum(quantization.bytes_per_vector(stored.dtype, size) for size in sizes)
-    outer = call.batch * call.q_len * call.num_heads
-    outer *= (call.head_dim + call.value_head_dim) * call.query.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * pairs * (call.head_dim + call.value_head_dim),
-        transcendentals=pairs * (1 if call.logits_soft_cap is None else 2),
-        bytes_accessed=call.batch * call.num_kv_heads * call.kv_len * per_slot + outer,
-    )
 
 
 def _joined(call: AttentionCall, cut: Cut, out, lse) -> tuple[jax.Array, jax.Array]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from jax.experimental import pallas as pl
 
 from axattn.call import AttentionCall
+from axattn.kernels.extent import blocks_per_tile
 from axattn.kernels.tpu.cut import Cut
-from axattn.kernels.tpu.extent import blocks_per_tile
 
 
 def forward(call: AttentionCall, cut: Cut) -> pl.CostEstimate:

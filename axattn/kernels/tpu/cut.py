@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 
 from axattn.call import AttentionCall
 from axattn.kernels import visits
+from axattn.kernels.extent import blocks_per_tile
 from axattn.kernels.problem import Problem, cdiv
-from axattn.kernels.tpu.extent import blocks_per_tile
 
 # Query heads that lie together in HBM where tokens are first.
 HEAD_TILE = 8

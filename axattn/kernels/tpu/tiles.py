@@ -15,9 +15,9 @@ from typing import NamedTuple
 from axattn._jax_compat import TpuChip
 from axattn.call import AttentionCall
 from axattn.kernels import masks
+from axattn.kernels.extent import blocks_per_tile
 from axattn.kernels.problem import cdiv, round_up
 from axattn.kernels.tpu.cut import heads_together
-from axattn.kernels.tpu.extent import blocks_per_tile
 from axattn.kernels.tpu.layout import LANES, SUBLANES
 
 # Of VMEM, what XLA may give a kernel, and how much of that our estimate may fill.
