@@ -18,6 +18,7 @@ import math
 import re
 from typing import Any
 
+from axattn import _jax_compat
 from axattn.aot import hlo
 
 KINDS = (
@@ -54,6 +55,8 @@ class Collective:
     sent_bytes: float
 
 
+_KINDS = {"k" + kind.title().replace("-", ""): kind for kind in KINDS}
+
 Found = dict[str, tuple[int, float]]  # by kind: count, bytes
 
 
@@ -69,46 +72,41 @@ def program_collectives(
     if num_devices == 1:
         return (), ()
     try:
-        return collectives(compiled.as_text(), num_devices)
-    except (ValueError, KeyError, IndexError) as error:
-        # The format is XLA's own and changes.
-        return (), (f"collectives are not counted (HLO not understood: {error})",)
+        return collectives(_jax_compat.optimized_hlo(compiled), num_devices)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        return (), (f"collectives are not known: this jaxlib's HLO is not understood ({error})",)
 
 
-def collectives(text: str, num_devices: int) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
-    """The same of a program's HLO text."""
-    reader = _Reader(hlo.Module(text), num_devices)
-    found = reader.read(reader.module.entry)
-    notes: tuple[str, ...] = ()
-    if reader.unknown:
-        notes = (f"{reader.unknown} loop(s) of a trip count not known here send once",)
+def collectives(module: Any, num_devices: int) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
+    """The same of jaxlib's ``HloModule``."""
+    reader = _Reader(hlo.Program(module), num_devices)
+    found = reader.read(reader.program.entry)
     listed = (Collective(kind, count, sent) for kind, (count, sent) in found.items())
+    notes = reader.program.notes("what loops send counts")
     return tuple(sorted(listed, key=lambda c: -c.sent_bytes)), notes
 
 
 class _Reader:
-    def __init__(self, module: hlo.Module, num_devices: int):
-        self.module, self.num_devices = module, num_devices
-        self.unknown = 0
+    def __init__(self, program: hlo.Program, num_devices: int):
+        self.program, self.num_devices = program, num_devices
 
     def read(self, name: str) -> Found:
         """What computation `name` sends."""
-        computation, found = self.module.computations[name], Found()
-        for instruction in computation.instructions.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                _add(found, {kind: (1, self.sent(computation, instruction, kind))})
-            elif instruction.opcode == "while":
-                trips = self.module.trip_count(name, instruction)
-                body = self.read(instruction.attribute("body") or "")
-                if trips is None and body:
-                    self.unknown += 1
-                _add(found, body, 1 if trips is None else trips)
-            elif instruction.opcode == "conditional":
-                branches = map(self.read, instruction.called())
-                _add(found, max(branches, key=_total, default={}))
-            elif instruction.opcode in ("call", "fusion", "async-start"):
-                for callee in instruction.called():
+        found = Found()
+        for instruction in self.program.instructions[name]:
+            opcode = instruction.opcode.name
+            kind = _KINDS.get(opcode.removesuffix("Start"))
+            if kind:
+                _add(found, {kind: (1, self.sent(instruction, kind))})
+            elif opcode == "kWhile":
+                body = self.read(hlo.body_of(instruction))
+                if body:
+                    _add(found, body, self.program.trips(name, instruction))
+            elif opcode == "kConditional":
+                branches = map(self.read, self.program.called(instruction))
+                _add(found, max(branches, key=_total))
+            elif opcode in ("kCall", "kFusion", "kAsyncStart"):
+                for callee in self.program.called(instruction):
                     _add(found, self._in_one(callee))
         return found
 
@@ -120,16 +118,31 @@ class _Reader:
             _add(found, {"reduce-scatter": (count, sent / 2)})
         return found
 
-    def sent(self, computation: hlo.Computation, instruction: hlo.Instruction, kind: str) -> float:
-        operands = instruction.operands
+    def sent(self, instruction: Any, kind: str) -> float:
+        operands = instruction.operands()
         if kind in ("collective-permute", "ragged-all-to-all"):
             operands = operands[:1]  # behind it may be where the results go
-        size = sum(computation.instructions[name].nbytes for name in operands)
+        size = sum(map(_nbytes, operands))
         if kind == "collective-permute":
             return size
-        n = group_size(instruction.attributes, self.num_devices)
+        n = group_size(instruction.to_string(), self.num_devices)
         share = (n - 1) / n
         return size * {"all-gather": n - 1, "all-reduce": 2 * share}.get(kind, share)
+
+
+def _nbytes(value: Any) -> float:
+    """Of a value, without what its layout pads; all elements of a tuple."""
+    shape = hlo.attribute(value, r" = (.*?) [\w\-]+\(")
+    total = 0.0
+    for dtype, sizes in re.findall(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]", shape):
+        total += math.prod(map(int, filter(None, sizes.split(",")))) * _bits(dtype) / 8
+    return total
+
+
+def _bits(dtype: str) -> int:
+    """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits.group()) if digits else 8 if dtype == "pred" else 0
 
 
 def group_size(attributes: str, num_devices: int) -> int:

@@ -1,361 +1,248 @@
-"""Just enough reading of HLO to say how often each loop of a compiled program runs.
+"""What XLA does not say of a compiled program: how often its loops run, and what a round costs.
 
-XLA's cost analysis counts the body of a `while` once, whatever its trip count. A scan over 64 key
-blocks would be reported at a 64th of its FLOPs, so `axattn.aot.cost` multiplies loop bodies back
-and needs two things from here: the trip count of a loop where the program shows it (`Module`, over
-HLO text), and a body as a module of its own, which XLA can then cost (`with_entry`, over the
-serialized module: XLA's text parser can crash on the text of a TPU program). What loops send,
-`axattn.aot.collectives` counts over the same text.
+XLA's cost analysis counts the body of a loop once. To count it as often as it runs takes two things
+that jaxlib has no function for: the loop's trip count (XLA's CPU and GPU compilers write it into
+the program, libtpu does not), and the body as a program of its own, which XLA can then cost.
+
+Computations, instructions, opcodes and operands are those of jaxlib's ``HloModule``; attributes are
+read from the text of an instruction. What is not written as expected is an error with that text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
+import operator
 import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
-_NAME = r"%?([\w.\-]+)"
-_COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\) -> .*\{{$")
-_INSTRUCTION = re.compile(rf"^\s+(ROOT )?{_NAME} = ")
-_CALLS = re.compile(
-    rf"\b(?:calls|to_apply|body|condition|true_computation|false_computation)={_NAME}"
-)
-_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ARRAY = re.compile(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]")
-# Operations that hand a scalar on unchanged.
-_TRANSPARENT = frozenset({"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape"})
+# Operations that hand a number on unchanged, and those that are done here.
+_SAME = {"kBitcast", "kConvert", "kCopy", "kCopyDone", "kCopyStart", "kReshape"}
+_SAME |= {"kOptimizationBarrier"}
+_ARITHMETIC = {"kAdd": operator.add, "kSubtract": operator.sub, "kMultiply": operator.mul}
+_COMPARE = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "LT", "LE", "GT", "GE")}
+_MOST_ROUNDS = 100_000  # that are followed, at some microseconds each
+
+# The number that a computation is given as a parameter, or as an element of one.
+_Given = Callable[[int, int | None], int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation; `attributes` is everything after the operands."""
+class _UnknownError(Exception):
+    """Why a number cannot be told from the program."""
 
-    name: str
-    opcode: str
-    arguments: str
-    attributes: str
-    shape: str = ""
 
-    @functools.cached_property
-    def operands(self) -> tuple[str, ...]:
-        return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
+class Program:
+    """The computations of a compiled program.
+
+    Args:
+      module: jaxlib's ``HloModule``.
+
+    Attributes:
+      entry: the name of the computation that runs first.
+      instructions: of each computation, by its name.
+      unknown: loops whose trip counts were asked for in vain, and why.
+
+    Raises:
+      ValueError: this is not how jaxlib wrote modules when this was written.
+    """
+
+    def __init__(self, module: Any):
+        self._module = module  # which owns the instructions
+        self._proto = memoryview(module.as_serialized_hlo_module_proto())
+        names = [bytes(name).decode() for n, _, name in _fields(self._proto) if n == _ENTRY_NAME]
+        self.entry = names[0] if names else ""
+        self.instructions = {c.name: c.instructions() for c in module.computations()}
+        if self.entry not in self.instructions:
+            raise ValueError(f"the HLO module has no computation {self.entry!r}, its entry")
+        self.unknown: dict[str, str] = {}
+        self._loops: dict[str, list[tuple[str, Any]]] = {}
+        for name, instructions in self.instructions.items():
+            for loop in (i for i in instructions if i.opcode.name == "kWhile"):
+                self._loops.setdefault(body_of(loop), []).append((name, loop))
 
     @property
-    def index(self) -> int:
-        """The element that a `get-tuple-element` takes."""
-        match = re.search(r"\bindex=(\d+)", self.attributes)
-        return int(match.group(1)) if match else -1
+    def has_loops(self) -> bool:
+        return bool(self._loops)
 
-    def called(self) -> tuple[str, ...]:
-        """Names of the computations that this instruction runs."""
-        names = _CALLS.findall(self.attributes)
-        for group in _BRANCHES.findall(self.attributes):
-            names += re.findall(_NAME, group)
-        return tuple(names)
+    def alone(self, name: str) -> bytes:
+        """The computation as the entry of a serialized ``HloModuleProto``."""
+        return _with_entry(self._proto, name)
 
-    def attribute(self, key: str) -> str | None:
-        match = re.search(rf"\b{key}={_NAME}", self.attributes)
-        return match.group(1) if match else None
+    def called(self, instruction: Any) -> list[str]:
+        """The computations that an instruction runs; ValueError where its text names none."""
+        if instruction.opcode.name == "kAsyncStart":  # printed as what it starts
+            root = instruction.async_wrapped_root().name
+            return [n for n, own in self.instructions.items() if any(i.name == root for i in own)]
+        one = r"(?:calls|to_apply|true_computation|false_computation)=(%[\w.\-]+)"
+        several = r"(?:branch_computations|called_computations)=\{([^}]*)\}"
+        found = re.findall(rf"\b(?:{one}|{several})", _text(instruction))
+        names = re.findall(r"%([\w.\-]+)", " ".join(map("".join, found)))
+        return names or [attribute(instruction, one)]
 
-    @functools.cached_property
-    def nbytes(self) -> float:
-        """Of the result's values, without what its layout pads; all elements of a tuple."""
-        total = 0.0
-        for dtype, sizes in _ARRAY.findall(self.shape):
-            total += math.prod(map(int, filter(None, sizes.split(",")))) * _bits(dtype) / 8
-        return total
+    def trips(self, computation: str, loop: Any) -> int:
+        """How often a ``while`` in ``computation`` runs its body; 1 where that is not known here.
 
+        Raises:
+          ValueError: an instruction is not written as expected.
+        """
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.to_string())
+        if known:
+            return int(known[1])
+        try:
+            return self._follow(loop, self._unchanged(computation))
+        except _UnknownError as error:
+            place = re.search(r'op_name="([^"]*)"', loop.to_string())
+            self.unknown[loop.name] = f"{place[1] if place else loop.name}: {error}"
+            return 1
 
-def _bits(dtype: str) -> int:
-    """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
-    digits = re.search(r"\d+", dtype)
-    return int(digits.group()) if digits else 8 if dtype == "pred" else 0
+    def notes(self, counts: str) -> tuple[str, ...]:
+        """One note where there are unknown trip counts, on loops that each ``counts`` once."""
+        reasons = list(self.unknown.values())
+        if not reasons:
+            return ()
+        loops = "a loop" if len(reasons) == 1 else f"{len(reasons)} loops, the first"
+        return (f"{counts} once, as the trip count is not known here: {loops} at {reasons[0]}",)
 
+    def _follow(self, loop: Any, given: _Given) -> int:
+        """Runs the condition of a loop, round by round, on what it needs of the loop's state."""
+        test, results = self._root(attribute(loop, r"\bcondition=%([\w.\-]+)")), self._results(loop)
 
-@dataclasses.dataclass
-class Computation:
-    name: str
-    instructions: dict[str, Instruction]
-    root: str
+        def after(before: _Given) -> _Given:
+            return functools.cache(lambda _, n: self._number(results[n], None, before))
 
+        state: _Given = functools.cache(lambda _, n: self._number(loop.operands()[0], n, given))
+        for rounds in range(_MOST_ROUNDS):
+            if not self._number(test, None, state):
+                return rounds
+            state = after(state)
+        raise _UnknownError(f"it runs more than {_MOST_ROUNDS:,} times")
 
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """`carried element + offset` of a loop, or a constant when `element` is None."""
+    def _unchanged(self, computation: str) -> _Given:
+        """What a computation is given if it is the body of a loop that hands it on unchanged."""
 
-    element: int | None
-    offset: int
+        def given(_: int, n: int | None) -> int:
+            loops = self._loops.get(computation, [])
+            if len(loops) != 1 or n is None:
+                raise _UnknownError(f"it depends on what {computation} is given")
+            outer, loop = loops[0]
+            if not self._hands_on(loop, n):
+                raise _UnknownError(f"it depends on what changes in {loop.name}, a loop around it")
+            return self._number(loop.operands()[0], n, self._unchanged(outer))
 
+        return given
 
-class Module:
-    """A parsed HLO module.
+    def _results(self, loop: Any) -> list[Any]:
+        """What the body of a loop hands on, element by element."""
+        root = self._root(body_of(loop))
+        if root.opcode.name != "kTuple":
+            raise _UnknownError(f"its body hands on {root.name}, which is no tuple")
+        return root.operands()
 
-    Args:
-      text: what `compiled.as_text()` gives.
-
-    Raises:
-      ValueError: the text does not look like an HLO module.
-    """
-
-    def __init__(self, text: str):
-        self.computations: dict[str, Computation] = {}
-        self.entry = ""
-        current: Computation | None = None
-        for line in text.splitlines():
-            if current is None:
-                match = _COMPUTATION.match(line)
-                if match is None:
-                    continue
-                current = Computation(match.group(2), {}, "")
-                if match.group(1):
-                    self.entry = current.name
-            elif line.startswith("}"):
-                self.computations[current.name] = current
-                current = None
-            else:
-                _read_instruction(line, current)
-        if not self.entry:
-            raise ValueError("no ENTRY computation in the HLO text")
-        self._owners: dict[str, tuple[str, Instruction] | None] = {}
-        for computation in self.computations.values():
-            for loop in computation.instructions.values():
-                if loop.opcode == "while":
-                    for name in loop.called():
-                        shared = name in self._owners
-                        self._owners[name] = None if shared else (computation.name, loop)
-
-    def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """How often the `while` in `computation` runs its body; None if the text does not say."""
-        match = _TRIP_COUNT.search(loop.attributes)
-        if match:
-            return int(match.group(1))
-        condition, body = loop.attribute("condition"), loop.attribute("body")
-        if condition is None or body is None:
-            return None
-        test = self._compare(condition)
-        if test is None:
-            return None
-        counter, direction, bound = test
-        start = self._carried(computation, loop.operands[0], counter.element)
-        update = self._carried(body, self.computations[body].root, counter.element)
-        if start is None or start.element is not None or update is None:
-            return None
-        if update.element != counter.element or update.offset == 0:
-            return None
-        return _count(start.offset + counter.offset, update.offset, direction, bound)
-
-    def _compare(self, name: str) -> tuple[_Linear, str, int] | None:
-        """A loop condition as (carried counter, direction, bound)."""
-        frame: tuple | None = None
-        root = self.computations[name].instructions[self.computations[name].root]
-        while root.opcode in ("fusion", "call", "copy", "bitcast"):
-            if root.opcode in ("copy", "bitcast"):
-                root = self.computations[name].instructions[root.operands[0]]
-                continue
-            callee = root.called()[0]
-            frame = (name, root, frame)
-            name = callee
-            root = self.computations[name].instructions[self.computations[name].root]
-        direction = root.attribute("direction")
-        if root.opcode != "compare" or direction is None:
-            return None
-        left = self._value(name, root.operands[0], frame)
-        right = self._value(name, root.operands[1], frame)
-        if left is None or right is None:
-            return None
-        if left.element is None:
-            left, right = right, left
-            direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
-        if left.element is None or right.element is not None:
-            return None
-        return left, direction, right.offset
-
-    def _carried(self, computation: str, name: str, element: int | None) -> _Linear | None:
-        """Element `element` of the tuple `name`."""
-        instruction = self.computations[computation].instructions[name]
-        if element is None or instruction.opcode != "tuple" or element >= len(instruction.operands):
-            return None
-        return self._value(computation, instruction.operands[element], None)
-
-    def _value(self, computation: str, name: str, frame: tuple | None) -> _Linear | None:
-        """A scalar as a constant or as a loop's carried element plus a constant."""
-        instruction = self.computations[computation].instructions[name]
-        opcode, operands = instruction.opcode, instruction.operands
-        if opcode == "constant":
-            number = re.fullmatch(r"-?\d+", instruction.arguments.strip())
-            return _Linear(None, int(number.group())) if number else None
-        if opcode in _TRANSPARENT:
-            return self._value(computation, operands[0], frame)
-        if opcode in ("add", "subtract"):
-            left, right = (self._value(computation, o, frame) for o in operands)
-            if left is None or right is None:
-                return None
-            if opcode == "add" and left.element is None:
-                left, right = right, left
-            if right.element is not None:
-                return None
-            sign = 1 if opcode == "add" else -1
-            return _Linear(left.element, left.offset + sign * right.offset)
-        if opcode == "parameter" and frame is not None:
-            caller, call, outer = frame
-            return self._value(caller, call.operands[int(instruction.arguments)], outer)
-        if opcode in ("fusion", "call"):
-            callee = instruction.called()[0]
-            inner = self.computations[callee].root
-            return self._value(callee, inner, (computation, instruction, frame))
-        if opcode == "get-tuple-element":
-            return self._element(computation, operands[0], instruction.index)
-        return None
-
-    def _element(self, computation: str, name: str, index: int) -> _Linear | None:
-        source = self.computations[computation].instructions[name]
-        if source.opcode == "tuple":
-            return self._value(computation, source.operands[index], None)
-        if source.opcode == "while" and self._unchanged(source, index):
-            return self._carried(computation, source.operands[0], index)
-        if source.opcode == "parameter":
-            owner = self._owners.get(computation)
-            if owner is None:
-                return None
-            outer, loop = owner
-            if self._unchanged(loop, index):
-                return self._element(outer, loop.operands[0], index)
-            return _Linear(index, 0)
-        return None
-
-    def _unchanged(self, loop: Instruction, index: int) -> bool:
-        """Whether the loop hands its carried element `index` on as it came."""
-        body = self.computations[loop.attribute("body") or ""]
-        root = body.instructions[body.root]
-        if root.opcode != "tuple":
+    def _hands_on(self, loop: Any, n: int) -> bool:
+        value = self._results(loop)[n]
+        while value.opcode.name in _SAME:
+            value = value.operands()[0]
+        if value.opcode.name != "kGetTupleElement" or _index(value) != n:
             return False
-        value = body.instructions[root.operands[index]]
-        while value.opcode in _TRANSPARENT:
-            value = body.instructions[value.operands[0]]
-        if value.opcode != "get-tuple-element" or value.index != index:
-            return False
-        return body.instructions[value.operands[0]].opcode == "parameter"
+        return value.operands()[0].opcode.name == "kParameter"
+
+    def _root(self, computation: str) -> Any:
+        """The result of a computation: what nothing else in it uses."""
+        found = [i for i in self.instructions[computation] if not i.users()]
+        if len(found) != 1:
+            raise _UnknownError(f"{len(found)} values of {computation} are not used in it")
+        return found[0]
+
+    def _number(self, value: Any, n: int | None, given: _Given) -> int:
+        """A value, or element ``n`` of it, in a computation that is given others."""
+        kind, operands = value.opcode.name, value.operands()
+
+        def passed(parameter: int, element: int | None) -> int:
+            return self._number(operands[parameter], element, given)
+
+        if kind in _SAME:
+            return self._number(operands[0], n, given)
+        if kind == "kGetTupleElement" and n is None:
+            return self._number(operands[0], _index(value), given)
+        if kind == "kTuple" and n is not None:
+            return self._number(operands[n], None, given)
+        if kind == "kWhile" and n is not None and self._hands_on(value, n):
+            return self._number(operands[0], n, given)
+        if kind == "kParameter":
+            return given(int(attribute(value, r" parameter\((\d+)\)")), n)
+        if kind in ("kFusion", "kCall"):
+            return self._number(self._root(self.called(value)[0]), n, passed)
+        if kind == "kConstant":
+            shape, number = attribute(value, r" = (\S+ constant\([^)]*)").split(" constant(")
+            if re.match(r"(?:[su]\d+|pred)\[\]", shape):
+                return int({"true": 1, "false": 0}.get(number, number))
+        elif kind in _ARITHMETIC or kind == "kCompare":
+            compare = kind == "kCompare" and _COMPARE[attribute(value, r"\bdirection=(\w+)")]
+            return int((compare or _ARITHMETIC[kind])(*(passed(i, None) for i in (0, 1))))
+        raise _UnknownError(f"it depends on {value.name}, a {kind[1:]}")
 
 
-def _count(start: int, step: int, direction: str, bound: int) -> int | None:
-    """Trips of `for (i = start; i <direction> bound; i += step)`."""
-    if direction in ("LE", "GE"):
-        bound += 1 if direction == "LE" else -1
-    elif direction == "NE":
-        if (bound - start) % step:
-            return None
-    elif direction not in ("LT", "GT"):
-        return None
-    if (direction in ("LT", "LE")) != (step > 0) and direction != "NE":
-        return None
-    return max(0, -((start - bound) // step))
+def body_of(loop: Any) -> str:
+    """The computation that a ``while`` repeats; ValueError where its text names none."""
+    return attribute(loop, r"\bbody=%([\w.\-]+)")
 
 
-def _read_instruction(line: str, computation: Computation) -> None:
-    match = _INSTRUCTION.match(line)
-    if match is None:
-        return
-    rest = line[match.end() :]
-    # A tuple's shape is parenthesised, any other has no spaces in it.
-    after = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
-    shape, rest = rest[:after], rest[after:]
-    opcode, _, tail = rest.strip().partition("(")
-    end = _closing("(" + tail) - 1
-    name = match.group(2)
-    computation.instructions[name] = Instruction(name, opcode, tail[:end], tail[end + 1 :], shape)
-    if match.group(1):
-        computation.root = name
+def _index(value: Any) -> int:
+    return int(attribute(value, r"\bindex=(\d+)"))
 
 
-def _closing(text: str) -> int:
-    """The position of the parenthesis that closes the one `text` starts with."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match.group() == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"unbalanced parentheses in HLO text: {text[:80]!r}")
+def attribute(instruction: Any, pattern: str) -> str:
+    """What a pattern's group finds in an instruction's text; ValueError where it finds nothing."""
+    found = re.search(pattern, _text(instruction))
+    if found is None:
+        raise ValueError(f"no {pattern!r} in the HLO {_text(instruction)[:200]!r}")
+    return found[1]
 
 
-# Field numbers of xla/service/hlo.proto.
-_MODULE_NAME, _MODULE_ENTRY_NAME, _MODULE_COMPUTATIONS = 1, 2, 3
-_MODULE_SHAPE, _MODULE_ID, _MODULE_ENTRY_ID, _MODULE_STACK_FRAMES = 4, 5, 6, 17
-_COMPUTATION_NAME, _COMPUTATION_SHAPE, _COMPUTATION_ID = 1, 4, 5
+def _text(instruction: Any) -> str:
+    """An instruction without what its compiler added, which for a kernel is its program."""
+    return instruction.to_string().partition(", backend_config=")[0]
 
 
-def with_entry(module: bytes, name: str) -> bytes:
-    """Makes the computation `name` the entry of a module.
+# Field numbers of a module in xla/service/hlo.proto; protobuf never gives them to anything else.
+_NAME, _ENTRY_NAME, _COMPUTATIONS, _SHAPE, _ID, _ENTRY_ID, _STACK_FRAMES = 1, 2, 3, 4, 5, 6, 17
+# Those of a computation's name, shape and id, and of the same in a module whose entry it is.
+_AS_ENTRY = {1: _ENTRY_NAME, 4: _SHAPE, 5: _ENTRY_ID}
 
-    Schedule, aliasing and whatever else describes the old entry is dropped.
 
-    Args:
-      module: a serialized `HloModuleProto`.
-      name: one of its computations.
-
-    Raises:
-      ValueError: there is no such computation, or the bytes are not a message.
-    """
-    out, found = bytearray(), False
-    for number, raw, payload in _fields(memoryview(module)):
-        if number in (_MODULE_NAME, _MODULE_COMPUTATIONS, _MODULE_ID, _MODULE_STACK_FRAMES):
-            out += raw
-        if number != _MODULE_COMPUTATIONS:
-            continue
-        fields = {n: p for n, _, p in _fields(payload)}
-        if bytes(fields[_COMPUTATION_NAME]) == name.encode():
-            shape = bytes(fields[_COMPUTATION_SHAPE])
-            entry = _bytes_field(_MODULE_ENTRY_NAME, name.encode())
-            entry += _bytes_field(_MODULE_SHAPE, shape)
-            entry += _varint(_MODULE_ENTRY_ID << 3) + bytes(fields[_COMPUTATION_ID])
-            out += entry
-            found = True
-    if not found:
+def _with_entry(module: memoryview, name: str) -> bytes:
+    """Schedule, aliasing and whatever else describes the old entry is dropped."""
+    kept, entry = bytearray(), bytearray()
+    for number, field, computation in _fields(module):
+        if number in (_NAME, _COMPUTATIONS, _ID, _STACK_FRAMES):
+            kept += field
+        own = list(_fields(computation)) if number == _COMPUTATIONS else []
+        if any(n == _NAME and bytes(value) == name.encode() for n, _, value in own):
+            for n, field, _ in own:
+                if n in _AS_ENTRY:  # number and wire type are one byte
+                    entry += bytes([_AS_ENTRY[n] << 3 | field[0] & 7]) + field[1:]
+    if not entry:
         raise ValueError(f"no computation {name!r} in the HLO module")
-    return bytes(out)
+    return bytes(kept + entry)
 
 
-def _fields(message: memoryview):
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
     """Yields (field number, the field as it stands, its payload) of a protobuf message."""
     at = 0
     while at < len(message):
         start = at
-        key, at = _read_varint(message, at)
-        begin = at
-        kind = key & 7
-        if kind == 0:
-            _, at = _read_varint(message, at)
-        elif kind == 1:
-            at += 8
-        elif kind == 2:
-            length, begin = _read_varint(message, at)
-            at = begin + length
-        elif kind == 5:
-            at += 4
-        else:
-            raise ValueError(f"wire type {kind} in a protobuf message")
+        key, begin = _varint(message, at)
+        value, at = _varint(message, begin)
+        if key & 7 == 2:
+            begin, at = at, at + value
+        elif key & 7 != 0:
+            raise ValueError(f"wire type {key & 7} in an HLO module")
         yield key >> 3, message[start:at], message[begin:at]
 
 
-def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
+    while message[at] >= 0x80:
+        value |= (message[at] & 0x7F) << shift
         at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _bytes_field(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+    return value | message[at] << shift, at + 1

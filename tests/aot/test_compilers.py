@@ -31,10 +31,12 @@ def test_attention_compiles_everywhere(name):
     assert r.output_bytes == 4 * 2**20
     assert r.hbm_bytes == r.total_bytes >= 9 * 2**20
     # jaxlib 0.10 cannot read the HLO of a libtpu much newer than itself, and says so.
-    if not r.cost_is_lower_bound:
+    if r.flops is None:
+        assert "FLOPs and bytes are not known" in r.notes[0]
+    else:
         assert FLOPS <= r.flops < 1.1 * FLOPS
         assert "bf16[1,1024,16,128]" in r.hlo_text()
-    assert r.bytes_accessed > 9 * 2**20
+        assert r.bytes_accessed > 9 * 2**20
     assert ("libtpu" if name in TPUS else "jax-cuda13-plugin") in r.versions
 
 
