@@ -285,8 +285,8 @@ class Cache(serialization.Serializable, abc.ABC):
           >>> from axattn.cache import DenseCache
           >>> cache = DenseCache.create(2, 4096, num_kv_heads=1, head_dim=128, dtype="int8")
           >>> query = jax.ShapeDtypeStruct((2, 1, 16, 128), "bfloat16")
-          >>> cache.explain_implementations(query, target="h200").chosen
-          'mosaic_gpu'
+          >>> cache.explain_implementations(query, target="v5p").chosen
+          'mosaic_tpu'
         """
 
         def make_call(cache: Cache, query: Any, **options: Any) -> AttentionCall:
