@@ -105,7 +105,8 @@ def latent_attention(
       scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default. YaRN changes
         it: `axattn.rotary.yarn_softmax_scale`.
       precision: of the projections and of attention.
-      attend: what takes the arguments of `axattn.dot_product_attention`: over a mesh
+      attend: what takes the arguments of `axattn.dot_product_attention`, of which it is given those
+        that are not at their defaults: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
       **options: as in `axattn.dot_product_attention`.
 
@@ -144,6 +145,7 @@ def latent_attention(
         return attend(query, key, value, **options)
     query = absorb(query, key_up, precision=precision)
     key, value = _shared_key(latent, key_rope), latent[..., None, :]
+    options["is_projected"] = True  # by these two products
     return _expanded(attend(query, key, value, **options), value_up, precision)
 
 

@@ -88,6 +88,9 @@ def call_attention(
     if is_causal:
         options["is_causal"] = True
 
+    if "is_projected" in parameters:
+        options["is_projected"] = True
+
     for name in options:
         if name not in parameters and not takes_any:
             layer_name = _LAYER_NAMES.get(name, name)

@@ -193,6 +193,7 @@ def attend(
         **requested(
             query_segment_ids=call.segment_ids,
             precision=layer.precision,
+            is_projected=True,
             **dropout,
         ),
         "scale": scale,

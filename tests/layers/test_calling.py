@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import axattn.linen
+import axattn.nnx
 from axattn import Mask
+from axattn.implementations import registry
 from axattn.layers.calling import call_attention
 
 Q, KV = (np.ones(size, np.float32) for size in ((2, 1, 4, 8), (2, 6, 2, 8)))
@@ -96,3 +101,44 @@ def test_decoding_is_a_mask_array_elsewhere(window, slots):
     # A window inside the mask is seen from the token's place, too.
     mask, _ = called(names, {"mask": Mask.window(1, 0)}, options, **kwargs)
     np.testing.assert_array_equal(mask[0, 0, 0], np.array(slots) & [0, 0, 1, 1, 0, 0])
+
+
+class _PlannedError(Exception):
+    pass
+
+
+def layers():
+    """Layers of both dialects as functions that make them and call them, under a name."""
+    x, sizes = jnp.ones((1, 4, 16)), dict(num_heads=2)
+    ranks = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
+    own = dict(attention_fn=axattn.dot_product_attention)
+
+    def linen(cls, **fields):
+        return lambda: cls(**sizes, **fields).init(jax.random.key(0), x)
+
+    def on_nnx(cls, **fields):
+        return lambda: cls(**sizes, in_features=16, rngs=nnx.Rngs(0), **fields)(x)
+
+    return {
+        "linen": linen(axattn.linen.MultiHeadAttention),
+        "linen, the door": linen(axattn.linen.MultiHeadAttention, **own),
+        "linen, latent": linen(axattn.linen.MultiHeadLatentAttention, **ranks),
+        "linen, absorbed": linen(axattn.linen.MultiHeadLatentAttention, form="absorbed", **ranks),
+        "nnx": on_nnx(axattn.nnx.MultiHeadAttention, decode=False),
+        "nnx, latent": on_nnx(axattn.nnx.MultiHeadLatentAttention, **ranks),
+    }
+
+
+@pytest.mark.parametrize("name", layers())
+def test_layers_say_that_they_project(name, monkeypatch):
+    """Of the call that implementations get."""
+    found = []
+
+    def plan(call, _):
+        found.append(call.heads_first)
+        raise _PlannedError
+
+    monkeypatch.setattr(registry, "plan", plan)
+    with pytest.raises(_PlannedError):
+        layers()[name]()
+    assert found == [True]
