@@ -21,7 +21,7 @@ _SAME = {"kBitcast", "kConvert", "kCopy", "kCopyDone", "kCopyStart", "kReshape"}
 _SAME |= {"kOptimizationBarrier"}
 _ARITHMETIC = {"kAdd": operator.add, "kSubtract": operator.sub, "kMultiply": operator.mul}
 _COMPARE = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "LT", "LE", "GT", "GE")}
-_MOST_ROUNDS = 100_000  # that are followed, at some microseconds each
+_MOST_ROUNDS = 100_000  # that are followed, at a tenth of a millisecond each
 
 # The number that a computation is given as a parameter, or as an element of one.
 _Given = Callable[[int, int | None], int]
@@ -55,6 +55,8 @@ class Program:
         if self.entry not in self.instructions:
             raise ValueError(f"the HLO module has no computation {self.entry!r}, its entry")
         self.unknown: dict[str, str] = {}
+        self._roots: dict[str, Any] = {}
+        self._followed: dict[str, int] = {}
         self._loops: dict[str, list[tuple[str, Any]]] = {}
         for name, instructions in self.instructions.items():
             for loop in (i for i in instructions if i.opcode.name == "kWhile"):
@@ -88,12 +90,15 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.to_string())
         if known:
             return int(known[1])
-        try:
-            return self._follow(loop, self._unchanged(computation))
-        except _UnknownError as error:
-            place = re.search(r'op_name="([^"]*)"', loop.to_string())
-            self.unknown[loop.name] = f"{place[1] if place else loop.name}: {error}"
-            return 1
+        if loop.name not in self._followed:
+            try:
+                trips = self._follow(loop, self._unchanged(computation))
+            except _UnknownError as error:
+                place = re.search(r'op_name="([^"]*)"', loop.to_string())
+                self.unknown[loop.name] = f"{place[1] if place else loop.name}: {error}"
+                trips = 1
+            self._followed[loop.name] = trips
+        return self._followed[loop.name]
 
     def notes(self, counts: str) -> tuple[str, ...]:
         """One note where there are unknown trip counts, on loops that each ``counts`` once."""
@@ -134,8 +139,10 @@ class Program:
     def _results(self, loop: Any) -> list[Any]:
         """What the body of a loop hands on, element by element."""
         root = self._root(body_of(loop))
+        while root.opcode.name in _SAME:
+            root = root.operands()[0]
         if root.opcode.name != "kTuple":
-            raise _UnknownError(f"its body hands on {root.name}, which is no tuple")
+            raise _UnknownError(f"it depends on {root.name}, which is no tuple")
         return root.operands()
 
     def _hands_on(self, loop: Any, n: int) -> bool:
@@ -147,11 +154,12 @@ class Program:
         return value.operands()[0].opcode.name == "kParameter"
 
     def _root(self, computation: str) -> Any:
-        """The result of a computation: what nothing else in it uses."""
-        found = [i for i in self.instructions[computation] if not i.users()]
-        if len(found) != 1:
-            raise _UnknownError(f"{len(found)} values of {computation} are not used in it")
-        return found[0]
+        """The result of a computation, of which jaxlib does not say which instruction it is."""
+        if computation not in self._roots:
+            name = _root_name(self._proto, computation)
+            own = (i for i in self.instructions[computation] if i.name == name)
+            self._roots[computation] = next(own)
+        return self._roots[computation]
 
     def _number(self, value: Any, n: int | None, given: _Given) -> int:
         """A value, or element ``n`` of it, in a computation that is given others."""
@@ -208,6 +216,25 @@ def _text(instruction: Any) -> str:
 _NAME, _ENTRY_NAME, _COMPUTATIONS, _SHAPE, _ID, _ENTRY_ID, _STACK_FRAMES = 1, 2, 3, 4, 5, 6, 17
 # Those of a computation's name, shape and id, and of the same in a module whose entry it is.
 _AS_ENTRY = {1: _ENTRY_NAME, 4: _SHAPE, 5: _ENTRY_ID}
+
+
+# Those of a computation's instructions and of the id of its root, and of an instruction's own id.
+_INSTRUCTIONS, _ROOT_ID, _INSTRUCTION_ID = 2, 6, 35
+
+
+def _root_name(module: memoryview, computation: str) -> str:
+    for number, _, message in _fields(module):
+        if number != _COMPUTATIONS:
+            continue
+        own = list(_fields(message))
+        if not any(n == _NAME and bytes(value) == computation.encode() for n, _, value in own):
+            continue
+        root = {n: bytes(value) for n, _, value in own}.get(_ROOT_ID)
+        for instruction in (value for n, _, value in own if n == _INSTRUCTIONS):
+            fields = {n: bytes(value) for n, _, value in _fields(instruction)}
+            if fields.get(_INSTRUCTION_ID) == root:  # 0 is not written
+                return fields[_NAME].decode()
+    raise ValueError(f"no root of {computation!r} in the HLO module")
 
 
 def _with_entry(module: memoryview, name: str) -> bytes:

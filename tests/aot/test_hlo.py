@@ -119,6 +119,13 @@ def test_loops_without_an_end(monkeypatch, step, direction, bound):
     assert trips(0, step, direction, bound) == "loop: it runs more than 100 times"
 
 
+def test_a_value_that_nothing_uses_is_no_result():
+    """Operations with an effect have no user, as a computation's result."""
+    called = '%own = f32[8,128] custom-call(%x.1), custom_call_target="f"'
+    called = f"  {called}, custom_call_has_side_effect=true\n  %next = "
+    assert trips(text=TEXT.replace("  %next = ", called)) == 10
+
+
 @pytest.mark.parametrize(
     "line, other, reason",
     [
