@@ -7,9 +7,9 @@
 Every program is made anew in the same process (``jax.clear_caches()`` before each), one after the
 other, ``--rounds`` times; a figure is the least of these. "Made" is tracing and lowering together:
 where an implementation is chosen by platform, its code is traced when the program is lowered.
-"vs. Flax" compares that of a layer with Flax's own of the same size (multi-head), "vs. named" that
-of None with the implementation that it takes. "Code" and "Files" count the functions of axattn that
-run while a program is made, and the files that they are in.
+"vs. Flax, jax.nn" compares a layer with Flax's own of the same size (multi-head), and a call with
+jax.nn's; "vs. named" compares None with the implementation that it takes. "Code" and "Files" count
+the functions of axattn that run while a program is made, and the files that they are in.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ def main(argv: Sequence[str]) -> None:
     environment.choose_backend()
     where = dataclasses.replace(environment.describe(), command=environment.command_line(sys.argv))
     chip = aot.target(_TARGET.value or "cpu")
-    device = aot.device(chip) if chip.platform != "cpu" else jax.devices()[0]
+    try:
+        device = aot.device(chip) if chip.platform != "cpu" else jax.devices()[0]
+    except aot.MissingCompilerError as error:
+        raise app.UsageError(f"--target: {error}") from None
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def place(tree):

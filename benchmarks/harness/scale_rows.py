@@ -81,13 +81,14 @@ def roofline(
 
     What goes to one neighbour goes over one link, everything else over all links at once.
     """
-    if not (chip.peak_bf16_flops and chip.hbm_bandwidth and chip.ici_bandwidth):
+    rates = chip.peak_bf16_flops and chip.hbm_bandwidth and chip.ici_bandwidth
+    if not rates or accessed is None:
         return None, None
     to_one = sent.get("collective-permute", 0.0)
     others = sum(sent.values()) - to_one
     found = {
         "FLOPs": flops / chip.peak_bf16_flops,
-        "HBM": (accessed or 0.0) / chip.hbm_bandwidth,
+        "HBM": accessed / chip.hbm_bandwidth,
         "links": (to_one * chip.ici_links + others) / chip.ici_bandwidth,
     }
     bound = max(found, key=found.get)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 import axattn
-from benchmarks.harness import tables, units
+from benchmarks.harness import refusals, tables, units
 
 _PACKAGE = str(pathlib.Path(axattn.__file__).parent)
 
@@ -46,14 +46,14 @@ def measure(program: Program, compiles: bool) -> None:
         traced = program.fn.trace(*program.args)
         middle = time.perf_counter()
         lowered = traced.lower()
-    except NotImplementedError as error:
-        program.reason = str(error).splitlines()[0]
+        end = time.perf_counter()
+        seconds = {"trace": middle - start, "lower": end - middle}
+        if compiles:
+            lowered.compile()
+            seconds["compile"] = time.perf_counter() - end
+    except Exception as error:
+        program.reason = refusals.of_error(error)["reason"].splitlines()[0]
         return
-    end = time.perf_counter()
-    seconds = {"trace": middle - start, "lower": end - middle}
-    if compiles:
-        lowered.compile()
-        seconds["compile"] = time.perf_counter() - end
     for stage, value in seconds.items():
         before = getattr(program, stage)
         setattr(program, stage, value if before is None else min(before, value))

@@ -140,6 +140,7 @@ def test_roofline():
     assert scale_rows.roofline(chip, 1.0, 1.0, {"collective-permute": 3e11}) == (3.0, "links")
     assert scale_rows.roofline(chip, 1.0, 1.0, {"all-gather": 6e11}) == (1.0, "links")
     assert scale_rows.roofline(aot.target("cpu"), 1.0, 1.0, {}) == (None, None)
+    assert scale_rows.roofline(chip, 1.0, None, {}) == (None, None)  # not known is not 0
 
 
 def test_columns():

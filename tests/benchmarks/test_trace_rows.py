@@ -35,6 +35,15 @@ def test_a_refusal_is_a_reason():
     assert "mosaic_tpu" in found.reason and found.made is None
 
 
+def test_what_fails_costs_its_own_line():
+    def fn(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
+
+    found = program(fn)
+    measure(found, compiles=True)
+    assert "too large" in found.reason and found.made is None
+
+
 def test_code_is_counted_that_runs_in_the_package_alone():
     found = program(lambda q, k, v: q + k + v)
     count_code(found)
