@@ -334,17 +334,26 @@ class Explanation(dict[str, "str | None"]):
         return "\n".join(lines)
 
 
-def explain_implementations(*args: Any, target: str | None = None, **kwargs: Any) -> Explanation:
+def explain_implementations(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    target: str | None = None,
+    **options: Any,
+) -> Explanation:
     """Which implementations take a call, why the others do not, and which one ``None`` would take.
 
     Nothing is computed.
 
     Args:
-      *args: the arguments of `dot_product_attention`: arrays, or ``jax.ShapeDtypeStruct`` in their
-        place.
+      query, key, value, bias, mask: as in `dot_product_attention`: arrays, or
+        ``jax.ShapeDtypeStruct`` in their place.
       target: the chip that is asked about, a name in ``axattn.aot.TARGETS`` (its compiler need not
         be installed); None for this process's devices.
-      **kwargs: the arguments of `dot_product_attention` by name.
+      **options: as in `dot_product_attention`.
 
     Returns:
       A dict, name of every implementation -> None where it takes the call, else the reason why not.
@@ -373,13 +382,8 @@ def explain_implementations(*args: Any, target: str | None = None, **kwargs: Any
         given = AttentionOptions.parse("explain_implementations", **options)
         return normalize(query, key, value, given)[0]
 
-    return explain_call(make_call, _by_name(*args, **kwargs), target)
-
-
-def _by_name(
-    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
-) -> dict[str, Any]:
-    return dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    return explain_call(make_call, given, target)
 
 
 def explain_call(

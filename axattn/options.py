@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,13 +54,17 @@ class AttentionOptions:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(options.keys() - names)
         if unknown:
-            raise TypeError(f"{function} takes no argument {unknown[0]}")
+            close = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"{function} takes no argument {unknown[0]}{hint}")
         return cls(**options)
 
     def as_keywords(self) -> dict[str, Any]:
         """Returns the options that are not at their defaults, by name, for a function of a user."""
-        return {
-            field.name: value
-            for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) is not field.default
-        }
+        given = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is field.default or (isinstance(value, float) and value == field.default):
+                continue
+            given[field.name] = value
+        return given

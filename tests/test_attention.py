@@ -186,6 +186,12 @@ class TestDropIn:
         assert AttentionOptions(**given).as_keywords() == given
         assert AttentionOptions().as_keywords() == {}
 
+    def test_names_that_are_no_options(self):
+        with pytest.raises(TypeError, match=r"f takes no argument sink; did you mean sinks\?"):
+            AttentionOptions.parse("f", sink=1)
+        with pytest.raises(TypeError, match="explain_implementations takes no argument zzz$"):
+            axattn.explain_implementations(*(jnp.ones((1, 2, 2, 4)),) * 3, zzz=1)
+
     @pytest.mark.parametrize(
         "module, function, callee",
         [
@@ -216,7 +222,7 @@ class TestDropIn:
         q = np.ones((1, 2, 2, 4), np.float32)
         given = AttentionOptions(dropout_rate=0.5, is_causal=True)
         found = dialect.flax_attention(q, q, q, given, deterministic=True, attend=attend, sow=None)
-        assert found == dict(is_causal=True, dropout_rate=0.0, is_projected=True)
+        assert found == dict(is_causal=True, is_projected=True)
 
     @pytest.mark.parametrize(
         "name",

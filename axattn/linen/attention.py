@@ -342,6 +342,19 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
 
+        Args:
+          inputs_q: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
+          deterministic: no dropout.
+          dropout_rng: a JAX key, ``[]`` or uint32 ``[2]``, in place of the stream ``dropout``.
+          sow_weights: sow the weights ``[..., N, T, T]`` in ``intermediates``.
+          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
+            False is refused.
+          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
+          segment_ids: int ``[..., T]``.
+          cache: one of `axattn.cache`.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
+
         Returns:
           ``[..., T, D]``; with ``cache`` also the cache.
 

@@ -504,6 +504,20 @@ class SelfAttention(MultiHeadAttention):
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
         """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
 
+        Args:
+          inputs_q: ``[..., T, E]``.
+          mask: an `axattn.Mask` or an array broadcastable to ``[..., N, T, T]``; nonzero: attend.
+          deterministic, rngs: no dropout, or where its random numbers come from.
+          sow_weights: sow the weights ``[..., N, T, T]`` as ``nnx.Intermediate``.
+          decode: one token at a time, with the cache of ``init_cache``.
+          is_causal: no token sees a later one; False by default. Over a cache none ever does, and
+            False is refused.
+          out_sharding, qkv_sharding: of the results of the projections.
+          positions: for ``rope``: integers ``[T]`` or ``[..., T]``.
+          segment_ids: int ``[..., T]``.
+          cache: one of `axattn.cache`.
+          lengths: with a cache, int ``[B]``: how many of the T tokens are real in each row.
+
         Returns:
           ``[..., T, D]``; with ``cache`` also the cache.
 

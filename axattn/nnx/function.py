@@ -76,7 +76,8 @@ def dot_product_attention(
         windows.
       q_positions, kv_positions: int ``[T]`` or ``[..., T]``, and ``[S]`` or ``[..., S]``.
       implementation: as in `axattn.dot_product_attention`.
-      attend: what computes it, with the arguments of `axattn.dot_product_attention`: over a mesh
+      attend: what computes it, with the arguments of `axattn.dot_product_attention`, of which it is
+        given those that are not at their defaults: over a mesh
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:
