@@ -15,11 +15,8 @@ from axattn.cache import Cache
 from axattn.call import AttentionCall
 from axattn.implementations import registry
 
-# What a whole cache is asked for, and a cache in parts answers likewise.
-_FACTS = (
-    "batch", "capacity", "dtype", "head_dim", "value_head_dim", "num_kv_heads", "values_in_keys",
-    "stores_floats", "bytes_per_token", "page_size", "num_pages", "window", "max_append",
-)  # fmt: skip
+# What only some kinds of caches have, and the heads, which `ShardedCache` has as a field.
+_OF_WHOLE = ("num_kv_heads", "page_size", "num_pages", "window", "max_append")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,9 +46,49 @@ class HeldCache(serialization.Serializable, abc.ABC):
         """Output and LSE of a call over the whole cache; its ``stored`` is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FACTS:
+        if name in _OF_WHOLE:
             return getattr(self.whole, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def batch(self) -> int:
+        """Batch rows of the whole, B."""
+        return self.whole.batch
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of the whole can hold."""
+        return self.whole.capacity
+
+    @property
+    def dtype(self) -> str:
+        """In which keys and values are stored."""
+        return self.whole.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Key head size, H."""
+        return self.whole.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Value head size, h."""
+        return self.whole.value_head_dim
+
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether the values are the first ``value_head_dim`` features of the keys."""
+        return self.whole.values_in_keys
+
+    @property
+    def stores_floats(self) -> bool:
+        """Whether keys and values are stored as they are, in ``dtype``."""
+        return self.whole.stores_floats
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes, all heads, scales included."""
+        return self.whole.bytes_per_token
 
     @property
     def lengths(self) -> Integer[Array, " B"]:
@@ -69,8 +106,18 @@ class HeldCache(serialization.Serializable, abc.ABC):
         paged: Any = self.cache
         return paged.block_table
 
-    next_positions = Cache.next_positions
     extend = Cache.extend
+
+    def next_positions(self, length: int) -> Integer[Array, "B T"]:
+        """Positions of the next tokens of each row: as `axattn.cache.Cache.next_positions`.
+
+        Args:
+          length: how many tokens, T.
+
+        Returns:
+          int32 ``[B, T]``.
+        """
+        return Cache.next_positions(self, length)
 
     def append(
         self,
