@@ -27,6 +27,10 @@ _MOST_ROUNDS = 100_000  # that are followed, at a tenth of a millisecond each
 _Given = Callable[[int, int | None], int]
 
 
+# Of a protobuf message: number, the field as it stands, its payload.
+_Field = tuple[int, memoryview, memoryview]
+
+
 class _UnknownError(Exception):
     """Why a number cannot be told from the program."""
 
@@ -223,38 +227,38 @@ _INSTRUCTIONS, _ROOT_ID, _INSTRUCTION_ID = 2, 6, 35
 
 
 def _root_name(module: memoryview, computation: str) -> str:
-    for number, _, message in _fields(module):
-        if number != _COMPUTATIONS:
-            continue
-        own = list(_fields(message))
-        if not any(n == _NAME and bytes(value) == computation.encode() for n, _, value in own):
-            continue
-        root = {n: bytes(value) for n, _, value in own}.get(_ROOT_ID)
-        for instruction in (value for n, _, value in own if n == _INSTRUCTIONS):
-            fields = {n: bytes(value) for n, _, value in _fields(instruction)}
-            if fields.get(_INSTRUCTION_ID) == root:  # 0 is not written
-                return fields[_NAME].decode()
+    own = _computation(module, computation)
+    root = next((bytes(value) for n, _, value in own if n == _ROOT_ID), None)
+    for instruction in (value for n, _, value in own if n == _INSTRUCTIONS):
+        fields = {n: bytes(value) for n, _, value in _fields(instruction)}
+        if fields.get(_INSTRUCTION_ID) == root:  # 0 is not written
+            return fields[_NAME].decode()
     raise ValueError(f"no root of {computation!r} in the HLO module")
 
 
 def _with_entry(module: memoryview, name: str) -> bytes:
     """Schedule, aliasing and whatever else describes the old entry is dropped."""
-    kept, entry = bytearray(), bytearray()
-    for number, field, computation in _fields(module):
+    made = bytearray()
+    for number, field, _ in _fields(module):
         if number in (_NAME, _COMPUTATIONS, _ID, _STACK_FRAMES):
-            kept += field
-        own = list(_fields(computation)) if number == _COMPUTATIONS else []
+            made += field
+    for number, field, _ in _computation(module, name):
+        if number in _AS_ENTRY:  # number and wire type are one byte
+            made += bytes([_AS_ENTRY[number] << 3 | field[0] & 7]) + field[1:]
+    return bytes(made)
+
+
+def _computation(module: memoryview, name: str) -> list[_Field]:
+    """The fields of a computation."""
+    for number, _, message in _fields(module):
+        own = list(_fields(message)) if number == _COMPUTATIONS else []
         if any(n == _NAME and bytes(value) == name.encode() for n, _, value in own):
-            for n, field, _ in own:
-                if n in _AS_ENTRY:  # number and wire type are one byte
-                    entry += bytes([_AS_ENTRY[n] << 3 | field[0] & 7]) + field[1:]
-    if not entry:
-        raise ValueError(f"no computation {name!r} in the HLO module")
-    return bytes(kept + entry)
+            return own
+    raise ValueError(f"no computation {name!r} in the HLO module")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Yields (field number, the field as it stands, its payload) of a protobuf message."""
+def _fields(message: memoryview) -> Iterator[_Field]:
+    """Yields the fields of a protobuf message."""
     at = 0
     while at < len(message):
         start = at
