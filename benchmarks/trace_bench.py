@@ -32,6 +32,7 @@ from rich.console import Console
 
 import axattn
 from axattn import aot, linen
+from axattn.implementations import registry
 from benchmarks.harness import command, environment, functions, tables, trace_rows
 from benchmarks.harness.trace_rows import Program
 
@@ -42,15 +43,11 @@ _FEATURES = flags.DEFINE_integer("features", 1024, "of a layer's inputs", lower_
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "programs of each kind", lower_bound=1)
 _COMPILE = flags.DEFINE_bool("compile", True, "compile the programs, too")
 
-# "mosaic" is one of these.
-NAMES = ("xla", "xla_chunked", "mosaic_gpu", "mosaic_tpu", "cudnn")
 
-
-def programs(place: Callable[[Any], Any]) -> list[Program]:
+def programs(heads: int, kv_heads: int, size: int, place: Callable[[Any], Any]) -> list[Program]:
     """Layers and calls in both directions; ``place`` gives shapes a device."""
-    heads, kv_heads, size = command.numbers(_HEADS, _HEADS.value, count=3, split="/")
     dtype, causal = jnp.bfloat16, dict(is_causal=True)
-    names = (None, *NAMES)
+    names = (None, *registry.IMPLEMENTATIONS)
 
     x = place(jax.ShapeDtypeStruct((1, _LENGTH.value, _FEATURES.value), dtype))
     sizes = dict(num_heads=heads, qkv_features=heads * size, use_bias=False, dtype=dtype)
@@ -64,7 +61,8 @@ def programs(place: Callable[[Any], Any]) -> list[Program]:
         params = place(jax.eval_shape(init, jax.random.key(0), x))
         fn = functools.partial(layer.apply, **options)
         for direction in functions.DIRECTIONS:
-            found.append(Program("layer", name, direction, _jitted(fn, direction), (params, x)))
+            jitted = functions.in_direction(fn, direction)
+            found.append(Program("layer", name, direction, jitted, (params, x)))
 
     for name in names:
         add_layer(str(name), grouped(implementation=name), **causal)
@@ -79,17 +77,14 @@ def programs(place: Callable[[Any], Any]) -> list[Program]:
     calls["jax.nn"] = functools.partial(jax.nn.dot_product_attention, **causal)
     for name, fn in calls.items():
         for direction in functions.DIRECTIONS:
-            found.append(Program("call", name, direction, _jitted(fn, direction), arrays))
+            jitted = functions.in_direction(fn, direction)
+            found.append(Program("call", name, direction, jitted, arrays))
     return found
-
-
-def _jitted(fn: Callable, direction: str) -> Any:
-    return functions.in_direction(lambda *args: fn(*args), direction)
 
 
 def main(argv: Sequence[str]) -> None:
     try:
-        command.numbers(_HEADS, _HEADS.value, count=3, split="/")
+        sizes = command.numbers(_HEADS, _HEADS.value, count=3, split="/")
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     environment.choose_backend()
@@ -109,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     console.print(f"{where.header()}\n", soft_wrap=True, highlight=False, markup=False)
     with aot.tracing_for(chip):
-        found = programs(place)
+        found = programs(*sizes, place)
         for _ in range(_ROUNDS.value):
             for program in found:
                 if not program.reason:
