@@ -38,13 +38,13 @@ import dataclasses
 import functools
 import math
 import numbers
-import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from axattn._typing import Array, Float, Integer
+from axattn.checks import check_count
 from axattn.dtypes import accumulator
 
 __all__ = [
@@ -67,16 +67,6 @@ def _check_real(name: str, value, *, zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         takes = "at least 0" if zero else "greater than 0"
         raise ValueError(f"{name} must be finite and {takes}, got {value!r}")
-
-
-def _check_count(name: str, value) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool) or count < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +133,7 @@ class Llama3Scaling:
         _check_real("Llama3Scaling.factor", self.factor)
         _check_real("Llama3Scaling.low_freq_factor", self.low_freq_factor)
         _check_real("Llama3Scaling.high_freq_factor", self.high_freq_factor)
-        _check_count("Llama3Scaling.original_max_position", self.original_max_position)
+        check_count("Llama3Scaling.original_max_position", self.original_max_position)
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 "Llama3Scaling.low_freq_factor must be less than high_freq_factor, got "
@@ -205,7 +195,7 @@ class YarnScaling:
 
     def __post_init__(self):
         _check_real("YarnScaling.factor", self.factor)
-        _check_count("YarnScaling.original_max_position", self.original_max_position)
+        check_count("YarnScaling.original_max_position", self.original_max_position)
         _check_real("YarnScaling.beta_fast", self.beta_fast)
         _check_real("YarnScaling.beta_slow", self.beta_slow)
         if not self.beta_slow < self.beta_fast:
@@ -272,7 +262,7 @@ def rotary_frequencies(
       >>> rotary_frequencies(8, base=10000.0).tolist()
       [1.0, 0.1, 0.01, 0.001]
     """
-    head_dim = _check_count("head_dim", head_dim)
+    head_dim = check_count("head_dim", head_dim)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, for features are rotated in pairs: {head_dim}")
     _check_real("base", base)
@@ -338,7 +328,7 @@ def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
       >>> round(yarn_softmax_scale(192, v3) * 192**0.5, 4)  # times 1 / sqrt(192)
       1.8739
     """
-    scale = _check_count("head_dim", head_dim) ** -0.5
+    scale = check_count("head_dim", head_dim) ** -0.5
     _check_scaling(scaling)
     if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
         scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -507,7 +497,7 @@ class RotaryEmbedding:
         _check_scaling(self.scaling)
         if isinstance(self.scaling, YarnScaling) and self.base <= 1.0:
             raise ValueError(f"base must be greater than 1 with YarnScaling, got {self.base!r}")
-        if self.rotary_dim is not None and _check_count("rotary_dim", self.rotary_dim) % 2:
+        if self.rotary_dim is not None and check_count("rotary_dim", self.rotary_dim) % 2:
             raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
         if self.output_halves and not self.interleaved:
             raise ValueError("output_halves=True needs interleaved=True, got interleaved=False")

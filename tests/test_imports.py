@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(axattn.__file__).parent
 
 # From the ground up. A part imports from its own and from lower ones, nothing from higher ones.
 FLOORS = (
-    ("_typing", "dtypes", "serialization", "version"),
+    ("_typing", "checks", "dtypes", "serialization", "version"),
     ("_jax_compat", "mask_parts", "rotary", "checkpoints"),
     ("_primitives", "masks", "quantization", "aot"),
     ("options", "stored", "plotting"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from axattn import latent
 from axattn._typing import Implementation, QkNorm
+from axattn.checks import check_count
 from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.layers.options import requested
 from axattn.rotary import RotaryEmbedding
@@ -32,7 +32,7 @@ class LayerConfig:
     logical_axes: bool = False
 
     def __post_init__(self):
-        _check_count("num_heads", self.num_heads)
+        check_count("num_heads", self.num_heads)
 
     @classmethod
     def from_layer(cls, layer: Any, **others: Any) -> Self:
@@ -81,13 +81,13 @@ class AttentionConfig(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_kv_heads is not None:
-            _check_count("num_kv_heads", self.num_kv_heads)
+            check_count("num_kv_heads", self.num_kv_heads)
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 "num_heads must be a multiple of num_kv_heads, got "
                 f"{self.num_heads} and {self.num_kv_heads}"
             )
-        _check_count("qkv_features", self.qkv_features)
+        check_count("qkv_features", self.qkv_features)
         if self.qkv_features % self.num_heads:
             raise ValueError(
                 "qkv_features must be a multiple of num_heads, got "
@@ -164,7 +164,7 @@ class LatentConfig(LayerConfig):
             raise ValueError(f"form must be one of {latent.FORMS} or None, got {self.form!r}")
         names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         for name in names if self.q_lora_rank is None else (*names, "q_lora_rank"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 "qk_rope_head_dim must be even, for features are rotated in pairs, got "
@@ -202,12 +202,3 @@ def check_one_kv_head(num_kv_heads: int | None) -> None:
             f"num_kv_heads must be 1 in MultiQueryAttention, got {num_kv_heads}; "
             "GroupedQueryAttention takes others"
         )
-
-
-def _check_count(name: str, value: Any) -> None:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
