@@ -78,7 +78,7 @@ setup(
     # this it stands for a hook, which they do not run.
     package_dir={"": "."},
     packages=find_packages(include=["axattn", "axattn.*"]),
-    package_data={"axattn": ["py.typed"], "axattn.kernels.hopper": ["tiles.json"]},
+    package_data={"axattn": ["py.typed"], "axattn.kernels._hopper": ["block_sizes.json"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

@@ -7,8 +7,8 @@ are in `axattn.linen` and `axattn.nnx`, caches in `axattn.cache`, several device
 itself needs jax and numpy only. ``__version__`` is the version of the library.
 """
 
-from axattn.attention import dot_product_attention, explain_implementations
-from axattn.masks import Mask
-from axattn.version import __version__
+from axattn._attention import dot_product_attention, explain_implementations
+from axattn._masks import Mask
+from axattn._version import __version__
 
 __all__ = ["Mask", "__version__", "dot_product_attention", "explain_implementations"]

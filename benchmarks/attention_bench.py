@@ -24,7 +24,7 @@ import jax
 from rich.console import Console
 
 from axattn import dot_product_attention, explain_implementations
-from axattn.implementations import registry
+from axattn._implementations import registry
 from benchmarks.harness import (
     bandwidth,
     baselines,

@@ -3,7 +3,7 @@
     python benchmarks/crossover_bench.py
     python benchmarks/crossover_bench.py --directions=fwd --shapes=1/16/2/128,8/8/8/64
 
-Its result is the source of the constant in axattn/implementations/preference.py. A ratio is the
+Its result is the source of the constant in axattn/_implementations/preference.py. A ratio is the
 median of the ratios of neighbouring runs; above 1, "xla_chunked" is the faster one.
 """
 

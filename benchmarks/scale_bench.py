@@ -30,7 +30,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axattn.sharded.layouts import LAYOUTS
+from axattn._sharded.layouts import LAYOUTS
 from benchmarks.harness import (
     command,
     environment,

@@ -32,7 +32,7 @@ from rich.console import Console
 
 import axattn
 from axattn import aot, linen
-from axattn.implementations import registry
+from axattn._implementations import registry
 from benchmarks.harness import command, environment, functions, tables, trace_rows
 from benchmarks.harness.trace_rows import Program
 

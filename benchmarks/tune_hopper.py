@@ -1,4 +1,4 @@
-"""Block sizes of the Hopper kernels: tries candidates and writes ``tiles.json``, their table.
+"""Block sizes of the Hopper kernels: tries candidates and writes ``block_sizes.json``, their table.
 
 Without a GPU (the compilers of the extra ``aot``): what compiles, and what spills.
 

@@ -11,7 +11,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from axattn.version import __version__  # noqa: E402
+from axattn._version import __version__  # noqa: E402
 
 project = "axattn"
 author = "The axattn authors"

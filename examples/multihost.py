@@ -43,7 +43,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import axattn.nnx
 from axattn import parallel
-from axattn.sharded.layouts import LAYOUTS
+from axattn._sharded.layouts import LAYOUTS
 from benchmarks.harness import command
 from examples import checkpoint, data, processes, sharding, training
 from examples.decoder import Config, Decoder

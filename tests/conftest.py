@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from axattn import attention
-from axattn.implementations import blocks, registry
+from axattn import _attention
+from axattn._implementations import registry
+from axattn._implementations.chunked import block_sizes
 
 # Before any backend starts: shard_map is tested on simulated devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -85,7 +86,7 @@ def _forget_programs():
 @pytest.fixture
 def force_blocks(monkeypatch):
     """``force_blocks(q, kv, **fields)``: "xla_chunked" cuts into blocks of these sizes."""
-    choose = blocks.choose
+    choose = block_sizes.choose
 
     def force(q: int, kv: int, **fields) -> None:
         def forced(call, platform):
@@ -96,8 +97,8 @@ def force_blocks(monkeypatch):
         def attend(call, plan):
             return registry.attend(call, plan)
 
-        monkeypatch.setattr(blocks, "choose", forced)
-        monkeypatch.setattr(attention, "_attend", jax.jit(attend, static_argnames="plan"))
+        monkeypatch.setattr(block_sizes, "choose", forced)
+        monkeypatch.setattr(_attention, "_attend", jax.jit(attend, static_argnames="plan"))
 
     return force
 

@@ -13,9 +13,9 @@ import pytest
 import axattn
 import axattn.linen
 import axattn.nnx
-from axattn import Mask, attention
-from axattn.layers import dialect
-from axattn.options import AttentionOptions
+from axattn import Mask, _attention
+from axattn._layers import flax_function
+from axattn._options import AttentionOptions
 from tests import cases, precision, reference
 from tests.cases import Shape
 from tests.tiers import ci
@@ -195,9 +195,9 @@ class TestDropIn:
     @pytest.mark.parametrize(
         "module, function, callee",
         [
-            (attention, axattn.dot_product_attention, "normalize"),
-            (axattn.linen.function, axattn.linen.dot_product_attention, "flax_attention"),
-            (axattn.nnx.function, axattn.nnx.dot_product_attention, "flax_attention"),
+            (_attention, axattn.dot_product_attention, "normalize"),
+            (axattn.linen._function, axattn.linen.dot_product_attention, "flax_attention"),
+            (axattn.nnx._function, axattn.nnx.dot_product_attention, "flax_attention"),
         ],
     )
     def test_each_option_goes_where_it_belongs(self, module, function, callee, monkeypatch):
@@ -221,7 +221,9 @@ class TestDropIn:
 
         q = np.ones((1, 2, 2, 4), np.float32)
         given = AttentionOptions(dropout_rate=0.5, is_causal=True)
-        found = dialect.flax_attention(q, q, q, given, deterministic=True, attend=attend, sow=None)
+        found = flax_function.flax_attention(
+            q, q, q, given, deterministic=True, attend=attend, sow=None
+        )
         assert found == dict(is_causal=True, is_projected=True)
 
     @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import axattn
-from axattn import Mask, attention
-from axattn.implementations import flash, mosaic_tpu, preference, registry
+from axattn import Mask, _attention
+from axattn._implementations import flash, mosaic_tpu, preference, registry
 
 Q = np.zeros((2, 5, 4, 8), np.float32)
 KV = np.zeros((2, 7, 2, 8), np.float32)
@@ -60,7 +60,7 @@ class TestExplanation:
             return flash_attend(call, ways)
 
         monkeypatch.setattr(flash, "attend", attend_flash)
-        monkeypatch.setattr(attention, "_attend", lambda call, plan: registry.attend(call, plan))
+        monkeypatch.setattr(_attention, "_attend", lambda call, plan: registry.attend(call, plan))
         long = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
         for shapes in ((jnp.asarray(Q), jnp.asarray(KV)), (long, long)):
             calls.clear()
@@ -217,7 +217,7 @@ class TestSequences:
     def test_order_matters(self, monkeypatch):
         chosen = []
         monkeypatch.setattr(
-            attention, "_attend", lambda call, plan: chosen.append(plan) or (call.query, None)
+            _attention, "_attend", lambda call, plan: chosen.append(plan) or (call.query, None)
         )
         axattn.dot_product_attention(Q, KV, KV, implementation=("xla_chunked", "xla"))
         axattn.dot_product_attention(Q, KV, KV, implementation=("xla", "xla_chunked"))
@@ -244,7 +244,7 @@ class TestPlatforms:
             registry.Implementation("mosaic_tpu", None, lambda call: None, ("tpu",)),
         )
         monkeypatch.setattr(
-            attention,
+            _attention,
             "_attend",
             jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan"),
         )

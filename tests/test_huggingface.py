@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 
 from axattn import huggingface
+from axattn._layers.config import AttentionConfig, LatentConfig
 from axattn.cache import DenseCache, PagedCache, RingCache
-from axattn.layers.config import AttentionConfig, LatentConfig
 from axattn.rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 from tests.huggingface import GOLDENS, golden, save
 from tests.tiers import ci, exhaustive

@@ -7,14 +7,17 @@ import graphlib
 import pathlib
 
 import axattn
+import axattn.kernels
+from tests import public
 
 PACKAGE = pathlib.Path(axattn.__file__).parent
 
 # From the ground up. A part imports from its own and from lower ones, nothing from higher ones.
+# `rotary` stands for `_rotary`, too: a module without an underscore is the face of one with it.
 FLOORS = (
-    ("_typing", "checks", "dtypes", "serialization", "version"),
-    ("_jax_compat", "mask_parts", "rotary", "checkpoints"),
-    ("_primitives", "masks", "quantization", "aot"),
+    ("typing", "checks", "dtypes", "serialization", "version"),
+    ("jax_compat", "mask_parts", "rotary", "checkpoints"),
+    ("primitives", "masks", "quantization", "aot"),
     ("options", "stored", "plotting"),
     ("call",),
     ("dropout",),
@@ -47,12 +50,12 @@ def imported(path: pathlib.Path) -> set[str]:
 def test_no_import_goes_up():
     seen = set()
     for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if own == "__init__":
+        if path == PACKAGE / "__init__.py":
             continue
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0].removeprefix("_")
         seen.add(own)
         for name in imported(path):
-            other = name.split(".")[1]
+            other = name.split(".")[1].removeprefix("_")
             if other != own:
                 assert HEIGHT[other] < HEIGHT[own], f"{path} imports {name}"
     assert seen == set(HEIGHT)
@@ -66,3 +69,19 @@ def test_no_modules_import_each_other():
     }
     graph = {name: imported(path) & files.keys() for name, path in files.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(files)
+
+
+def test_public_modules_are_faces():
+    """A path without an underscore is public: it has `__all__`, docs, and no code of its own."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("axattn", *path.relative_to(PACKAGE).with_suffix("").parts)
+        name = ".".join(parts).removesuffix(".__init__")
+        if any(part.startswith("_") for part in name.split(".")):
+            continue
+        found.add(name)
+        tree = ast.parse(path.read_text("utf-8"))
+        kinds = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+        assert all(isinstance(node, kinds) for node in tree.body), f"{path} has code"
+    assert found == {*public.MODULES, "axattn.kernels"}
+    assert not hasattr(axattn.kernels, "__all__")

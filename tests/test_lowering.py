@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 
 import axattn
 from axattn import _jax_compat
+from axattn._implementations import mosaic_tpu
 from axattn.cache import DenseCache
-from axattn.implementations import mosaic_tpu
 
 hopper = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the GPU kernels need jax >= 0.11"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import axattn
 from axattn import Mask
-from axattn.mask_parts import EMPTY, FULL, PARTIAL
+from axattn._mask_parts import EMPTY, FULL, PARTIAL
 from tests.reference import visible
 from tests.tiers import ci
 

@@ -16,7 +16,8 @@ from jax.extend import core
 
 import axattn
 from axattn import Mask
-from axattn.implementations import chunked_backward, chunked_forward
+from axattn._implementations.chunked import backward as chunked_backward
+from axattn._implementations.chunked import forward as chunked_forward
 from tests.tiers import ci
 
 # K and V repeated to all heads are larger than anything else that a call may hold: T < h.

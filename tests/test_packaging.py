@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import axattn
-from axattn.version import __version__
+from axattn._version import __version__
 
 PACKAGE = pathlib.Path(axattn.__file__).parent
 
@@ -64,7 +64,7 @@ def test_errors_say_what_to_install():
     run_without_optional(
         "import axattn\n"
         "from axattn.plotting import plot_mask\n"
-        "from axattn.huggingface.files import SafeTensors\n"
+        "from axattn.huggingface._files import SafeTensors\n"
         "calls = {'plot': lambda: plot_mask(axattn.Mask.causal(), 4, 4)}\n"
         "calls['huggingface'] = lambda: SafeTensors('.')\n"
         "for extra, call in calls.items():\n"

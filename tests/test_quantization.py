@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from axattn import quantization
-from axattn.quantization import LIMITS, dequantize, key_center, quantize
+from axattn import _quantization
+from axattn._quantization import LIMITS
+from axattn.quantization import dequantize, key_center, quantize
 
 # Half a step of the largest number of a vector; float8 has 3 bits of mantissa.
 WORST = {"int8": 0.5 / 127, "float8_e4m3fn": 2.0**-4, "int4": 0.5 / 7}
@@ -65,11 +66,11 @@ def test_codes_are_exact_in_short_floats():
     fp8 = np.arange(256).astype(np.uint8)[None]
     fp8 = fp8[~np.isnan(fp8.view(ml_dtypes.float8_e4m3fn).astype(np.float32))][None]
     for codes, dtype in ((numbers, "int8"), (fp8, "float8_e4m3fn")):
-        exact = np.asarray(quantization.codes_as(jnp.asarray(codes), dtype, jnp.float32))
+        exact = np.asarray(_quantization.codes_as(jnp.asarray(codes), dtype, jnp.float32))
         if dtype == "int8":
             np.testing.assert_array_equal(exact, numbers)
         for short in (jnp.bfloat16, jnp.float16):
-            got = quantization.codes_as(jnp.asarray(codes), dtype, short)
+            got = _quantization.codes_as(jnp.asarray(codes), dtype, short)
             np.testing.assert_array_equal(np.asarray(got, np.float32), exact)
 
 
@@ -86,14 +87,14 @@ def test_key_center_is_the_mean_of_real_tokens():
 
 def test_bytes_per_vector():
     sizes = {"float32": 512, "bfloat16": 256, "int8": 132, "float8_e4m3fn": 132, "int4": 68}
-    assert {name: quantization.bytes_per_vector(name, 128) for name in sizes} == sizes
-    assert quantization.bytes_per_vector("int4", 5) == 3 + 4
+    assert {name: _quantization.bytes_per_vector(name, 128) for name in sizes} == sizes
+    assert _quantization.bytes_per_vector("int4", 5) == 3 + 4
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float8_e5m2", "complex64", "nonsense", None, 3])
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(TypeError, match="dtype takes one of"):
-        quantization.dtype_name(dtype)
+        _quantization.dtype_name(dtype)
     with pytest.raises(TypeError, match="dtype takes one of"):
         quantize(jnp.ones(4), dtype)
 

@@ -17,10 +17,10 @@ from jax import lax
 import axattn
 import axattn.nnx
 from axattn import _typing, cache, linen, parallel
-from axattn.implementations import registry
-from axattn.layers.config import QK_NORMS
-from axattn.parallel import held
-from axattn.sharded import costs, layouts
+from axattn._implementations import registry
+from axattn._layers.config import QK_NORMS
+from axattn._sharded import costs, layouts
+from axattn.parallel import _partitioned_cache
 from tests.markdown import ROOT
 
 USER = ROOT / "tests" / "typed_user.py"
@@ -64,7 +64,7 @@ OVERLOADED = {
     cache.Cache.attend: "return_residual",
     cache.Cache.extend: "return_residual",
     cache.RingCache.extend: "return_residual",
-    held.HeldCache.attend: "return_residual",
+    _partitioned_cache.HeldCache.attend: "return_residual",
     linen.MultiHeadDotProductAttention.__call__: "cache",
     linen.SelfAttention.__call__: "cache",
     linen.MultiHeadLatentAttention.__call__: "cache",

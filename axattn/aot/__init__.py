@@ -17,12 +17,12 @@ and b200, and cpu, which needs no extra and whose bytes are host memory.
 
 from __future__ import annotations
 
-from axattn.aot.collectives import Collective
-from axattn.aot.compiler import analyze, tracing_for
-from axattn.aot.meshes import mesh
-from axattn.aot.report import Refusal, Report, parse_refusal
-from axattn.aot.targets import TARGETS, Target, target
-from axattn.aot.toolchain import MissingCompilerError, check_installed, device
+from axattn.aot._collectives import Collective, program_collectives
+from axattn.aot._compiler import analyze, tracing_for
+from axattn.aot._meshes import mesh
+from axattn.aot._report import Refusal, Report, parse_refusal
+from axattn.aot._targets import TARGETS, Target, target
+from axattn.aot._toolchain import MissingCompilerError, check_installed, device
 
 __all__ = [
     "TARGETS",
@@ -36,6 +36,7 @@ __all__ = [
     "device",
     "mesh",
     "parse_refusal",
+    "program_collectives",
     "target",
     "tracing_for",
 ]

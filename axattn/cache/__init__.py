@@ -9,14 +9,14 @@ A cache is a pytree that is passed in and returned; donate it to ``jax.jit`` and
 place. The layers of `axattn.linen` and `axattn.nnx` take any: ``layer(x, cache=cache)``.
 """
 
-from axattn.cache.base import Cache
-from axattn.cache.dense import DenseCache
-from axattn.cache.fields import bytes_per_token
-from axattn.cache.paged import PagedCache
-from axattn.cache.pool import PagePool
-from axattn.cache.pool_types import PoolExhaustedError, PoolStatistics, UnknownSequenceError
-from axattn.cache.prefill import prefill
-from axattn.cache.ring import RingCache
+from axattn.cache._base import Cache
+from axattn.cache._dense import DenseCache
+from axattn.cache._paged import PagedCache
+from axattn.cache._pool import PagePool
+from axattn.cache._pool_types import PoolExhaustedError, PoolStatistics, UnknownSequenceError
+from axattn.cache._prefill import prefill
+from axattn.cache._ring import RingCache
+from axattn.cache._storage import bytes_per_token
 
 __all__ = [
     "Cache",

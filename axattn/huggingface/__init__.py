@@ -20,8 +20,8 @@ Both ways of writing config.json are read: ``rope_parameters`` (transformers 5),
 with ``rope_scaling``. What a configuration leaves out is what transformers takes it to be.
 """
 
-from axattn.huggingface.files import load, read_config
-from axattn.huggingface.spec import AttentionSpec, attention_spec
-from axattn.huggingface.weights import attention_params
+from axattn.huggingface._files import load, read_config
+from axattn.huggingface._spec import AttentionSpec, attention_spec
+from axattn.huggingface._weights import attention_params
 
 __all__ = ["AttentionSpec", "attention_params", "attention_spec", "load", "read_config"]

@@ -1,1 +1,1 @@
-"""Pallas kernels, one folder per machine family. None has landed yet; the registry says so."""
+"""Pallas kernels, a package for each family of machines; nothing in here is public."""

@@ -7,16 +7,16 @@ of the call. Letters: B, T, S, N, K, H as everywhere, E features of the inputs, 
 `MultiHeadLatentAttention` is DeepSeek's, which Flax has not.
 """
 
-from axattn.linen.attention import (
+from axattn._serialization import tell_flax
+from axattn.linen._attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
     MultiHeadDotProductAttention,
     MultiQueryAttention,
     SelfAttention,
 )
-from axattn.linen.function import dot_product_attention
-from axattn.linen.latent import MultiHeadLatentAttention
-from axattn.serialization import tell_flax
+from axattn.linen._function import dot_product_attention
+from axattn.linen._latent import MultiHeadLatentAttention
 
 __all__ = [
     "GroupedQueryAttention",

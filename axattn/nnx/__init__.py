@@ -7,15 +7,15 @@ T, S, N, K, H as everywhere, E features of the inputs, D of the output. `dot_pro
 not.
 """
 
-from axattn.nnx.attention import (
+from axattn._serialization import tell_flax
+from axattn.nnx._attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
     MultiQueryAttention,
     SelfAttention,
 )
-from axattn.nnx.function import dot_product_attention
-from axattn.nnx.latent import MultiHeadLatentAttention
-from axattn.serialization import tell_flax
+from axattn.nnx._function import dot_product_attention
+from axattn.nnx._latent import MultiHeadLatentAttention
 
 __all__ = [
     "GroupedQueryAttention",

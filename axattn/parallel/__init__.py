@@ -10,12 +10,12 @@ Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on 
 `local_attention` attends across the shards of a sequence, `DealtCache` over those of a cache.
 """
 
-from axattn.parallel.attention import attention, explain, local_attention
-from axattn.parallel.caches import ShardedCache
-from axattn.parallel.dealt import DealtCache
-from axattn.sharded.axes import Axes
-from axattn.sharded.costs import Links
-from axattn.sharded.layouts import positions
+from axattn._sharded.axes import Axes
+from axattn._sharded.costs import Links
+from axattn._sharded.layouts import positions
+from axattn.parallel._attention import attention, explain, local_attention
+from axattn.parallel._sharded_cache import ShardedCache
+from axattn.parallel._striped_cache import DealtCache
 
 __all__ = [
     "Axes",

@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from axattn.cache.pool import PagePool
+from axattn.cache._pool import PagePool
 
 _SAMPLE_EVERY = 8  # steps
 

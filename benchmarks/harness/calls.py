@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from axattn.arguments import normalize
-from axattn.call import AttentionCall
-from axattn.options import AttentionOptions
+from axattn._arguments import normalize
+from axattn._call import AttentionCall
+from axattn._options import AttentionOptions
 
 
 def make_call(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from axattn import quantization
+from axattn import _quantization
+from axattn._stored import NEVER, KeyValueArrays
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
-from axattn.stored import NEVER, KeyValueArrays
 from benchmarks.harness.decode_cases import Case
 
 # Sets of inputs that take turns come to this much, far more than an L2 of 50 MB; they are an odd
@@ -134,9 +134,9 @@ def _vectors(key, *, shape: tuple[int, ...], dtype: str, stored) -> tuple:
 
     def row(key):
         x = jax.random.normal(key, shape[1:], jnp.float32)
-        if not quantization.is_quantized(dtype):
-            return quantization.to_storage(x, dtype, stored), None
-        return tuple(quantization.quantize(x, dtype))
+        if not _quantization.is_quantized(dtype):
+            return _quantization.to_storage(x, dtype, stored), None
+        return tuple(_quantization.quantize(x, dtype))
 
     together = max(1, min(shape[0], _CHUNK // math.prod(shape[1:])))
     return lax.map(row, jax.random.split(key, shape[0]), batch_size=together)

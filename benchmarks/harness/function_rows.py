@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import axattn
-from axattn import aot, quantization
+from axattn import _quantization, aot
 from axattn.cache import DenseCache
 from benchmarks.harness import functions, inputs, plans, refusals, rounds, rows
 from benchmarks.harness.baselines import BASELINES
@@ -64,7 +64,7 @@ def build(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function, and the shapes of its arguments."""
     name, decode = case.implementation, case.direction == DECODE
     chosen = None if name == "default" else name
-    float_dtype = "bfloat16" if quantization.is_quantized(case.dtype) else case.dtype
+    float_dtype = "bfloat16" if _quantization.is_quantized(case.dtype) else case.dtype
 
     def struct(length: int, heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((case.batch, length, heads, case.head_dim), float_dtype)

@@ -8,7 +8,7 @@ import jax
 
 import axattn
 from axattn import _jax_compat
-from axattn.implementations import mosaic_tpu
+from axattn._implementations import mosaic_tpu
 from benchmarks.harness.calls import make_call
 from benchmarks.harness.kernel_blocks import traced_on
 

@@ -161,7 +161,7 @@ def missing_compilers(names: Sequence[str]) -> dict[str, str]:
 
 def implementations() -> tuple[str, ...]:
     """All names that a case may give as its implementation."""
-    from axattn.implementations import registry
+    from axattn._implementations import registry
     from benchmarks.harness.baselines import BASELINES
 
     return (*BASELINES, "default", *registry.NAMES)
@@ -169,7 +169,7 @@ def implementations() -> tuple[str, ...]:
 
 def implementations_for(platform: str) -> list[str]:
     """axattn's implementations that exist for a platform: cpu, cuda, rocm or tpu."""
-    from axattn.implementations import flash, registry
+    from axattn._implementations import flash, registry
 
     return [
         name

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from axattn import _jax_compat
-from axattn.aot.targets import target
-from axattn.implementations import blocks as chunks
-from axattn.kernels.hopper import tiles as hopper_tiles
-from axattn.kernels.hopper.rows import ROWS
-from axattn.kernels.tpu import tiles as tpu_tiles
+from axattn._implementations.chunked import block_sizes as chunks
+from axattn.aot._targets import target
+from axattn.kernels._hopper import block_sizes as hopper_tiles
+from axattn.kernels._hopper.rows import ROWS
+from axattn.kernels._tpu.flash import block_sizes as tpu_tiles
 from benchmarks.harness.calls import asked
 from benchmarks.harness.tpu_roofline import DEVICES
 

@@ -13,7 +13,7 @@ from jax import lax
 
 import axattn
 import axattn.linen
-from axattn.layers.options import requested
+from axattn._layers.options import requested
 from axattn.rotary import RotaryEmbedding
 from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.functions import in_direction

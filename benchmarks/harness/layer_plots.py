@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from axattn.plotting.curves import Panel, draw
+from axattn.plotting._curves import Panel, draw
 from benchmarks.harness import plotting
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.layer_rows import HERE, Cell

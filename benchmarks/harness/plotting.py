@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from axattn.plotting import plot_curves
-from axattn.plotting.library import pyplot
+from axattn.plotting._library import pyplot
+from axattn.plotting._style import COLORS, GREY, RULES, TEXT
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.rows import Row
+
+__all__ = ["COLORS", "GREY", "RULES", "TEXT", "check_path", "plot", "save"]
 
 
 def check_path(path: str) -> pathlib.Path:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import axattn.linen
 from axattn import parallel
 from axattn.cache import DenseCache
-from axattn.parallel.caches import ShardedCache
+from axattn.parallel._sharded_cache import ShardedCache
 from benchmarks.harness import layer_build, layer_cases
 from benchmarks.harness.functions import in_direction
 from benchmarks.harness.scale_cases import Case

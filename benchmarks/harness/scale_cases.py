@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from axattn.sharded.costs import STRATEGIES
+from axattn._sharded.costs import STRATEGIES
 
 TABLES = ("layer", "decode")
 DIRECTIONS = ("fwd", "fwd+bwd")

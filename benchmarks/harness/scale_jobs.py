@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from axattn.aot.targets import Target
+from axattn.aot._targets import Target
 from benchmarks.harness import environment, plans, refusals, scale_rows
 from benchmarks.harness.scale_cases import Case
 from benchmarks.harness.scale_rows import Cell

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn import dot_product_attention
-from axattn.kernels.hopper.tiles import KINDS
+from axattn.kernels._hopper.block_sizes import KINDS
 from benchmarks.harness.calls import make_call
 from benchmarks.harness.tile_candidates import Place
 
@@ -102,11 +102,12 @@ def attend(arrays: Mapping[str, Any], features: tuple[str, ...], **more: Any) ->
 def runner(place: Place, tiles: Any, features: tuple[str, ...]) -> Callable[..., Any]:
     """``fn(**inputs)`` that runs the place's kernel: its output alone, or its gradients."""
     # Imported here: these modules need jax >= 0.11.
-    from axattn.kernels.hopper import backward, operands
-    from axattn.kernels.hopper.forward import forward
-    from axattn.kernels.hopper.key_grad import key_grad
-    from axattn.kernels.hopper.query_grad import query_grad
-    from axattn.kernels.problem import Problem
+    from axattn.kernels._hopper import operands
+    from axattn.kernels._hopper.flash import backward
+    from axattn.kernels._hopper.flash.forward import forward
+    from axattn.kernels._hopper.flash.key_grad import key_grad
+    from axattn.kernels._hopper.flash.query_grad import query_grad
+    from axattn.kernels._problem import Problem
 
     def run(lse=None, dout=None, delta=None, **arrays):
         call = make_call(**arrays, **options(features))

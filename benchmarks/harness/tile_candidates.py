@@ -15,10 +15,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from axattn.kernels.hopper import memory
-from axattn.kernels.hopper.memory import SHARED_BYTES
-from axattn.kernels.hopper.rows import ROWS
-from axattn.kernels.hopper.tiles import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
+from axattn.kernels._hopper import memory
+from axattn.kernels._hopper.block_sizes import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
+from axattn.kernels._hopper.memory import SHARED_BYTES
+from axattn.kernels._hopper.rows import ROWS
 
 KERNELS = ("forward", "query_grad", "key_grad")
 HEAD_SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))

@@ -1,4 +1,4 @@
-"""`tiles.json`: read, merged with new rows, written.
+"""`block_sizes.json`: read, merged with new rows, written.
 
     {"provenance": {RUN: {"device": ..., "jax": ..., "command": ..., ...}, ...},
      "rows": [{"kernel": ..., "kind": ..., "head_dim": ..., "value_head_dim": ..., "tiles": {...},
@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import axattn
-from axattn.kernels.hopper.tiles import TILES, table
+from axattn.kernels._hopper.block_sizes import TILES, table
 from benchmarks.harness.tile_candidates import HEAD_SIZES, KERNELS, KINDS, Place
 
-PATH = pathlib.Path(axattn.__file__).parent / "kernels" / "hopper" / "tiles.json"
+PATH = pathlib.Path(axattn.__file__).parent / "kernels" / "_hopper" / "block_sizes.json"
 
 
 def row(place: Place, tiles: Any, **provenance: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import dataclasses
 from typing import Any
 
 from axattn import aot
-from axattn.kernels.tpu import tiles
-from axattn.kernels.tpu.forward import forward
+from axattn.kernels._tpu.flash import block_sizes
+from axattn.kernels._tpu.flash.forward import forward
 from benchmarks.harness import units
 from benchmarks.harness.calls import asked, make_call
 from benchmarks.harness.kernel_blocks import tpu_chip
@@ -42,12 +42,14 @@ def candidates(where: str, *shapes: Any, **options: Any) -> list[Candidate]:
     chip = tpu_chip(where)
 
     def weigh(call) -> list[Candidate]:
-        best = tiles.forward_tiles(call, chip)
+        best = block_sizes.forward_tiles(call, chip)
         found = []
-        for blocks in tiles.candidates(call):
-            seconds = tiles.estimate(call, chip, tiles.FORWARD, *blocks).total / chip.cores
-            vmem = tiles.vmem_bytes(call, tiles.FORWARD, *blocks)
-            fits = tiles.fits(call, chip, tiles.FORWARD, *blocks)
+        for blocks in block_sizes.candidates(call):
+            seconds = (
+                block_sizes.estimate(call, chip, block_sizes.FORWARD, *blocks).total / chip.cores
+            )
+            vmem = block_sizes.vmem_bytes(call, block_sizes.FORWARD, *blocks)
+            fits = block_sizes.fits(call, chip, block_sizes.FORWARD, *blocks)
             taken = blocks == (best.block_q, best.block_kv)
             found.append(Candidate(*blocks, vmem, seconds, fits, taken))
         return found
@@ -74,7 +76,7 @@ def compiled(
 
     What it needs beyond that is a refusal, with the bytes that were asked for.
     """
-    own = tiles.Tiles(block_q, block_kv, vmem_limit)
+    own = block_sizes.Tiles(block_q, block_kv, vmem_limit)
 
     def attend(*arrays):
         return forward(make_call(*arrays, **options), own, interpret=False)[0]

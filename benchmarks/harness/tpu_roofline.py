@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from axattn.kernels.extent import blocks_per_tile
-from axattn.kernels.tpu import tiles
+from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._tpu.flash import block_sizes
 from benchmarks.harness.calls import asked
 
 # What the devices call themselves, and their cores.
@@ -32,7 +32,7 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
         passes = _passes(call, chip, direction)
         seconds, flops, moved = 0.0, 0.0, 0.0
         for kind, blocks in passes:
-            found = tiles.estimate(call, chip, kind, *blocks)
+            found = block_sizes.estimate(call, chip, kind, *blocks)
             seconds += found.total / chip.cores
             moved += found.memory * chip.hbm_bandwidth
             flops += length**2 / 2 * heads * 2 * size * (kind.head + kind.value)
@@ -62,15 +62,15 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
 def _passes(call, chip, direction: str) -> list:
     """(kind, blocks) of each kernel."""
     if direction == "fwd":
-        found = tiles.forward_tiles(call, chip)
-        return [(tiles.FORWARD, (found.block_q, found.block_kv))]
-    found = tiles.backward_tiles(call, chip)
+        found = block_sizes.forward_tiles(call, chip)
+        return [(block_sizes.FORWARD, (found.block_q, found.block_kv))]
+    found = block_sizes.backward_tiles(call, chip)
     first = (found.query.block_q, found.query.block_kv)
     if found.key is None:
-        return [(tiles.FUSED, first)]
+        return [(block_sizes.FUSED, first)]
     return [
-        (tiles.QUERY_GRAD, first),
-        (tiles.KEY_GRAD, (found.key.block_q, found.key.block_kv)),
+        (block_sizes.QUERY_GRAD, first),
+        (block_sizes.KEY_GRAD, (found.key.block_q, found.key.block_kv)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axattn.plotting.units import NOTHING, amount, seconds, size, three
+from axattn.plotting._units import NOTHING, amount, seconds, size, three
 from benchmarks.harness import noise
 
 __all__ = ["NOTHING", "amount", "percent", "quotient", "ratio", "seconds", "size"]

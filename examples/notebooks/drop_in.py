@@ -62,8 +62,8 @@ import optax
 import axattn
 from axattn import checkpoints
 from axattn.cache import DenseCache, bytes_per_token
-from axattn.plotting import style
 from benchmarks.harness import environment, paired
+from benchmarks.harness.plotting import COLORS, GREY, RULES, TEXT
 from examples import data
 
 environment.choose_backend()  # the CPU, where compilers for other chips are all that there is
@@ -290,13 +290,13 @@ after = {
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
-ax.plot(training_losses, color=style.GREY, label="MHA, from scratch")
-for color, (name, losses) in zip(style.COLORS, uptraining_losses.items(), strict=False):
+ax.plot(training_losses, color=GREY, label="MHA, from scratch")
+for color, (name, losses) in zip(COLORS, uptraining_losses.items(), strict=False):
     updates = np.arange(TRAINING, TRAINING + UPTRAINING)
     ax.plot(updates, losses, color=color, label=f"{name}, {KV_HEADS[name]} key/value heads")
-ax.axvline(TRAINING, color=style.TEXT, linestyle=":", linewidth=1)
+ax.axvline(TRAINING, color=TEXT, linestyle=":", linewidth=1)
 ax.set(xlabel="update", ylabel="loss, nats per token", title="Conversion, and training after it")
-ax.grid(color=style.RULES)
+ax.grid(color=RULES)
 ax.legend()
 plt.show()
 

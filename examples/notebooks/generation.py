@@ -52,8 +52,9 @@ import numpy as np
 from flax import nnx
 
 import axattn
-from axattn.plotting import plot_attention, sown_weights, style
+from axattn.plotting import plot_attention, sown_weights
 from benchmarks.harness import environment
+from benchmarks.harness.plotting import COLORS, RULES
 from examples import checkpoint, data, quality
 from examples.caches import KINDS, make_caches
 from examples.generation import generate_without_cache, jit_generate
@@ -181,14 +182,14 @@ for dtype in DTYPES:
 lengths = 2 ** np.arange(8, 17)
 lines = [("dense", "float32"), ("ring", "float32"), ("dense", "int8"), ("ring", "int8")]
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-for color, (kind, dtype) in zip(style.COLORS, lines, strict=False):
+for color, (kind, dtype) in zip(COLORS, lines, strict=False):
     sizes = [size_of(kind, dtype, int(length)) / 2**20 for length in lengths]
     ax.loglog(
         lengths, sizes, "-" if kind == "dense" else "--", color=color, label=f"{kind}, {dtype}"
     )
 ax.set_xscale("log", base=2)
 ax.set(xlabel="tokens of one text", ylabel="MiB, all layers", title="Bytes of the caches")
-ax.grid(color=style.RULES)
+ax.grid(color=RULES)
 ax.legend()
 plt.show()
 

@@ -57,8 +57,8 @@ from IPython.display import Markdown
 
 import axattn
 from axattn import Mask
-from axattn.mask_parts import EMPTY, FULL
-from axattn.plotting import RooflinePoint, plot_mask, plot_roofline, units
+from axattn.masks import EMPTY, FULL
+from axattn.plotting import RooflinePoint, plot_mask, plot_roofline
 from benchmarks.harness import (
     committed,
     environment,
@@ -73,6 +73,7 @@ from benchmarks.harness import (
     tile_compile,
     tile_table,
     tpu_blocks,
+    units,
 )
 
 environment.choose_backend()  # the CPU, where compilers for other chips are all that there is
@@ -215,8 +216,8 @@ if "v5p" in missing:
 # to ptxas: what does not fit is spilled to memory, which costs more than a larger block gains. All
 # threads start with the same number of registers; the warpgroups that compute then take more from
 # the one that copies. So it is the spilled bytes (per thread) that tell. The sizes in
-# `axattn/kernels/hopper/tiles.json` are the largest that spill nothing; the last row asks for 176
-# keys.
+# `axattn/kernels/_hopper/block_sizes.json` are the largest that spill nothing; the last row asks
+# for 176 keys.
 
 # %%
 HEAD_SIZES = (128,) if TINY else (64, 128, 256)

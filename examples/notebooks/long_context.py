@@ -59,10 +59,11 @@ from matplotlib.colors import ListedColormap
 import axattn
 import axattn.linen
 from axattn import parallel
-from axattn.aot.collectives import program_collectives
+from axattn.aot import program_collectives
 from axattn.cache import DenseCache
-from axattn.plotting import plot_curves, style
+from axattn.plotting import plot_curves
 from benchmarks.harness import environment
+from benchmarks.harness.plotting import COLORS
 from examples import checkpoint, data, sharding
 from examples.generation import jit_generate
 
@@ -166,10 +167,10 @@ for layout, (top, bottom) in zip(("contiguous", "zigzag"), plots.T, strict=True)
     owner = np.empty(chunks)
     owner[parallel.positions(layout, DEVICES, chunks)] = np.arange(chunks) // 2
     causal = np.tril(np.ones((chunks, chunks), bool))
-    top.imshow(np.where(causal, owner[:, None], np.nan), cmap=ListedColormap(style.COLORS))
+    top.imshow(np.where(causal, owner[:, None], np.nan), cmap=ListedColormap(COLORS))
     top.set(title=layout, xlabel="keys, in 16 parts", ylabel="queries")
     work = [causal[owner == device].sum() for device in range(DEVICES)]
-    bottom.bar(range(DEVICES), work, color=style.COLORS)
+    bottom.bar(range(DEVICES), work, color=COLORS)
     bottom.set(xlabel="device", ylabel="blocks")
     print(f"{layout:10} blocks of the busiest device: {max(work)}, average: {np.mean(work):g}")
 plt.show()

@@ -57,7 +57,7 @@ from IPython.display import Markdown
 import axattn
 from axattn import aot
 from axattn.cache import bytes_per_token
-from axattn.plotting import plot_curves, units
+from axattn.plotting import plot_curves
 from benchmarks.harness import (
     committed,
     environment,
@@ -66,6 +66,7 @@ from benchmarks.harness import (
     layer_cases,
     layer_jobs,
     tables,
+    units,
 )
 from benchmarks.harness.functions import in_direction
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn import aot
-from axattn.aot.collectives import collectives, group_size
+from axattn.aot._collectives import collectives, group_size
 from tests.aot.compilers import need
 
 BYTES = 32 * 64 * 4  # of what one of four devices has

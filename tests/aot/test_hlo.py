@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from axattn import _jax_compat
-from axattn.aot import hlo
-from axattn.aot.cost import program_cost
+from axattn.aot import _hlo as hlo
+from axattn.aot._cost import program_cost
 
 # The shape of a TPU program: no known_trip_count, the counter's start copied in from outside, the
 # bound in a fusion, an invariant carried through an outer loop.

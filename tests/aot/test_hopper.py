@@ -60,9 +60,9 @@ def test_no_row_of_the_table_spills(target, kernel, kind, sizes):
 
 
 def test_kinds():
-    from axattn.kernels.hopper import tiles
+    from axattn.kernels._hopper import block_sizes
 
-    assert set(KINDS) == set(tiles.KINDS)
+    assert set(KINDS) == set(block_sizes.KINDS)
 
 
 @releases_have_all("kernel", ["forward"], KERNELS)

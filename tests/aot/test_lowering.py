@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from axattn import aot
-from axattn.aot.targets import traced_as
+from axattn.aot._targets import traced_as
 from tests.aot.compilers import need
 from tests.test_lowering import attend, gradients, hopper, kernels, structs
 

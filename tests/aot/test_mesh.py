@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn import _jax_compat, aot
-from axattn.aot.meshes import grid_ring
+from axattn.aot._meshes import grid_ring
 from tests.aot.compilers import need
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from axattn import aot
 from axattn.cache import DenseCache, PagedCache
 from axattn.parallel import Axes
-from axattn.parallel.caches import ShardedCache
+from axattn.parallel._sharded_cache import ShardedCache
 from tests.aot.compilers import need, releases_have_all
 
 pytestmark = pytest.mark.aot

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from axattn import aot
-from axattn.aot import toolchain
+from axattn.aot import _toolchain
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def installed(monkeypatch):
         except KeyError:
             raise metadata.PackageNotFoundError(name) from None
 
-    monkeypatch.setattr(toolchain.metadata, "version", version)
+    monkeypatch.setattr(_toolchain.metadata, "version", version)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    toolchain.device.cache_clear()
+    _toolchain.device.cache_clear()
     yield packages
-    toolchain.device.cache_clear()
+    _toolchain.device.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["v5p", "v6e"])
@@ -96,6 +96,6 @@ def test_the_cpu_needs_nothing(installed):
 def test_what_the_user_set_is_kept(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
-    toolchain._set_defaults({"TPU_WORKER_HOSTNAMES": "ours", "TPU_ACCELERATOR_TYPE": "ours"})
-    assert toolchain.os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
-    assert toolchain.os.environ["TPU_ACCELERATOR_TYPE"] == "ours"
+    _toolchain._set_defaults({"TPU_WORKER_HOSTNAMES": "ours", "TPU_ACCELERATOR_TYPE": "ours"})
+    assert _toolchain.os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+    assert _toolchain.os.environ["TPU_ACCELERATOR_TYPE"] == "ours"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from axattn.cache import DenseCache, PagedCache, RingCache
-from axattn.kernels.tpu import cached
-from axattn.kernels.tpu.cached_tiles import cached_tiles, refuses
+from axattn.kernels._tpu.cached import kernel
+from axattn.kernels._tpu.cached.block_sizes import cached_tiles, refuses
 from tests.aot.compilers import analyze, releases_have_all
 from tests.kernels.calls import call_of_cache
 
@@ -59,7 +59,7 @@ def compiled(target, cache, query, arrays=None, **options):
         call = call_of_cache(cache, query, **options, **(arrays or {}))
         assert refuses(call) is None
         tiles = cached_tiles(call, VMEM[target] * 2**20)
-        return cached.attend(call, tiles, cores=CORES[target])
+        return kernel.attend(call, tiles, cores=CORES[target])
 
     r = analyze(program, cache, query, arrays, target=target)
     assert r.ok, r

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from axattn.cache.pool import PagePool
+from axattn.cache._pool import PagePool
 from benchmarks.harness import cache_trace
 from benchmarks.harness.cache_trace import Request
 

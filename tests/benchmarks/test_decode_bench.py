@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn.stored import NEVER
+from axattn._stored import NEVER
 from benchmarks.harness import (
     bandwidth,
     decode_compile,

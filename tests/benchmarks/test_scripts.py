@@ -210,7 +210,7 @@ def test_decode_bench_for_a_target():
 @needs_kernels
 @pytest.mark.aot
 def test_tune_hopper(tmp_path):
-    path = tmp_path / "tiles.json"
+    path = tmp_path / "block_sizes.json"
     tile_table.write(tile_table.read(), path)
     out, _ = script(
         "tune_hopper.py", "--mode=compile", "--kernels=query_grad", "--kinds=full",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from axattn.kernels.hopper.tiles import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
+from axattn.kernels._hopper.block_sizes import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
 from benchmarks.harness import tile_candidates
 from benchmarks.harness.tile_candidates import Place
 

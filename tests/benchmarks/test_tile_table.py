@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from axattn.kernels.hopper.tiles import ForwardTiles, KeyGradTiles
+from axattn.kernels._hopper.block_sizes import ForwardTiles, KeyGradTiles
 from benchmarks.harness import tile_table
 from benchmarks.harness.tile_candidates import Place
 
@@ -62,7 +62,7 @@ def test_rows_are_in_order_and_unknown_kinds_are_dropped():
 
 
 def test_written_is_read(tmp_path):
-    path = tmp_path / "tiles.json"
+    path = tmp_path / "block_sizes.json"
     tile_table.write(table(), path)
     assert tile_table.read(path) == table()
     # A line for each row.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from axattn.kernels.hopper.tiles import KINDS, TILES, ForwardTiles, KeyGradTiles, kind
+from axattn.kernels._hopper.block_sizes import KINDS, TILES, ForwardTiles, KeyGradTiles, kind
 from benchmarks.harness import (
     ptxas,
     rounds,

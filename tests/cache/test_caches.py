@@ -12,9 +12,9 @@ import pytest
 from jax.experimental import checkify
 
 from axattn import _jax_compat
-from axattn.cache import Cache, DenseCache, PagedCache, RingCache, bytes_per_token, write
+from axattn._stored import NEVER
+from axattn.cache import Cache, DenseCache, PagedCache, RingCache, _write, bytes_per_token
 from axattn.quantization import quantize
-from axattn.stored import NEVER
 from tests import caches
 from tests.caches import FLOATS, KINDS, PAGE, QUANTIZED, B, H, K, h
 from tests.precision import optimized_jit
@@ -83,8 +83,8 @@ def test_the_scatter_of_gpus_and_whole_tiles_of_tpus_write_the_same(kind, length
     def both(cache):
         key, value, n = cache._checked_tokens(k, v, np.array([length, min(length, 3), 0]))
         tokens, places = cache._encoded(key, value), cache._places(jnp.asarray(n), length)
-        slices = write._slices(cache.arrays, tokens, places, unit_of=lambda array: unit)
-        return slices, write._scatter(cache.arrays, tokens, places)
+        slices = _write._slices(cache.arrays, tokens, places, unit_of=lambda array: unit)
+        return slices, _write._scatter(cache.arrays, tokens, places)
 
     for before in (np.array([31, 32, 0]), np.array([16, 4, 15])):
         same(*both(grown(kind, before)[0]))
@@ -93,9 +93,9 @@ def test_the_scatter_of_gpus_and_whole_tiles_of_tpus_write_the_same(kind, length
 def test_units_of_tpus():
     wide = {"int8": 32, "int4": 64, "uint8": 32, "bfloat16": 1, "float32": 1}
     for dtype, unit in wide.items():
-        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 256), dtype)) == unit
-        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 128), dtype)) == 1
-        assert write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 16, 256), dtype)) == 1
+        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 256), dtype)) == unit
+        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 128), dtype)) == 1
+        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 16, 256), dtype)) == 1
 
 
 @pytest.mark.parametrize(
@@ -661,7 +661,7 @@ def test_float64_needs_x64():
 
 
 def test_the_number_of_copies_does_not_recompile():
-    from axattn.cache.paged import _copy_pages
+    from axattn.cache._paged import _copy_pages
 
     cache = caches.make("paged")
     cache.copy_pages(np.arange(8), np.arange(8))

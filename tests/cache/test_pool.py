@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from axattn.cache.pool import PagePool, PoolExhaustedError, PoolStatistics, UnknownSequenceError
+from axattn.cache._pool import PagePool, PoolExhaustedError, PoolStatistics, UnknownSequenceError
 
 PROMPT = list(range(10))  # of pages of 4: two full ones and half of a third
 

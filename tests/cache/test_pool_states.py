@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from axattn.cache.pool import PagePool, PoolExhaustedError, UnknownSequenceError
+from axattn.cache._pool import PagePool, PoolExhaustedError, UnknownSequenceError
 from tests.tiers import ci, exhaustive
 
 SETTINGS = settings(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axattn.cache.radix import Match, RadixTree, token_ids
+from axattn.cache._radix import Match, RadixTree, token_ids
 
 SIZE = 3
 

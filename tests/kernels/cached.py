@@ -8,8 +8,8 @@ import numpy as np
 
 from axattn import Mask
 from axattn.cache import PagedCache
-from axattn.kernels.tpu import cached
-from axattn.kernels.tpu.cached_tiles import CachedTiles, refuses
+from axattn.kernels._tpu.cached import kernel
+from axattn.kernels._tpu.cached.block_sizes import CachedTiles, refuses
 from tests import caches
 from tests.cache.test_attend import check
 from tests.kernels.calls import call_of_cache
@@ -72,7 +72,7 @@ def attend(family, cache, query, *, tiles=None, cores=1, interpret=True, **optio
         call = call_of_cache(cache, query, **options)
         assert refuses(call) is None
         own = tiles or CachedTiles(min(query.shape[1], 8), 128)
-        return cached.attend(call, own, cores=cores, interpret=interpret)
+        return kernel.attend(call, own, cores=cores, interpret=interpret)
 
     arrays = {k: v for k, v in options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
     static = {k: v for k, v in options.items() if k not in arrays}

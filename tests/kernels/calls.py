@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn import Mask
-from axattn.arguments import normalize_over_cache
+from axattn._arguments import normalize_over_cache
 from benchmarks.harness.calls import make_call as call_of
 
 # What no kernel takes: the reason, other sizes than `shapes` has, and options.

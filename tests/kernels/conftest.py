@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from axattn import _jax_compat
-from axattn.implementations import mosaic_gpu, mosaic_tpu
+from axattn._implementations import mosaic_gpu, mosaic_tpu
 from tests.kernels.interpreter import behind_the_door, numpy_in_callbacks
 
 TPU, HOPPER = "mosaic_tpu", "mosaic_gpu"

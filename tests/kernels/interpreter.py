@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax._src import callback as jax_callback
 
-from axattn import attention
-from axattn.implementations import flash, registry
+from axattn import _attention
+from axattn._implementations import flash, registry
 
 
 def behind_the_door(monkeypatch, name, call_refusal):
@@ -26,7 +26,7 @@ def behind_the_door(monkeypatch, name, call_refusal):
     monkeypatch.setattr(flash, "ways", ways)
     # A function of our own: jit must not find the programs of other ways.
     attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
-    monkeypatch.setattr(attention, "_attend", attend)
+    monkeypatch.setattr(_attention, "_attend", attend)
 
 
 def numpy_in_callbacks(monkeypatch, *, integers: bool):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn.kernels.tpu.cached_tiles import CachedTiles
+from axattn.kernels._tpu.cached.block_sizes import CachedTiles
 from tests.kernels.cached import (
     LENGTHS,
     B,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn.kernels import masks
+from axattn.kernels import _masks
 from tests.kernels.calls import make_call
 
 OPTIONS = {
@@ -44,8 +44,8 @@ def test_bounds_of_rows_and_positions_of_keys_are_the_mask(name):
         call = make_call(2, 20, 20, 2, 1, 64, **BOUNDED[name])
         given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)
         want = call.mask.materialize(20, 20, **given)
-        call = masks.fold_key_masks(call)
-        low, high = masks.bounds(call)
+        call = _masks.fold_key_masks(call)
+        low, high = _masks.bounds(call)
         positions = call.spans()[1].positions[:, None]
         found = positions < high[..., None]
         return found if low is None else found & (positions >= low[..., None]), want
@@ -65,9 +65,9 @@ def test_rows_without_keys_are_expected_where_there_may_be_some(name):
     seen = np.broadcast_to(seen, (*seen.shape[:2], 20, 20))
     if call.bias is not None:
         seen = seen & np.isfinite(np.asarray(call.bias))
-    expected = masks.may_have_empty_rows(call)
+    expected = _masks.may_have_empty_rows(call)
     assert expected == (not seen.any(-1).all())
 
 
 def test_a_window_over_more_rows_than_keys():
-    assert masks.may_have_empty_rows(make_call(1, 40, 20, 2, 1, 64, local_window_size=3))
+    assert _masks.may_have_empty_rows(make_call(1, 40, 20, 2, 1, 64, local_window_size=3))

@@ -11,8 +11,8 @@ import pytest
 
 import axattn.linen
 import axattn.nnx
-from axattn.layers.config import AttentionConfig, LatentConfig, merge_qk_norm
-from axattn.layers.options import requested
+from axattn._layers.config import AttentionConfig, LatentConfig, merge_qk_norm
+from axattn._layers.options import requested
 from axattn.rotary import RotaryEmbedding
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 import axattn.linen
 import axattn.nnx
+from axattn._layers.masking import as_given
 from axattn.cache import DenseCache
-from axattn.layers.masking import as_given
 
 T, E, N = 3, 8, 2
 LOW = np.where(np.tri(T, dtype=bool), 0, -1e9)  # what is added to logits

@@ -12,8 +12,8 @@ import pytest
 import axattn
 import axattn.linen
 from axattn import Mask
-from axattn.layers.weights import attention_weights, weighted_sum
-from axattn.options import AttentionOptions
+from axattn._layers.weights import attention_weights, weighted_sum
+from axattn._options import AttentionOptions
 from tests.tiers import ci
 
 T, S, N, H = 5, 7, 4, 8

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import numpy as np
 
+from axattn._sharded.axes import Axes
 from axattn.cache import DenseCache, PagedCache
-from axattn.parallel.caches import ShardedCache
-from axattn.sharded.axes import Axes
+from axattn.parallel._sharded_cache import ShardedCache
 from tests import caches
 from tests.caches import PAGE, H, K, h
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask, parallel
-from axattn.sharded import costs
+from axattn._sharded import costs
 from tests import cases, precision
 from tests.cases import Shape
 from tests.precision import Call

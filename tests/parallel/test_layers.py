@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import axattn.linen
 import axattn.nnx
 from axattn import parallel
-from axattn.layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
+from axattn._layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
 from axattn.rotary import RotaryEmbedding
 
 AXES = parallel.Axes(batch="data", heads="model", sequence="context")

@@ -8,7 +8,7 @@ from flax import nnx
 
 from axattn import linen
 from axattn import nnx as axattn_nnx
-from axattn.plotting import plot_attention, sown_weights, style
+from axattn.plotting import _style, plot_attention, sown_weights
 from tests.plotting.pictures import check_legible, pixels, rendered
 
 TOKENS = "The quick brown fox jumps over $1 lazy dogs and runs away".split()
@@ -25,7 +25,7 @@ def test_pixels_are_the_weights():
     maps = weights(2, 3, 6, 8)
     figure = plot_attention(maps, row=1, heads=[2, 0])
     image, shown = rendered(figure), maps[1][[2, 0]]
-    colors = colormaps[style.SEQUENTIAL]
+    colors = colormaps[_style.SEQUENTIAL]
     assert [ax.get_title() for ax in figure.axes[:2]] == ["head 2", "head 0"]
     for ax, values in zip(figure.axes, shown, strict=False):
         want = colors(values / shown.max())[..., :3]

@@ -4,14 +4,14 @@ import sys
 
 import pytest
 
-from axattn.plotting import library
+from axattn.plotting import _library
 
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[plot\]'"):
-        library.pyplot()
+        _library.pyplot()
 
 
 def test_with_matplotlib():
-    assert library.pyplot() is sys.modules["matplotlib.pyplot"]
+    assert _library.pyplot() is sys.modules["matplotlib.pyplot"]

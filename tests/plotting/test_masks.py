@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn.mask_parts import EMPTY, FULL, PARTIAL
-from axattn.plotting import axes, plot_mask, style
+from axattn._mask_parts import EMPTY, FULL, PARTIAL
+from axattn.plotting import _axes, _style, plot_mask
 from tests.plotting.pictures import check_legible, pixels, rendered
 from tests.tiers import ci
 
@@ -36,9 +36,9 @@ def test_blocks_have_the_colours_of_their_states(name):
     allowed = np.asarray(mask.materialize(q_len, kv_len))[0, 0]
     state = np.kron(states, np.ones((block_q, block_kv), int))[..., None]
     inside = np.where(
-        allowed[..., None], axes.rgb(style.PARTIAL_ATTENDED), axes.rgb(style.PARTIAL_MASKED)
+        allowed[..., None], _axes.rgb(_style.PARTIAL_ATTENDED), _axes.rgb(_style.PARTIAL_MASKED)
     )
-    outside = axes.rgb(style.EMPTY), axes.rgb(style.FULL)
+    outside = _axes.rgb(_style.EMPTY), _axes.rgb(_style.FULL)
     want = np.select([state == EMPTY, state == FULL], outside, inside)
     np.testing.assert_allclose(pixels(ax, allowed.shape, image), want, atol=0.02)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -51,7 +51,7 @@ def test_elements_without_blocks():
     mask = Mask.window(3, 1)
     ax = plot_mask(mask, 9, 12, title="a title")
     image, allowed = rendered(ax.figure), np.asarray(mask.materialize(9, 12))[0, 0]
-    want = np.where(allowed[..., None], axes.rgb(style.FULL), axes.rgb(style.EMPTY))
+    want = np.where(allowed[..., None], _axes.rgb(_style.FULL), _axes.rgb(_style.EMPTY))
     np.testing.assert_allclose(pixels(ax, (9, 12), image), want, atol=0.02)
     assert ax.get_title() == "a title"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["attended", "masked"]
@@ -72,13 +72,13 @@ def cells(ax):
 
 def share(pixels, masked, attended):
     """The inverse of the mixture of two colours."""
-    masked, attended = axes.rgb(masked), axes.rgb(attended)
+    masked, attended = _axes.rgb(masked), _axes.rgb(attended)
     return (pixels - masked) @ (attended - masked) / ((attended - masked) @ (attended - masked))
 
 
 def test_a_cell_shows_the_share_of_its_slots():
     array = np.random.default_rng(1).random((1030, 2050)) < 0.3
-    found = share(cells(plot_mask(array, 1030, 2050)), style.EMPTY, style.FULL)
+    found = share(cells(plot_mask(array, 1030, 2050)), _style.EMPTY, _style.FULL)
     assert found.shape == (344, 410)  # of 3 x 5 slots
     padded = np.full((344 * 3, 410 * 5), np.nan)
     padded[:1030, :2050] = array
@@ -93,7 +93,7 @@ def test_cells_lie_in_one_block():
     assert pixels.shape[:2] == (500, 500)
     states = np.asarray(Mask.causal().block_map(2500, 2500, 35, 35))[0]
     blocks = np.arange(500) // 7
-    full = np.abs(pixels - axes.rgb(style.FULL)).max(-1) < 1e-6
+    full = np.abs(pixels - _axes.rgb(_style.FULL)).max(-1) < 1e-6
     np.testing.assert_array_equal(full, states[np.ix_(blocks, blocks)] == FULL)
 
 
@@ -102,8 +102,8 @@ def test_a_million_tokens():
     length, window = 2**20, 2**18
     found = share(
         cells(plot_mask(Mask.causal() & Mask.window(window, 0), length, length)),
-        style.EMPTY,
-        style.FULL,
+        _style.EMPTY,
+        _style.FULL,
     )
     q, k = np.indices(found.shape)
     inside = (k < q) & (k > q - window // 2048)
@@ -113,11 +113,11 @@ def test_a_million_tokens():
 
 def test_rows_heads_and_positions():
     lengths = Mask.lengths(None, np.array([3, 7]))
-    second = share(cells(plot_mask(lengths, 8, 8, row=1)), style.EMPTY, style.FULL)
+    second = share(cells(plot_mask(lengths, 8, 8, row=1)), _style.EMPTY, _style.FULL)
     assert second[0].round().tolist() == [1] * 7 + [0]
     heads = np.zeros((1, 2, 8, 8), bool)
     heads[0, 1, 2, 3] = True
-    one = share(cells(plot_mask(heads, 8, 8, head=1)), style.EMPTY, style.FULL)
+    one = share(cells(plot_mask(heads, 8, 8, head=1)), _style.EMPTY, _style.FULL)
     assert one.round().sum() == one[2, 3].round() == 1
     positions = np.array([[0, 1, 2, 3], [4, 5, 6, 7]])
     options = dict(q_positions=positions, row=1, block_q=2, block_kv=4)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from axattn.plotting import axes, style
+from axattn.plotting import _axes, _style
 
 # Linear RGB as people see it who lack one kind of cone (severity 1.0): Machado, Oliveira and
 # Fernandes 2009, https://doi.org/10.1109/TVCG.2009.113, table 1.
@@ -46,7 +46,7 @@ WHITE = np.array([0.95047, 1.0, 1.08883])
 
 def lab(color, vision):
     """CIELAB of what a viewer sees; distances of 2.3 are just noticeable."""
-    rgb = axes.rgb(color) if isinstance(color, str) else np.asarray(color)
+    rgb = _axes.rgb(color) if isinstance(color, str) else np.asarray(color)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = XYZ @ np.clip(VISION[vision] @ linear, 0, 1) / WHITE
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
@@ -59,13 +59,13 @@ def distance(a, b, vision):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_colours_of_lines_are_told_apart(vision):
-    for a, b in itertools.combinations([*style.COLORS, "#FFFFFF"], 2):
+    for a, b in itertools.combinations([*_style.COLORS, "#FFFFFF"], 2):
         assert distance(a, b, vision) > 15, (a, b)
 
 
 @pytest.mark.parametrize("vision", VISION)
 def test_colours_of_masks_are_told_apart(vision):
-    colors = [style.EMPTY, style.FULL, style.PARTIAL_MASKED, style.PARTIAL_ATTENDED]
+    colors = [_style.EMPTY, _style.FULL, _style.PARTIAL_MASKED, _style.PARTIAL_ATTENDED]
     for a, b in itertools.combinations(colors, 2):
         assert distance(a, b, vision) > 20, (a, b)
 
@@ -74,7 +74,7 @@ def test_colours_of_masks_are_told_apart(vision):
 def test_greater_weights_are_lighter(vision):
     import matplotlib
 
-    colors = matplotlib.colormaps[style.SEQUENTIAL](np.linspace(0, 1, 11))[:, :3]
+    colors = matplotlib.colormaps[_style.SEQUENTIAL](np.linspace(0, 1, 11))[:, :3]
     lightness = [lab(color, vision)[0] for color in colors]
     assert np.all(np.diff(lightness) > 3)
 
@@ -97,7 +97,7 @@ def test_names_have_styles_of_their_own():
         "xla, absorbed",
     ]
     names += [f"unknown {i}" for i in range(40)]
-    found = style.styles(names)
+    found = _style.styles(names)
     assert list(found) == names
     assert len(set(found.values())) == len(names)
     assert found["xla, naive"].color == found["xla"].color
@@ -105,5 +105,5 @@ def test_names_have_styles_of_their_own():
 
 
 def test_a_style_does_not_depend_on_unknown_names():
-    alone = style.styles(["mosaic_tpu"])["mosaic_tpu"]
-    assert style.styles(["a", "b", "c", "d", "mosaic_tpu"])["mosaic_tpu"] == alone
+    alone = _style.styles(["mosaic_tpu"])["mosaic_tpu"]
+    assert _style.styles(["a", "b", "c", "d", "mosaic_tpu"])["mosaic_tpu"] == alone

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from axattn import Mask, parallel
-from axattn.sharded import costs, layouts
-from axattn.sharded.costs import Links, Problem
+from axattn._sharded import costs, layouts
+from axattn._sharded.costs import Links, Problem
 
 LINKS = Links(flops=1e12, bytes=1e9)
 ALL_PAIRS, CAUSAL = Mask(), Mask.causal()

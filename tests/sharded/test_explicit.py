@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import axattn
 from axattn._jax_compat import vary_over, varying_axes
-from axattn.sharded import explicit
+from axattn._sharded import explicit
 from tests import cases, precision
 from tests.cases import Shape
 from tests.precision import Call
@@ -82,7 +82,7 @@ def test_what_cannot_be_cut_alike_is_left_to_the_partitioner(sizes):
 
 def test_kernels_get_what_a_device_has(monkeypatch):
     """A kernel is called inside of shard_map, whatever the types are outside."""
-    from axattn.implementations import mosaic_tpu
+    from axattn._implementations import mosaic_tpu
     from tests.kernels.interpreter import behind_the_door
 
     seen = []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from axattn.cache import PagedCache
-from axattn.kernels import cost as shared
-from axattn.kernels.hopper import cost
+from axattn.kernels import _cost as shared
+from axattn.kernels._hopper import cost
 from tests.kernels.calls import call_of_cache, make_call
 
 B, T, S, N, K, H, h = 2, 200, 300, 6, 2, 64, 32

@@ -9,10 +9,10 @@ import pytest
 
 import axattn
 from axattn import _jax_compat
-from axattn.arguments import normalize_over_cache
+from axattn._arguments import normalize_over_cache
+from axattn._implementations import mosaic_gpu
+from axattn._options import AttentionOptions
 from axattn.cache import DenseCache, PagedCache
-from axattn.implementations import mosaic_gpu
-from axattn.options import AttentionOptions
 from tests.kernels.calls import REFUSED, make_call, shapes
 
 # What CUDA's programming guide says of compute capability 9.0, for one block of threads.
@@ -132,16 +132,17 @@ def test_none_takes_the_kernels_over_a_cache(hopper):
 @pytest.mark.parametrize("extras", [{}, dict(bias=np.zeros((1, 8, 1, 256), np.float32))])
 def test_tiles_of_the_decode_kernels_fit(dtype, extras):
     """Something always fits; for one head size, two warpgroups that take turns."""
-    pytest.importorskip("axattn.kernels.hopper.decode_tiles", exc_type=ImportError)
-    from axattn.kernels.hopper import decode_tiles, memory
-    from axattn.kernels.hopper.sources import Source
+    pytest.importorskip("axattn.kernels._hopper.split_kv.block_sizes", exc_type=ImportError)
+    from axattn.kernels._hopper import memory
+    from axattn.kernels._hopper.kv_loader import Source
+    from axattn.kernels._hopper.split_kv import block_sizes
 
     for H in range(32, 257, 32):
         for h in range(32, 257, 32):
             stored = DenseCache.create(1, 256, 2, H, value_head_dim=h, dtype=dtype).stored()
             query = jnp.zeros((1, 1, 8, H), jnp.bfloat16)
             call = normalize_over_cache(query, stored, AttentionOptions(**extras))
-            tiles, source = decode_tiles.decode_tiles(call), Source.of(call)
+            tiles, source = block_sizes.decode_tiles(call), Source.of(call)
             per_score = 4 if extras else 0
             needed = memory.decode_bytes(tiles, source, H, h, per_score)
             assert needed <= SHARED_BYTES, (H, h, tiles)
@@ -150,8 +151,8 @@ def test_tiles_of_the_decode_kernels_fit(dtype, extras):
 
 @pytest.mark.parametrize("kind", ["full", "biased"])
 def test_all_head_sizes_have_tiles_that_fit(kind):
-    tiles = pytest.importorskip("axattn.kernels.hopper.tiles", exc_type=ImportError)
-    from axattn.kernels.hopper.memory import shared_bytes
+    tiles = pytest.importorskip("axattn.kernels._hopper.block_sizes", exc_type=ImportError)
+    from axattn.kernels._hopper.memory import shared_bytes
 
     options = dict(bias=np.zeros((1, 1, 24, 40))) if kind == "biased" else {}
     for H in range(16, 257, 16):
@@ -182,5 +183,5 @@ def test_all_head_sizes_have_tiles_that_fit(kind):
     ],
 )
 def test_kinds(kind, options):
-    tiles = pytest.importorskip("axattn.kernels.hopper.tiles", exc_type=ImportError)
+    tiles = pytest.importorskip("axattn.kernels._hopper.block_sizes", exc_type=ImportError)
     assert tiles.kind(make_call(1, 24, 40, 4, 2, 64, **options)) == kind

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.implementations import mosaic_gpu
+from axattn._implementations import mosaic_gpu
 from tests.kernels.cached import CAPACITY, B, filled, queries
 from tests.kernels.calls import call_of_cache, make_call
 from tests.tiers import ci

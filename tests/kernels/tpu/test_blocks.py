@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axattn.kernels.problem import Problem
-from axattn.kernels.tpu import cut as cuts
-from axattn.kernels.tpu import tiles
-from axattn.kernels.tpu.tiles import BackwardTiles, Tiles
+from axattn.kernels._problem import Problem
+from axattn.kernels._tpu.flash import block_sizes
+from axattn.kernels._tpu.flash import grid as cuts
+from axattn.kernels._tpu.flash.block_sizes import BackwardTiles, Tiles
 from tests import cases, precision
 from tests.kernels.calls import make_call, with_layout
 from tests.precision import Call
@@ -34,8 +34,8 @@ CALLS = [
 @pytest.fixture
 def small_blocks(request, monkeypatch):
     way = WAYS[getattr(request, "param", "fused")]
-    monkeypatch.setattr(tiles, "forward_tiles", lambda *_: OTHER)
-    monkeypatch.setattr(tiles, "backward_tiles", lambda *_: way)
+    monkeypatch.setattr(block_sizes, "forward_tiles", lambda *_: OTHER)
+    monkeypatch.setattr(block_sizes, "backward_tiles", lambda *_: way)
 
 
 @pytest.mark.ci

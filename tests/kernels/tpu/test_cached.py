@@ -12,9 +12,10 @@ import pytest
 
 from axattn import _jax_compat
 from axattn.cache import DenseCache, PagedCache
-from axattn.kernels.tpu import cached as kernel
-from axattn.kernels.tpu import cached_codes, cached_cut, cached_tiles
-from axattn.kernels.tpu.cached_tiles import CachedTiles, refuses
+from axattn.kernels._tpu.cached import block_sizes, grid
+from axattn.kernels._tpu.cached import codes as cached_codes
+from axattn.kernels._tpu.cached import kernel as kernel
+from axattn.kernels._tpu.cached.block_sizes import CachedTiles, refuses
 from tests.cache.test_attend import check
 from tests.kernels import cached
 from tests.kernels.cached import LENGTHS, B, K, paged
@@ -56,7 +57,7 @@ def test_pages(page, dtype, size):
 
 @pytest.mark.ci
 def test_one_head_after_another(monkeypatch):
-    monkeypatch.setattr(cached_tiles, "SCORE_BYTES", 1)
+    monkeypatch.setattr(block_sizes, "SCORE_BYTES", 1)
     center = np.random.default_rng(0).normal(size=(K, H)) * 3
     attend_and_check(filled("dense", "int8", key_center=center), queries(2, 6), logits_soft_cap=5.0)
 
@@ -84,7 +85,7 @@ def test_two_cores_give_the_same(kind):
 def test_a_core_looks_ahead_in_its_own_steps():
     """What it fetched for another core nobody would wait for."""
     cut = SimpleNamespace(cores=2, per_core=3, tiles=1)
-    following = cached_cut._following(jnp.array([4, 0, 2, 0, 7], jnp.int32), cut)
+    following = grid._following(jnp.array([4, 0, 2, 0, 7], jnp.int32), cut)
     np.testing.assert_array_equal(following[:5], [2, 2, -1, 4, -1])
     np.testing.assert_array_equal(following[5:], [0, 4])
 
@@ -166,7 +167,7 @@ def test_tiles_fit():
             def choose(cache, query, found=found):
                 call = call_of_cache(cache, query)
                 for mib in (16, 64, 128):
-                    found[mib] = cached_tiles.cached_tiles(call, mib * 2**20)
+                    found[mib] = block_sizes.cached_tiles(call, mib * 2**20)
 
             jax.eval_shape(choose, cache, query)
             for mib, own in found.items():

@@ -1,0 +1,189 @@
+"""The one value that holds an attention call, from the door to the implementations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+
+from axattn import _quantization
+from axattn._dtypes import accumulator
+from axattn._jax_compat import is_known
+from axattn._mask_parts import Layout, Span
+from axattn._masks import Mask, positions_or_default
+from axattn._stored import Stored
+from axattn._typing import present
+
+# Up to this many query rows (T * N) a call is a decode step.
+DECODE_ROWS = 64
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "query",
+        "key",
+        "value",
+        "stored",
+        "bias",
+        "mask",
+        "sinks",
+        "traced_scale",
+        "alibi_slopes",
+        "q_positions",
+        "kv_positions",
+        "dropout_key",
+        "first_row",
+    ),
+    meta_fields=(
+        "scale",
+        "logits_soft_cap",
+        "dropout_rate",
+        "broadcast_dropout",
+        "precision",
+        "return_residual",
+        "kv_split_size",
+        "heads_first",
+    ),
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """A validated call in canonical shapes; a pytree, so that it passes through jit, vmap and VJPs.
+
+    Letters as everywhere: B batch, T query length, S key/value length, N query heads, K key/value
+    heads, G = N // K, H key head size, h value head size.
+    """
+
+    query: jax.Array  # [B, T, N, H]
+    key: jax.Array | None  # [B, S, K, H]
+    value: jax.Array | None  # [B, S, K, h]
+    stored: Stored | None = None  # a cache, instead of key and value
+    bias: jax.Array | None = None  # [B or 1, N or 1, T or 1, S or 1]
+    mask: Mask = Mask()  # normalized
+    sinks: jax.Array | None = None  # float32 [N]
+    traced_scale: jax.Array | None = None  # float32 [], a factor besides ``scale``
+    alibi_slopes: jax.Array | None = None  # float32 [B or 1, N]
+    q_positions: jax.Array | None = None  # int32 [B or 1, T]
+    kv_positions: jax.Array | None = None  # int32 [B or 1, S]
+    dropout_key: jax.Array | None = None  # uint32 [2]
+    # Which batch row of the whole call row 0 is: dropout bits belong to rows, not to slices.
+    first_row: Any = 0
+    scale: float = 1.0
+    logits_soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = False
+    precision: Any = None
+    return_residual: bool = False
+    kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
+    # Projections make the query and take the output, and may write and read them as [B, N, T, H] at
+    # no cost: TPUs' matrix products prefer that. An array that is just there lies as [B, T, N, H].
+    heads_first: bool = False
+
+    @property
+    def is_decode_step(self) -> bool:
+        """Whether the query has few rows, so that the call is a read of its keys and values."""
+        return is_known(lambda: self.q_len * self.num_heads <= DECODE_ROWS, otherwise=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no row of the batch, no query or no key."""
+        return 0 in (self.batch, self.q_len, self.kv_len)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether that is so, or may be when sizes that are symbolic now are known."""
+
+        def is_positive(size: int) -> bool:
+            return is_known(lambda: size >= 1, otherwise=False)
+
+        return not all(map(is_positive, (self.batch, self.q_len, self.kv_len)))
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_len(self) -> int:
+        return present(self.key).shape[1] if self.stored is None else self.stored.kv_len
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return present(self.key).shape[2] if self.stored is None else self.stored.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head, G."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def value_head_dim(self) -> int:
+        if self.stored is None:
+            return present(self.value).shape[3]
+        return self.stored.value_head_dim
+
+    @property
+    def product_dtype(self) -> Any:
+        """The dtype in which keys and values enter the matrix products."""
+        if self.stored is None:
+            return self.query.dtype
+        return _quantization.product_dtype(self.stored.dtype, self.query.dtype)
+
+    @property
+    def accumulator_dtype(self) -> Any:
+        """float32 for every input; float64 only for float64 inputs."""
+        return accumulator(self.query.dtype)
+
+    def spans(self) -> tuple[Span, Span]:
+        """All query slots and all key slots, with their positions."""
+        layout = self.layout(self.q_len, self.kv_len)
+        return (
+            Span(0, self.q_len, layout.q_positions),
+            Span(0, self.kv_len, layout.kv_positions),
+        )
+
+    def layout(self, block_q: int, block_kv: int) -> Layout:
+        return Layout(
+            self.q_len,
+            self.kv_len,
+            block_q,
+            block_kv,
+            positions_or_default(self.q_positions, self.q_len),
+            positions_or_default(self.kv_positions, self.kv_len),
+        )
+
+    def row(self, b: int | jax.Array) -> AttentionCall:
+        """Batch row ``b`` as a call with a batch of one."""
+
+        def take(array):
+            if array is None or array.shape[0] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, b, 1, 0)
+
+        return dataclasses.replace(
+            self,
+            query=take(self.query),
+            key=take(self.key),
+            value=take(self.value),
+            stored=None if self.stored is None else self.stored.row(b),
+            bias=take(self.bias),
+            mask=self.mask.row(b),
+            alibi_slopes=take(self.alibi_slopes),
+            q_positions=take(self.q_positions),
+            kv_positions=take(self.kv_positions),
+            first_row=self.first_row + b,
+        )

@@ -1,0 +1,60 @@
+"""Attention dropout whose bits belong to (batch, head, query, key), not to a block or a call.
+
+Each score has its own counter in a counter-based generator, Threefry-2x32-20 (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). Any tile can be drawn alone, in any order,
+again in the backward pass, and every implementation draws the same pattern for the same key.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._call import AttentionCall
+from axattn._jax_compat import threefry_2x32
+from axattn._mask_parts import Span
+from axattn._typing import present
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def dropout_key(rng: jax.Array) -> jax.Array:
+    """Any JAX key (typed or raw, any generator) as the uint32 ``[2]`` key of the counters."""
+    # Folded, so that a user's own draws from the same key share no bits with the counters' key.
+    return jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32)
+
+
+def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
+    """Scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
+    if call.broadcast_dropout:
+        rows = q.slots.astype(jnp.uint32)[None, None, None, :]
+    else:
+        batch = jnp.arange(call.batch, dtype=jnp.uint32) + jnp.asarray(call.first_row, jnp.uint32)
+        heads = jnp.arange(call.num_heads, dtype=jnp.uint32)
+        rows = batch[:, None] * jnp.uint32(call.num_heads) + heads[None, :]
+        rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
+        rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
+    columns = kv.slots.astype(jnp.uint32)[None, None, None, None]
+    bits = threefry_2x32(present(call.dropout_key), rows[..., None], columns)
+    # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
+    threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
+    return bits >= jnp.uint32(threshold)
+
+
+def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
+    """Computes the first word at counter (x0, x1) in the arithmetic that kernels have.
+
+    That is int32, which wraps around; kernels have no primitive of JAX for it.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            high = lax.shift_left(x1, jnp.full_like(x1, rotation))
+            low = lax.shift_right_logical(x1, jnp.full_like(x1, 32 - rotation))
+            x1 = (high | low) ^ x0
+        x0 = x0 + keys[(block + 1) % 3]
+        x1 = x1 + (keys[(block + 2) % 3] + (block + 1))
+    return x0

@@ -1,0 +1,1 @@
+"""``"xla_chunked"``: online softmax over blocks, in plain XLA."""

@@ -1,0 +1,252 @@
+"""Backward pass of ``"xla_chunked"``: one sweep that recomputes the weights from the LSE.
+
+Dao, arXiv 2307.08691, algorithm 2, with query blocks outside: dQ is finished block by block, dK and
+dV are float32 accumulators of the size of K and V. The group is summed inside the products: nothing
+of the size of N heads of keys exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._call import AttentionCall
+from axattn._dropout import keep_tile
+from axattn._implementations.chunked.block_sizes import Blocks
+from axattn._implementations.chunked.forward import forward, heads_together, write_rows
+from axattn._implementations.chunked.tile import Cut
+from axattn._implementations.kv_products import kv_rows
+from axattn._implementations.products import Grouped
+from axattn._jax_compat import vary_over, varying_axes
+from axattn._mask_parts import Span
+from axattn._typing import present
+
+
+class Gradients(NamedTuple):
+    """Gradients of the differentiable inputs; None where the call has no such input."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    sinks: jax.Array | None
+    traced_scale: jax.Array | None
+
+
+class _Shared(NamedTuple):
+    """Gradients that every tile of the call adds to, in the accumulator's dtype, or None."""
+
+    bias: jax.Array | None  # as the bias
+    scale: jax.Array | None  # []
+
+
+class _Given(NamedTuple):
+    """What the forward pass and the caller gave, per query row: ``[B, T, N, ...]``."""
+
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array  # rowsum(dout * out) - dlse
+
+
+def backward(
+    call: AttentionCall,
+    blocks: Blocks,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    whole: bool = True,
+) -> Gradients:
+    """Gradients from the forward pass's ``out`` and ``lse`` and from their cotangents.
+
+    ``whole`` says that ``out`` and ``lse`` are those of this call, not of more keys than it has.
+    """
+    dtype = call.accumulator_dtype
+    if whole and call.bias is not None and out.dtype != dtype:
+        # A rounded output or weight moves delta, and so all scores of a row together. In gradients
+        # of queries and keys this drowns in other roundings; a bias that broadcasts along the keys
+        # sums it up.
+        out, _ = forward(call, blocks, rounded=False)
+    delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
+    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
+    # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).
+    empty = lse == -jnp.inf
+    lse, delta = (jnp.where(empty, 0.0, x) for x in (lse, delta))
+    dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+    dsinks = None
+    if call.sinks is not None:
+        share = jnp.exp(call.sinks.astype(dtype)[None, None] - lse)
+        dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
+    given = _Given(dout, lse, delta)
+    shared = _Shared(
+        None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
+        None if call.traced_scale is None else jnp.zeros((), dtype),
+    )
+    shared = vary_over(shared, varying_axes(*jax.tree.leaves((call, given))))
+    backward_of = _by_row if blocks.by_row else _backward
+    dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
+    return Gradients(
+        dquery,
+        dkey.astype(present(call.key).dtype),
+        dvalue.astype(present(call.value).dtype),
+        None if call.bias is None else present(shared.bias).astype(call.bias.dtype),
+        dsinks,
+        shared.scale,
+    )
+
+
+def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
+    """Batch rows one at a time; what they share is summed on the way."""
+    own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # which may be symbolic
+    start = shared._replace(bias=None) if own_bias else shared
+    dtypes = present(call.key).dtype, present(call.value).dtype
+
+    def step(shared, b):
+        row_given = _Given(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
+        if own_bias:
+            shared = shared._replace(bias=empty_bias)
+        dquery, dkey, dvalue, shared = _backward(call.row(b), blocks, row_given, shared)
+        grads = (dquery[0], dkey[0].astype(dtypes[0]), dvalue[0].astype(dtypes[1]))
+        if own_bias:
+            return shared._replace(bias=None), (*grads, shared.bias[0])
+        return shared, (*grads, None)
+
+    empty_bias = present(shared.bias)[:1] if own_bias else None
+    shared, (dquery, dkey, dvalue, biases) = lax.scan(step, start, jnp.arange(call.batch))
+    return dquery, dkey, dvalue, shared._replace(bias=biases) if own_bias else shared
+
+
+def _backward(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
+    cut = Cut.of(call, blocks)
+    block_row = call.mask.block_rows(cut.layout)
+    dtype = call.accumulator_dtype
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    heads_first = (call.batch, call.num_kv_heads, call.kv_len)
+    dquery = jnp.zeros_like(call.query)
+    dkey = jnp.zeros((*heads_first, call.head_dim), dtype)
+    dvalue = jnp.zeros((*heads_first, call.value_head_dim), dtype)
+
+    def query_block(i, carry):
+        dquery, sums = carry
+        q = cut.q_span(i)
+        dquery_rows, sums = _over_keys(cut, i, q, block_row(i), given, sums, axes)
+        dquery_rows = heads_together(dquery_rows).astype(dquery.dtype)
+        return write_rows(cut, i, q, dquery, dquery_rows), sums
+
+    carry = vary_over((dquery, (dkey, dvalue, shared)), axes)
+    if cut.layout.num_q == 1:
+        carry = query_block(0, carry)
+    else:
+        carry = lax.fori_loop(0, cut.layout.num_q, query_block, carry)
+    dquery, (dkey, dvalue, shared) = carry
+    return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), shared
+
+
+def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
+    call = cut.call
+    tile = _QueryTile.of(cut, i, q, given)
+    dquery = jnp.zeros(
+        (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
+    )
+    carry = (vary_over(dquery, axes), sums)
+
+    def step(j, carry, partial):
+        return _step(cut, tile, j, carry, partial=partial)
+
+    return cut.sweep(i, row, step, carry, fresh_rows=True)
+
+
+class _QueryTile(NamedTuple):
+    """A query block and what was given for it, heads apart."""
+
+    i: int | jax.Array
+    q: Span
+    query: Grouped
+    dout: Grouped
+    lse: jax.Array  # [B, K, G, q, 1]
+    delta: jax.Array
+
+    @classmethod
+    def of(cls, cut: Cut, i, q: Span, given: _Given) -> _QueryTile:
+        call = cut.call
+        options = (call.num_kv_heads, call.precision, call.accumulator_dtype)
+
+        def per_row(array):
+            rows = cut.query_rows(array, q)
+            rows = rows.reshape(*rows.shape[:2], call.num_kv_heads, call.group)
+            return rows.transpose(0, 2, 3, 1)[..., None]
+
+        return cls(
+            i,
+            q,
+            Grouped(cut.query_rows(call.query, q, clean=True), *options),
+            Grouped(cut.query_rows(given.dout, q, clean=True), *options),
+            per_row(given.lse),
+            per_row(given.delta),
+        )
+
+
+def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
+    call, kv = cut.call, cut.kv_span(j)
+    dquery, (dkey, dvalue, shared) = carry
+    key = kv_rows(call, present(call.key), kv, clean=partial)
+    value = kv_rows(call, present(call.value), kv, clean=partial)
+
+    dots = tile.query.scores(key)
+    scores, capped = cut.scores(dots, tile.q, kv)
+    weights = jnp.exp(scores - tile.lse)
+    dweights = tile.dout.scores(value)
+    if call.dropout_key is not None:
+        kept = keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
+        dropped, dweights = weights * kept, dweights * kept
+    else:
+        dropped = weights
+    dscores = weights * (dweights - tile.delta)
+    if partial:
+        allowed = cut.allowed(tile.i, j, tile.q, kv, fresh_rows=True)
+        if allowed is not None:
+            dscores = jnp.where(allowed, dscores, 0.0)
+            dropped = jnp.where(allowed, dropped, 0.0)
+
+    if shared.bias is not None:
+        shared = shared._replace(bias=_add_bias_tile(call, shared.bias, dscores, tile.q, kv))
+    if call.logits_soft_cap is not None:
+        dscores = dscores * (1.0 - jnp.square(capped / call.logits_soft_cap))
+    dscores = dscores * call.scale
+    if call.traced_scale is not None:
+        shared = shared._replace(scale=shared.scale + (dscores * dots).sum())
+        dscores = dscores * call.traced_scale.astype(dscores.dtype)
+    if key.dtype == jnp.float16:
+        # It need not hold these where it holds the gradients: small keys bring them down again.
+        key = key.astype(dscores.dtype)
+    dscores = dscores.astype(key.dtype)
+
+    dquery = dquery + tile.query.outputs(dscores, key)
+    dkey = _add_rows(dkey, tile.query.pulled(dscores), kv)
+    dvalue = _add_rows(dvalue, tile.dout.pulled(dropped.astype(value.dtype)), kv)
+    return dquery, (dkey, dvalue, shared)
+
+
+def _add_rows(total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
+    """Add ``rows [B, K, s, size]`` to slots ``kv`` of ``total [B, K, S, size]``."""
+    rows = rows + lax.dynamic_slice_in_dim(total, kv.start, kv.size, 2)
+    return lax.dynamic_update_slice_in_dim(total, rows, kv.start, 2)
+
+
+def _add_bias_tile(
+    call: AttentionCall, total: jax.Array, dscores: jax.Array, q: Span, kv: Span
+) -> jax.Array:
+    """Add the tile's gradient to ``total``, summed where the bias broadcasts."""
+    batch, kv_heads, group, rows, columns = dscores.shape
+    tile = dscores.reshape(batch, kv_heads * group, rows, columns)
+    summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
+    tile = tile.sum(summed, keepdims=True)
+    first = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
+    start = tuple(jnp.asarray(n, jnp.int32) for n in first)  # alike under x64, too
+    return lax.dynamic_update_slice(
+        total, tile + lax.dynamic_slice(total, start, tile.shape), start
+    )

@@ -1,0 +1,143 @@
+"""Forward pass of ``"xla_chunked"``: online softmax over key/value blocks, query block by block.
+
+Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682; Dao, arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._call import AttentionCall
+from axattn._dropout import keep_tile
+from axattn._implementations.chunked.block_sizes import Blocks
+from axattn._implementations.chunked.tile import Cut
+from axattn._implementations.kv_products import Reader, reader
+from axattn._implementations.scores import heads_apart
+from axattn._jax_compat import vary_over, varying_axes
+from axattn._mask_parts import Span
+from axattn._typing import present
+
+
+def forward(
+    call: AttentionCall, blocks: Blocks, *, rounded: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and LSE ``[B, T, N]``.
+
+    The LSE is in the accumulator's dtype. So are an output that is not rounded, and the weights and
+    values that it is made of.
+    """
+    dtype = call.query.dtype if rounded else call.accumulator_dtype
+    if not rounded:
+        call = dataclasses.replace(call, value=present(call.value).astype(dtype))
+    if not blocks.by_row:
+        return _forward(call, blocks, dtype)
+    out, lse = lax.map(lambda b: _forward(call.row(b), blocks, dtype), jnp.arange(call.batch))
+    return out[:, 0], lse[:, 0]
+
+
+class _State(NamedTuple):
+    """Online softmax of a query block: weighted values, running maximum and sum per row."""
+
+    values: jax.Array  # [B, K, G, q, h]
+    top: jax.Array  # [B, K, G, q, 1]
+    total: jax.Array  # [B, K, G, q, 1]
+
+
+def _forward(call: AttentionCall, blocks: Blocks, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    cut = Cut.of(call, blocks)
+    block_row = call.mask.block_rows(cut.layout)
+    out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
+    axes = varying_axes(*jax.tree.leaves(call))
+    results = vary_over(
+        (
+            jnp.zeros(out_shape, dtype),
+            jnp.zeros(out_shape[:3], call.accumulator_dtype),
+        ),
+        axes,
+    )
+
+    def query_block(i, results):
+        q = cut.q_span(i)
+        state = vary_over(_initial(call, blocks), axes)
+        state = _over_keys(cut, i, q, block_row(i), state)
+        return tuple(
+            write_rows(cut, i, q, whole, rows)
+            for whole, rows in zip(results, _finished(state, dtype), strict=True)
+        )
+
+    if cut.layout.num_q == 1:
+        return query_block(0, results)
+    return lax.fori_loop(0, cut.layout.num_q, query_block, results)
+
+
+def _initial(call: AttentionCall, blocks: Blocks) -> _State:
+    dtype = call.accumulator_dtype
+    shape = (call.batch, call.num_kv_heads, call.group, blocks.q)
+    top = jnp.full((*shape, 1), -jnp.inf, dtype)
+    total = jnp.zeros((*shape, 1), dtype)
+    if call.sinks is not None:
+        # A sink is a key with its own logit and no value: the softmax starts with it.
+        sinks = jnp.broadcast_to(
+            heads_apart(call.sinks[None, :, None, None].astype(dtype), call), top.shape
+        )
+        top = lax.stop_gradient(sinks)
+        total = jnp.exp(sinks - jnp.where(top == -jnp.inf, 0.0, top))  # 1, or 0 without the sink
+    return _State(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
+
+
+def _over_keys(cut: Cut, i, q: Span, row: jax.Array, state: _State) -> _State:
+    keys_and_values = reader(cut.call, cut.query_rows(cut.call.query, q), folded=cut.blocks.folded)
+
+    def step(j, state, partial):
+        return _step(cut, keys_and_values, i, j, q, state, partial=partial)
+
+    return cut.sweep(i, row, step, state, fresh_rows=False)
+
+
+def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool) -> _State:
+    """One key/value block; the mask is evaluated in partial blocks only."""
+    call, kv = cut.call, cut.kv_span(j)
+    scores, _ = cut.scores(read.dots(kv), q, kv)
+    if partial:
+        allowed = cut.allowed(i, j, q, kv, fresh_rows=False)
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -jnp.inf)
+    # The top only shifts: in forward mode it has no derivative.
+    top = lax.stop_gradient(jnp.maximum(state.top, scores.max(-1, keepdims=True)))
+    # While a row has seen nothing, its maximum is -inf and must not shift.
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(scores - shift)
+    decay = jnp.exp(state.top - shift)
+    total = state.total * decay + weights.sum(-1, keepdims=True)
+    if call.dropout_key is not None:
+        weights = jnp.where(keep_tile(call, q, kv), weights / (1.0 - call.dropout_rate), 0.0)
+    values = state.values * decay + read.outputs(weights, kv, clean=partial)
+    return _State(values, top, total)
+
+
+def _finished(state: _State, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
+    empty = state.total == 0
+    total = jnp.where(empty, 1.0, state.total)
+    lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
+    out = (state.values / total).astype(dtype)
+    return heads_together(out), heads_together(lse)[..., 0]
+
+
+def heads_together(tile: jax.Array) -> jax.Array:
+    """``[B, K, G, q, size]`` as ``[B, q, N, size]``."""
+    batch, kv_heads, group, rows, size = tile.shape
+    return tile.transpose(0, 3, 1, 2, 4).reshape(batch, rows, kv_heads * group, size)
+
+
+def write_rows(cut: Cut, i, q: Span, whole: jax.Array, rows: jax.Array) -> jax.Array:
+    """Put the rows of block ``i`` into ``whole [B, T, ...]``; rows of earlier blocks stay."""
+    if cut.q_has_tail:
+        fresh = cut.fresh_q(i, q).reshape(1, -1, *(1,) * (rows.ndim - 2))
+        rows = jnp.where(fresh, rows, lax.dynamic_slice_in_dim(whole, q.start, q.size, 1))
+    return lax.dynamic_update_slice_in_dim(whole, rows, q.start, 1)

@@ -1,0 +1,118 @@
+"""One (query block, key/value block) pair of the chunked path: its slices and its scores.
+
+No array is padded to whole blocks: the last block starts early enough to end at the end, and the
+slots that it shares with the block before are masked out (``fresh`` says which are its own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._call import AttentionCall
+from axattn._implementations.chunked.block_sizes import Blocks, visits
+from axattn._implementations.scores import bias_tile, capped_tile, mask_tile
+from axattn._jax_compat import is_known
+from axattn._mask_parts import PARTIAL, Layout, Span
+from axattn._masks import zero_unused
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A call together with how it is cut."""
+
+    call: AttentionCall
+    blocks: Blocks
+    layout: Layout
+
+    @classmethod
+    def of(cls, call: AttentionCall, blocks: Blocks) -> Cut:
+        return cls(call, blocks, call.layout(blocks.q, blocks.kv))
+
+    @property
+    def q_has_tail(self) -> bool:
+        return self.call.q_len % self.blocks.q != 0
+
+    @property
+    def kv_has_tail(self) -> bool:
+        return self.call.kv_len % self.blocks.kv != 0
+
+    def q_span(self, i: int | jax.Array) -> Span:
+        return _span(i, self.blocks.q, self.call.q_len, self.layout.q_positions)
+
+    def kv_span(self, j: int | jax.Array) -> Span:
+        return _span(j, self.blocks.kv, self.call.kv_len, self.layout.kv_positions)
+
+    def fresh_q(self, i: int | jax.Array, q: Span) -> jax.Array:
+        """Rows ``[q]`` of block ``i`` that belong to no earlier block."""
+        return q.slots >= i * self.blocks.q
+
+    def query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
+        """Slots ``q`` of an array ``[B, T, N, ...]``; ``clean`` zeroes those behind the length."""
+        rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
+        return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
+
+    def allowed(
+        self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool
+    ) -> jax.Array | None:
+        """Mask of a partial block, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
+        ok = mask_tile(self.call, q, kv)
+        if self.kv_has_tail:
+            fresh = (kv.slots >= j * self.blocks.kv)[None, None, None, None]
+            ok = fresh if ok is None else ok & fresh
+        if fresh_rows and self.q_has_tail:
+            fresh = self.fresh_q(i, q)[None, None, None, :, None]
+            ok = fresh if ok is None else ok & fresh
+        return ok
+
+    def scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
+        """Scores before the mask, and the capped products among them (for the cap's derivative)."""
+        capped = capped_tile(self.call, dots)
+        bias = bias_tile(self.call, q, kv)
+        return (capped if bias is None else capped + bias), capped
+
+    def sweep(
+        self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
+    ) -> Any:
+        """``state = step(j, state, partial)`` over the blocks that query block ``i`` needs.
+
+        ``row`` has the block states of ``i``. ``partial`` (static) says that the mask must be
+        evaluated. With ``fresh_rows`` the rows that a tail block shares are masked too, so all of
+        its blocks are partial.
+        """
+        num_kv = self.layout.num_kv
+        if num_kv == 1:
+            return step(0, state, True)
+        tail_rows = fresh_rows and self.q_has_tail
+        if not self.call.mask.parts and not tail_rows:
+            # Static trip counts, which tell XLA (and its cost analysis) the work.
+            whole = num_kv - self.kv_has_tail
+            state = lax.fori_loop(0, whole, lambda j, state: step(j, state, False), state)
+            return step(num_kv - 1, state, True) if self.kv_has_tail else state
+        if tail_rows:
+            row = jnp.where(i == self.layout.num_q - 1, jnp.minimum(row, PARTIAL), row)
+        if is_known(lambda: self.blocks.q * self.call.group < 128, otherwise=False):
+            # A few rows: their mask costs nothing next to the keys, and one loop over all visited
+            # blocks lets XLA pick one layout for the cache, where two loops had it copied.
+            row = jnp.minimum(row, PARTIAL)
+            _, visited = visits(row, num_kv, self.kv_has_tail)
+            return lax.fori_loop(
+                0, visited.count, lambda n, state: step(visited.order[n], state, True), state
+            )
+        full, partial = visits(row, num_kv, self.kv_has_tail)
+        state = lax.fori_loop(
+            0, full.count, lambda n, state: step(full.order[n], state, False), state
+        )
+        return lax.fori_loop(
+            0, partial.count, lambda n, state: step(partial.order[n], state, True), state
+        )
+
+
+def _span(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
+    start = jnp.minimum(block * size, length - size)
+    return Span(start, size, lax.dynamic_slice_in_dim(positions, start, size, 1))

@@ -1,0 +1,138 @@
+"""Where both XLA paths get keys and values from: arrays as the caller has them, or a cache.
+
+A reader holds one tile of queries and answers, for a span of key/value slots, with its dot products
+and with the weighted sum of its values. Scores and weights are ``[B, K, G, t, s]``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import DECODE_ROWS, AttentionCall
+from axattn._implementations.products import Folded, Grouped, weighted_mean
+from axattn._jax_compat import is_known
+from axattn._mask_parts import Span
+from axattn._masks import zero_unused
+from axattn._stored import NEVER
+from axattn._typing import present
+
+
+class Reader(Protocol):
+    def dots(self, kv: Span) -> jax.Array:
+        """Query times keys, in the accumulator's dtype. Unused slots give anything, NaN too."""
+        ...
+
+    def outputs(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+        """Weights times values, ``[B, K, G, t, h]``; ``clean`` where ``kv`` has unused slots."""
+        ...
+
+    def mean(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
+        """The outputs of clean values over the sums ``total [B, K, G, t, 1]``, differentiable."""
+        ...
+
+
+def reader(call: AttentionCall, query: jax.Array, *, folded: bool) -> Reader:
+    """The reader of ``call`` for the rows ``query [B, t, N, H]``."""
+    if call.stored is None:
+        return _OfArrays(call, query, folded=folded)
+    return _OfCache(call, query)
+
+
+class _OfArrays:
+    """Keys and values ``[B, S, K, size]``."""
+
+    def __init__(self, call: AttentionCall, query: jax.Array, *, folded: bool):
+        self.call, self.key, self.value = call, present(call.key), present(call.value)
+        self.product = (Folded if folded else Grouped)(
+            query, call.num_kv_heads, call.precision, call.accumulator_dtype
+        )
+
+    def dots(self, kv):
+        return self.product.scores(kv_rows(self.call, self.key, kv, clean=False))
+
+    def outputs(self, weights, kv, *, clean):
+        value = kv_rows(self.call, self.value, kv, clean=clean)
+        return self.product.outputs(weights.astype(value.dtype), value)
+
+    def mean(self, weights, total, kv):
+        value = kv_rows(self.call, self.value, kv, clean=True)
+        return weighted_mean(self.product.outputs, weights, total, value)
+
+
+def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+    """Slots ``kv`` of the keys or values; ``clean`` zeroes the slots behind the length."""
+    rows = kv.take(array, 1)
+    return zero_unused(rows, kv.slots, call.mask.kv_lengths()) if clean else rows
+
+
+class _OfCache:
+    """Keys and values ``[B, K, s, size]``, whose scales are folded into scores and weights.
+
+    Where keys are stored without their center, the scores are those of the keys with it.
+    """
+
+    def __init__(self, call: AttentionCall, query: jax.Array):
+        self.call, self.stored, self.dtype = call, present(call.stored), call.product_dtype
+        self.options = {
+            "precision": call.precision,
+            "preferred_element_type": call.accumulator_dtype,
+        }
+        batch, rows, heads, size = query.shape
+        self.from_center = self.stored.center_dots(query, call.accumulator_dtype)
+        query = query.reshape(batch, rows, call.num_kv_heads, heads // call.num_kv_heads, size)
+        self.query = query.transpose(0, 2, 3, 1, 4).astype(self.dtype)
+
+    def dots(self, kv):
+        dots = self._products(self.stored.keys(kv, self.dtype))
+        scales = self.stored.key_scales(kv)
+        if scales is not None:
+            dots = dots * scales[:, :, None, None].astype(dots.dtype)
+        return dots if self.from_center is None else dots + self.from_center[..., None]
+
+    def _products(self, key: jax.Array) -> jax.Array:
+        batch, kv_heads, group, rows, size = self.query.shape
+        if not is_known(lambda: group * rows <= DECODE_ROWS, otherwise=False):
+            return jnp.einsum("bkgth,bksh->bkgts", self.query, key, **self.options)
+        # For a few rows the keys come first: XLA:CPU would else transpose them (3 to 10 times
+        # slower), and what is transposed after is small.
+        query = self.query.reshape(batch, kv_heads, group * rows, size)
+        dots = jnp.einsum("bksh,bkrh->bksr", key, query, **self.options).swapaxes(2, 3)
+        return dots.reshape(batch, kv_heads, group, rows, key.shape[2])
+
+    def outputs(self, weights, kv, *, clean):
+        weights, value = self._weights_and_values(weights, kv, clean=clean)
+        return self._outputs(weights.astype(self.dtype), value)
+
+    def mean(self, weights, total, kv):
+        weights, value = self._weights_and_values(weights, kv, clean=True)
+        return weighted_mean(self._outputs, weights, total, value)
+
+    def _outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.einsum("bkgts,bksh->bkgth", weights, value, **self.options)
+
+    def _weights_and_values(self, weights: jax.Array, kv: Span, *, clean: bool):
+        """The weights with the values' scales, and the values without."""
+        value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
+        used = self._used(kv) if clean else None
+        if scales is not None:
+            if used is not None:
+                scales = jnp.where(used[:, None], scales, 0.0)
+            weights = weights * scales[:, :, None, None].astype(weights.dtype)
+        if used is not None and self.stored.dtype not in ("int8", "int4"):  # which have no NaN
+            value = jnp.where(used[:, None, :, None], value, jnp.zeros((), value.dtype))
+        return weights, value
+
+    def _used(self, kv: Span) -> jax.Array | None:
+        """Which slots hold a token, bool ``[B or 1, s]``, or None for all."""
+        used = None
+        length = self.call.mask.kv_lengths()
+        if length is not None:
+            length = jnp.asarray(length)
+            used = kv.slots[None] < (length[:, None] if length.ndim else length)
+        if self.call.kv_positions is not None:
+            held = kv.positions < NEVER
+            used = held if used is None else used & held
+        return used

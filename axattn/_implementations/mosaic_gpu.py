@@ -1,0 +1,178 @@
+"""``"mosaic_gpu"``: the Pallas kernels for Hopper GPUs, and the calls that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from axattn import _jax_compat, _quantization
+from axattn._call import AttentionCall
+from axattn._implementations import mosaic
+from axattn._implementations.chunked.backward import Gradients
+from axattn._jax_compat import vary_over, varying_axes
+
+MAX_HEAD_DIM = 256
+
+# Latent attention: 512 features and 64 for positions.
+MAX_LATENT_DIM = 576
+
+# 16 tokens of 128 heads. All tiles of rows visit all blocks, and partial results have all rows.
+MAX_LATENT_ROWS = 2048
+
+# Up to this many query tokens a call is a read of its keys, and goes to the decode kernels.
+DECODE_TOKENS = 16
+
+
+# What it needs of a device, for errors.
+NEEDS = "a Hopper GPU (H100, H200)"
+
+
+def refuses(call: AttentionCall) -> str | None:
+    """Why this call cannot go to the kernels, though the program may be lowered for any GPU."""
+    return call_refusal(call) or device_refusal(call)
+
+
+def lacks() -> str | None:
+    """What is needed and not here, or None."""
+    return None if device_known() else mosaic.lacks_device(NEEDS)
+
+
+def call_refusal(call: AttentionCall) -> str | None:
+    """Why no device takes the call, or None."""
+    return (
+        mosaic.refusal(call, ("float16", "bfloat16")) or _head_refusal(call) or _cache_refusal(call)
+    )
+
+
+def _head_refusal(call: AttentionCall) -> str | None:
+    if _latent(call):
+        if call.head_dim % 64 or call.head_dim > MAX_LATENT_DIM or call.value_head_dim % 128:
+            return (
+                "where keys hold the values needs a head size that is a multiple of 64 and at most "
+                f"{MAX_LATENT_DIM}, and a value head size that is a multiple of 128, got "
+                f"{call.head_dim} and {call.value_head_dim}"
+            )
+        rows = call.q_len * call.group
+        if rows > MAX_LATENT_ROWS:
+            return (
+                f"where keys hold the values takes at most {MAX_LATENT_ROWS} query rows (tokens "
+                f"times heads of a group), got {rows}"
+            )
+        return None
+    for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
+        if size % 16 or size > MAX_HEAD_DIM:
+            return f"needs a {name} size that is a multiple of 16 and at most 256, got {size}"
+    return None
+
+
+def _cache_refusal(call: AttentionCall) -> str | None:
+    stored = call.stored
+    if stored is None:
+        return None
+    if not _quantization.is_quantized(stored.dtype):
+        if call.query.dtype != stored.dtype:
+            return (
+                f"needs a query in the dtype of the cache, {stored.dtype}, got {call.query.dtype}"
+            )
+    elif stored.dtype == "int4":
+        return "does not support a cache of int4"
+    elif call.query.dtype != jnp.bfloat16:
+        return f"needs a bfloat16 query over a quantized cache, got {call.query.dtype}"
+    elif call.head_dim % 32 or call.value_head_dim % 32:
+        sizes = call.head_dim, call.value_head_dim
+        return f"needs head sizes that are multiples of 32 in a quantized cache, got {sizes}"
+    if stored.page_size % 8:
+        where = "a row" if stored.block_table is None else "a page"
+        return f"needs slots of {where} in a multiple of 8, got {stored.page_size}"
+    if call.dropout_key is not None and (_latent(call) or call.q_len <= DECODE_TOKENS):
+        return "does not support dropout over a cache"
+    return None
+
+
+def _latent(call: AttentionCall) -> bool:
+    """Whether the values are the first features of the keys."""
+    return call.stored is not None and call.stored.arrays.values is None
+
+
+def kernel(call: AttentionCall) -> str:
+    """Which forward kernel takes the call: "latent", "decode" or "forward"."""
+    if _latent(call):
+        return "latent"
+    few = call.q_len <= DECODE_TOKENS and call.dropout_key is None
+    return "decode" if few else "forward"
+
+
+def device_known() -> bool:
+    """Whether code that is traced now is for a GPU of which the compute capability is known."""
+    return _jax_compat.gpu_capability() is not None
+
+
+def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+    """Why the GPU that is traced for does not take the kernels, or None.
+
+    One that is not known does, as Mosaic GPU has it, unless ``strict``: it need not be a Hopper.
+    """
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax >= 0.11 (Python >= 3.12), got jax {jax.__version__}"
+    capability = _jax_compat.gpu_capability()
+    if capability is None and strict:
+        return f"needs {NEEDS}, and the GPU is not known"
+    if capability not in (None, "9.0"):
+        return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
+    version = _jax_compat.cuda_runtime_version()
+    if version is not None and 12080 <= version < 12091:
+        return f"needs CUDA before 12.8 or from 12.9.1 (a ptxas miscompiles masks), got {version}"
+    return None
+
+
+def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    name = kernel(call)
+    if name == "forward":
+        results = _forward(call, interpret)
+    else:
+        results = _decode(call, name, interpret)
+    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+
+
+def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    from axattn.kernels._hopper import block_sizes, operands
+    from axattn.kernels._hopper.flash.forward import forward as kernel
+    from axattn.kernels._problem import Problem
+
+    problem = Problem.of(call, interpret=interpret)
+    return kernel(problem, operands.of(call), block_sizes.forward_tiles(call))
+
+
+def _decode(call: AttentionCall, name: str, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    from axattn.kernels._hopper.split_kv import block_sizes as split_kv_block_sizes
+    from axattn.kernels._hopper.split_kv import decode, mla
+
+    options: dict[str, Any] = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
+    if name == "latent":
+        return mla.decode(call, split_kv_block_sizes.latent_tiles(call), **options)
+    return decode.decode(call, split_kv_block_sizes.decode_tiles(call), **options)
+
+
+def backward(
+    call: AttentionCall,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    interpret: bool = False,
+    whole: bool = True,
+) -> Gradients:
+    """Gradients from kernels; that of a bias from the chunked sweep."""
+    from axattn.kernels._hopper import block_sizes
+    from axattn.kernels._hopper.flash.backward import backward as kernels
+
+    given = (out, lse, dout, dlse)
+    results = kernels(call, block_sizes.backward_tiles(call), *given, interpret=interpret)
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    dquery, dkey, dvalue, dsinks = vary_over(results, axes)
+    dbias = mosaic.bias_gradient(call, "cuda", given, whole)
+    return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)

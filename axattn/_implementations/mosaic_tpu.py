@@ -1,0 +1,146 @@
+"""``"mosaic_tpu"``: the Pallas kernels for TPUs, and the calls that they take."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from axattn import _jax_compat
+from axattn._call import AttentionCall
+from axattn._implementations import mosaic
+from axattn._implementations.chunked.backward import Gradients
+from axattn._jax_compat import TpuChip, vary_over, varying_axes
+from axattn.kernels import _backward_inputs
+from axattn.kernels._batching import in_one_batch
+
+MAX_HEAD_DIM = 256
+
+# TPU v4 and later.
+FIRST_GENERATION = 4
+
+
+# What it needs of a device, for errors.
+NEEDS = "a TPU (v4 or later)"
+
+
+def refuses(call: AttentionCall) -> str | None:
+    """Why this call cannot go to the kernels, though the program may be lowered for any TPU."""
+    # Whether the memory of that TPU will do is asked when its kind is known.
+    return call_refusal(call) or (device_refusal(call) if device_known() else None)
+
+
+def lacks() -> str | None:
+    """What is needed and not here, or None."""
+    return None if device_known() else mosaic.lacks_device(NEEDS)
+
+
+def call_refusal(call: AttentionCall) -> str | None:
+    """Why no device takes the call, or None."""
+    return _plain_refusal(call) or _cache_refusal(call)
+
+
+def _plain_refusal(call: AttentionCall) -> str | None:
+    refusal = mosaic.refusal(call, ("bfloat16", "float32"))
+    if refusal is not None:
+        return refusal
+    if call.stored is not None:
+        return None
+    for name, size in (("head", call.head_dim), ("value head", call.value_head_dim)):
+        if size > MAX_HEAD_DIM:
+            return f"needs a {name} size of at most {MAX_HEAD_DIM}, got {size}"
+    return None
+
+
+def _cache_refusal(call: AttentionCall) -> str | None:
+    if call.stored is None:
+        return None
+    from axattn.kernels._tpu.cached import block_sizes
+
+    return block_sizes.refuses(call)
+
+
+def device_known() -> bool:
+    """Whether code that is traced now is for a TPU, and JAX may or may not know its kind."""
+    return _jax_compat.traced_device("tpu") is not None
+
+
+def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+    """Why the TPU that is traced for does not take the call, or None. ``strict`` says nothing."""
+    chip = _jax_compat.tpu_chip()
+    if chip is None or chip.generation < FIRST_GENERATION:
+        return f"needs a TPU v4 or later, got {_jax_compat.traced_device('tpu')}"
+    return _memory_refusal(call)
+
+
+def _memory_refusal(call: AttentionCall) -> str | None:
+    """Blocks of the smallest size still have all heads of a group."""
+    if call.stored is not None:
+        return None
+    from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
+
+    chip = _chip()
+    needed = flash_block_sizes.least_bytes(call)
+    if needed <= chip.vmem_bytes:
+        return None
+    return f"needs {needed >> 20} MiB of VMEM for its smallest blocks, and {chip.kind} has less"
+
+
+def _chip() -> TpuChip:
+    chip = _jax_compat.tpu_chip()
+    if chip is None:
+        raise NotImplementedError(f'implementation "mosaic_tpu" needs {NEEDS}')
+    return chip
+
+
+def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    results = in_one_batch(functools.partial(_forward, interpret=interpret))(call)
+    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+
+
+def _forward(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    chip = _chip()
+    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
+    if call.stored is None:
+        from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
+        from axattn.kernels._tpu.flash.forward import forward as kernel
+
+        return kernel(call, flash_block_sizes.forward_tiles(call, chip), interpret=mode)
+    from axattn.kernels._tpu.cached import block_sizes
+    from axattn.kernels._tpu.cached import kernel as cached
+
+    cut = block_sizes.cached_tiles(call, chip.vmem_bytes)
+    return cached.attend(call, cut, cores=chip.cores, interpret=mode)
+
+
+def backward(
+    call: AttentionCall,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    interpret: bool = False,
+    whole: bool = True,
+) -> Gradients:
+    """Gradients from kernels; that of a bias from the chunked sweep."""
+    given = (out, lse, dout, dlse)
+    delta = _backward_inputs.row_deltas(out, dout, dlse)
+    kernels = in_one_batch(functools.partial(_backward, interpret=interpret))
+    results = kernels(call, lse, dout, delta)
+    axes = varying_axes(*jax.tree.leaves((call, given)))
+    dquery, dkey, dvalue = vary_over(results, axes)
+    dsinks = _backward_inputs.of_sinks(call, lse, delta)
+    dbias = mosaic.bias_gradient(call, "tpu", given, whole)
+    return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
+
+
+def _backward(call: AttentionCall, lse, dout, delta, *, interpret: bool):
+    from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
+    from axattn.kernels._tpu.flash.backward import backward as kernels
+
+    chip = _chip()
+    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
+    given = _backward_inputs.given(call, lse, dout, delta)
+    return kernels(call, flash_block_sizes.backward_tiles(call, chip), given, interpret=mode)

@@ -1,0 +1,201 @@
+"""Which implementations there are, which of them take a call, and which ``None`` prefers.
+
+A new implementation adds one entry to :data:`IMPLEMENTATIONS`: how it says no, and how it attends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+
+from axattn._call import AttentionCall
+from axattn._implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
+from axattn._implementations.flash import PLATFORMS
+from axattn._jax_compat import vary_over, varying_axes
+from axattn._typing import present
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to attend.
+
+    ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
+    ``refuses(call)`` is why the call cannot be lowered for any device of its platforms, or None;
+    ``lacks()`` is what it needs besides to run here, or None.
+    """
+
+    name: str
+    attend: Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]] | None
+    refuses: Callable[[AttentionCall], str | None]
+    platforms: tuple[str, ...]
+    lacks: Callable[[], str | None] = lambda: None
+
+
+def _takes_all(_: AttentionCall) -> None:
+    return None
+
+
+def _takes_blocks(call: AttentionCall) -> str | None:
+    if call.is_empty or not call.may_be_empty:
+        return None
+    return (
+        f"needs sizes of at least 1, got {call.batch}, {call.q_len}, {call.kv_len}: constrain them "
+        '(constraints=["t >= 2"] of jax.export.symbolic_shape for t - 1), or ask for "xla"'
+    )
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("xla", xla.attend, _takes_all, PLATFORMS),
+        Implementation("xla_chunked", None, _takes_blocks, PLATFORMS),
+        Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.lacks),
+        Implementation("mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",), mosaic_tpu.lacks),
+        Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
+    )
+}
+
+# "mosaic" is whichever kernel family fits the platform that the call is lowered for.
+MOSAIC = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+NAMES = (*IMPLEMENTATIONS, "mosaic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is taken where; hashable.
+
+    ``names`` has pairs of a platform and names: the first of them that the device takes, which may
+    be known only when the program is lowered for it. ``refusal`` is why other platforms are left
+    out.
+    """
+
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+    refusal: str = ""
+
+
+def refusals(call: AttentionCall) -> dict[str, str | None]:
+    """For every name: None where it takes the call here, else the reason why not."""
+    return _with_mosaic(_add_lacks(_refusals_anywhere(call, tuple(IMPLEMENTATIONS))))
+
+
+def _refusals_anywhere(call: AttentionCall, names: Sequence[str]) -> dict[str, str | None]:
+    """Likewise, where the program may be lowered for devices that are not here."""
+    return {name: IMPLEMENTATIONS[name].refuses(call) for name in names}
+
+
+def _add_lacks(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    return {name: reason or IMPLEMENTATIONS[name].lacks() for name, reason in reasons.items()}
+
+
+def _with_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    fitting = {name: reasons[name] for name in MOSAIC.values()}
+    taken = any(reason is None for reason in fitting.values())
+    reasons["mosaic"] = None if taken else "; ".join(f"{n} {r}" for n, r in fitting.items())
+    return reasons
+
+
+def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The preference as a tuple of known names, or None."""
+    if implementation is None:
+        return None
+    takes = f"implementation takes None, one of {', '.join(NAMES)}, or a sequence of them"
+    if not isinstance(implementation, (str, Sequence)):
+        raise TypeError(f"{takes}, got {implementation!r}")
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not names or any(name not in NAMES for name in names):
+        raise ValueError(f"{takes}, got {implementation!r}")
+    return names
+
+
+def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Plan:
+    """The implementations for every platform that the call may be lowered for.
+
+    Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
+    """
+    names = check_names(implementation)
+    if call.is_empty:
+        # There is nothing to compute, and so no kernel to ask for: zeros, and an LSE of -inf.
+        return Plan(tuple((platform, ("xla",)) for platform in PLATFORMS))
+    if names is None:
+        anywhere = _refusals_anywhere(call, preference.ASKED)
+        here = _add_lacks(anywhere)
+        return Plan(tuple((p, _choice(call, p, here, anywhere)) for p in PLATFORMS))
+    asked = [n for name in names for n in (MOSAIC.values() if name == "mosaic" else (name,))]
+    anywhere, chosen = _refusals_anywhere(call, asked), {}
+    for platform in PLATFORMS:
+        own = [MOSAIC.get(platform) if name == "mosaic" else name for name in names]
+        there = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
+        if found := _until_sure([name for name in there if anywhere[name] is None]):
+            chosen[platform] = found
+    reasons = _add_lacks(anywhere)
+    if "mosaic" in names:
+        reasons = _with_mosaic(reasons)
+    refusal = "; ".join(
+        f'implementation "{name}" {reasons[name] or "is for other platforms"}' for name in names
+    )
+    if not chosen:
+        raise NotImplementedError(refusal)
+    return Plan(tuple(chosen.items()), refusal)
+
+
+def _choice(call: AttentionCall, platform: str, reasons: dict, anywhere: dict) -> tuple[str, ...]:
+    """What ``None`` means: the kernels of the platform may be for a device that is not here."""
+    kernels = MOSAIC.get(platform)
+    here = preference.choose(call, platform, reasons)
+    if kernels is None or anywhere[kernels] is not None or reasons[kernels] is None:
+        return (here,)
+    there = preference.choose(call, platform, {**reasons, kernels: None})
+    return tuple(dict.fromkeys((there, here)))
+
+
+def _until_sure(names: list[str]) -> tuple[str, ...]:
+    """Up to the first that any device of the platform takes; all are XLA's or kernels."""
+    for i, name in enumerate(names):
+        if name not in MOSAIC.values() or name == names[-1]:
+            return tuple(names[: i + 1])
+    return ()
+
+
+def by_platform(plan: Plan) -> dict[str, str]:
+    """The name that is taken on each platform, as far as its device is known."""
+    # An NVIDIA GPU that is not known need not be a Hopper, while all TPUs take the kernels.
+    return {
+        platform: names[-1] if platform == "cuda" else names[0] for platform, names in plan.names
+    }
+
+
+def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+    """Run the plan: one implementation everywhere, or one per platform, resolved when lowered.
+
+    Lowering for a platform that the plan leaves out is an error: a named implementation never
+    becomes another one.
+    """
+    own = {platform: names[0] for platform, names in plan.names if names[0] not in flash.NAMES}
+    if not own:
+        return _flash(call, plan)
+    if len(set(own.values())) == 1 and len(own) == len(PLATFORMS):
+        return _attend_with(own["cpu"], call)
+    # What derivatives of XLA's own paths need is saved next to what those of the kernels need.
+    attends = {name: functools.partial(_attend_with, name) for name in own.values()}
+    kernels = functools.partial(_flash, plan=plan)
+    return jax.lax.platform_dependent(
+        call, **{platform: attends[name] for platform, name in own.items()}, default=kernels
+    )
+
+
+def _flash(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+    return _with_lse(call, *flash.attend(call, flash.ways(call, plan.names, plan.refusal)))
+
+
+def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
+    axes = varying_axes(*jax.tree.leaves(call))
+    return vary_over(_with_lse(call, *present(IMPLEMENTATIONS[name].attend)(call)), axes)
+
+
+def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:
+    # Not every implementation has an LSE, and branches must agree on what they return.
+    return out, lse if call.return_residual else None

@@ -1,0 +1,88 @@
+"""``"xla"``: grouped einsums in plain XLA, with the full logits.
+
+The group is a dimension of the query alone, so each key/value head enters the matrix products as
+it is stored, forward and backward. Shazeer, arXiv 1911.02150; Ainslie et al., arXiv 2305.13245.
+Derivatives are JAX's own, forward and reverse mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._call import AttentionCall
+from axattn._dropout import keep_tile
+from axattn._implementations.kv_products import reader
+from axattn._implementations.scores import heads_apart, mask_tile, score_tile
+from axattn._masks import zero_unused
+
+
+def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
+    if call.stored is None and call.is_decode_step:
+        # TPUs tile the two minor dimensions: merging heads and head size would copy the cache.
+        return lax.platform_dependent(
+            call,
+            tpu=functools.partial(_attend, folded=False),
+            default=functools.partial(_attend, folded=True),
+        )
+    return _attend(call, folded=False)
+
+
+def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
+    call = without_unused(call)
+    read, (_, kv) = reader(call, call.query, folded=folded), call.spans()
+    weights, total, lse = softmax_weights(call, read.dots(kv))
+    out = read.mean(weights, total, kv)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(
+        call.batch, call.q_len, call.num_heads, call.value_head_dim
+    )
+    lse = lse.transpose(0, 3, 1, 2).reshape(call.batch, call.q_len, call.num_heads)
+    return out.astype(call.query.dtype), lse.astype(jnp.float32)
+
+
+def without_unused(call: AttentionCall) -> AttentionCall:
+    """The call with the queries and keys behind its lengths set to zero, whatever they held.
+
+    Values are cleaned where they are read, and so is all of a cache.
+    """
+    q, kv = call.spans()
+    key = call.key
+    if key is not None:
+        key = zero_unused(key, kv.slots, call.mask.kv_lengths())
+    query = zero_unused(call.query, q.slots, call.mask.q_lengths())
+    return dataclasses.replace(call, query=query, key=key)
+
+
+def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalized weights ``[B, K, G, T, S]``, their sums ``[..., T, 1]`` and LSE ``[..., T]``.
+
+    Dropout is in the weights and not in the sums. An empty row has weights 0, sum 1, LSE -inf.
+    """
+    q, kv = call.spans()
+    scores = score_tile(call, dots, q, kv)
+    allowed = mask_tile(call, q, kv)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # also of no keys
+    sinks = None
+    if call.sinks is not None:
+        sinks = heads_apart(call.sinks[None, :, None, None].astype(scores.dtype), call)
+        top = jnp.maximum(top, sinks)
+    # The top only shifts: it has no derivative, and -inf (nothing to attend to) must not shift.
+    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)[..., 0]
+    if call.dropout_key is not None:
+        kept = keep_tile(call, q, kv)
+        weights = jnp.where(kept, weights / (1.0 - call.dropout_rate), 0.0)
+    return weights, total, lse

@@ -1,0 +1,477 @@
+"""Multi-head latent attention: one latent vector per token in place of its keys and values.
+
+DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1). A token is its latent ``c``, R numbers
+that all heads share, and P rotated features of a key, which all heads share too. The key of head n
+is ``[c @ key_up[:, n], key_rope]``, its value ``c @ value_up[:, n]``. Two forms give one result:
+
+naive
+    Keys and values of all N heads are written out: attention with N key/value heads of size D + P
+    and h. Fewer FLOPs where queries are many: training, prompts.
+absorbed
+    Since ``(c @ key_up) . q = c . (key_up @ q)``, queries take key_up in: multi-query attention, N
+    heads of size R + P over the one head ``[c, key_rope]`` whose first R features are the values.
+    Nothing is written out: a cache has R + P numbers per token.
+
+Letters besides those of `axattn.dot_product_attention`, with their names in configurations:
+R ``kv_lora_rank``, D ``qk_nope_head_dim``, P ``qk_rope_head_dim``, h ``v_head_dim``. In DeepSeek-V3
+N = 128, R = 512, D = 128, P = 64, h = 128. Over a cache::
+
+    cache = DenseCache.create(batch, capacity, **latent.cache_sizes(512, 64), dtype="bfloat16")
+    out, cache = latent.extend(cache, query, c, key_rope, key_up, value_up)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from axattn._attention import dot_product_attention
+from axattn._typing import Array, ArrayLike, CacheType, Float, Precision
+from axattn.cache import Cache, RingCache
+from axattn.cache._checks import is_concrete
+
+__all__ = [
+    "absorb",
+    "attend",
+    "cache_sizes",
+    "extend",
+    "latent_attention",
+    "preferred_form",
+    "write_out",
+]
+
+FORMS = ("naive", "absorbed")
+Form = Literal["naive", "absorbed"]
+
+
+def preferred_form(
+    q_len: int, kv_len: int, *, rank: int, nope_dim: int, rope_dim: int, value_dim: int
+) -> Form:
+    """The form with fewer FLOPs for T queries over S tokens.
+
+    Multiply-adds of a head: to write out keys and values takes ``S R (D + h)``, to attend to them
+    ``T S (D + P + h)``; to bring the projections to queries and outputs ``T R (D + h)``, to attend
+    to latents ``T S (2 R + P)``. With T = S the first is the lesser one where D + h < 2 R;
+    DeepSeek-V3's sizes have them meet at T of about 170 where S is long.
+
+    Args:
+      q_len: T, query slots.
+      kv_len: S, key slots.
+      rank: R, the size of a latent.
+      nope_dim: D, features of a key without positions.
+      rope_dim: P, those with positions.
+      value_dim: h, the size of a value.
+
+    Returns:
+      ``"naive"`` or ``"absorbed"``.
+
+    Example:
+      >>> from axattn import latent
+      >>> v3 = dict(rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+      >>> latent.preferred_form(4096, 4096, **v3), latent.preferred_form(1, 4096, **v3)
+      ('naive', 'absorbed')
+    """
+    projections = rank * (nope_dim + value_dim)
+    naive = kv_len * projections + q_len * kv_len * (nope_dim + rope_dim + value_dim)
+    absorbed = q_len * projections + q_len * kv_len * (2 * rank + rope_dim)
+    return "naive" if naive <= absorbed else "absorbed"
+
+
+def latent_attention(
+    query: Float[Array, "*batch T N D+P"],
+    latent: Float[Array, "*batch S R"],
+    key_rope: Float[Array, "*batch S P"],
+    key_up: Float[Array, "R N D"],
+    value_up: Float[Array, "R N h"],
+    *,
+    form: Form | None = None,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
+    attend: Callable[..., Any] = dot_product_attention,
+    **options: Any,
+) -> Float[Array, "*batch T N h"]:
+    """Latent attention over the tokens' latents.
+
+    Args:
+      query: ``[..., T, N, D + P]``, floating point; the last P features are rotated.
+      latent: ``[..., S, R]``, the same dtype, after its norm.
+      key_rope: ``[..., S, P]``, rotated as the queries are.
+      key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
+      form: "naive" or "absorbed"; None: the one with fewer FLOPs, see `preferred_form`.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default. YaRN changes
+        it: `axattn.rotary.yarn_softmax_scale`.
+      precision: of the projections and of attention.
+      attend: what takes the arguments of `axattn.dot_product_attention`, of which it is given those
+        that are not at their defaults: over a mesh
+        ``functools.partial(axattn.parallel.attention, axes=axes)``.
+      **options: as in `axattn.dot_product_attention`.
+
+    Returns:
+      ``[..., T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE, float32
+      ``[..., T, N]``.
+
+    Raises:
+      ValueError: shapes that do not fit together, another form; and as
+        `axattn.dot_product_attention`.
+      TypeError: ``latent`` of another dtype than ``query``; and as there.
+      NotImplementedError: the named implementation takes no keys of size R + P.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> query = jnp.ones((1, 5, 4, 24))  # four heads, D = 16 and P = 8
+      >>> c, key_rope = jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))  # R = 32
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> forms = [
+      ...     latent.latent_attention(query, c, key_rope, key_up, value_up, form=form)
+      ...     for form in ("naive", "absorbed")
+      ... ]
+      >>> forms[0].shape, bool(jnp.allclose(*forms))
+      ((1, 5, 4, 16), True)
+    """
+    sizes = _sizes(query, latent, key_rope, key_up, value_up)
+    if form is None:
+        form = preferred_form(query.shape[-3], latent.shape[-2], **sizes)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS} or None, got {form!r}")
+    options.update(scale=_default_scale(query) if scale is None else scale, precision=precision)
+    if form == "naive":
+        written = write_out(latent, key_rope, key_up, value_up, precision=precision)
+        key, value = (x.astype(query.dtype) for x in written)
+        return attend(query, key, value, **options)
+    query = absorb(query, key_up, precision=precision)
+    key, value = _shared_key(latent, key_rope), latent[..., None, :]
+    options["is_projected"] = True  # by these two products
+    return _expanded(attend(query, key, value, **options), value_up, precision)
+
+
+def write_out(
+    latent: Float[Array, "*batch S R"],
+    key_rope: Float[Array, "*batch S P"],
+    key_up: Float[Array, "R N D"],
+    value_up: Float[Array, "R N h"],
+    *,
+    precision: Precision | None = None,
+) -> tuple[Float[Array, "*batch S N D+P"], Float[Array, "*batch S N h"]]:
+    """Keys and values of all heads, as the naive form has them.
+
+    Args:
+      latent: ``[..., S, R]``, after its norm.
+      key_rope: ``[..., S, P]``, rotated.
+      key_up: ``[R, N, D]``.
+      value_up: ``[R, N, h]``.
+      precision: of the projections.
+
+    Returns:
+      Keys ``[..., S, N, D + P]`` and values ``[..., S, N, h]``.
+
+    Raises:
+      ValueError: by JAX, for shapes that do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> c, key_rope = jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))
+      >>> key, value = latent.write_out(c, key_rope, key_up, value_up)
+      >>> key.shape, value.shape
+      ((1, 5, 4, 24), (1, 5, 4, 16))
+    """
+    key = jnp.einsum("...sr,rnd->...snd", latent, key_up, precision=precision)
+    value = jnp.einsum("...sr,rnh->...snh", latent, value_up, precision=precision)
+    shared = key_rope[..., None, :].astype(key.dtype)
+    shared = jnp.broadcast_to(shared, (*key.shape[:-1], key_rope.shape[-1]))
+    return jnp.concatenate([key, shared], -1), value
+
+
+def absorb(
+    query: Float[Array, "*batch T N D+P"],
+    key_up: Float[Array, "R N D"],
+    *,
+    precision: Precision | None = None,
+) -> Float[Array, "*batch T N R+P"]:
+    """Queries over latents: their first D features are brought through ``key_up``.
+
+    Args:
+      query: ``[..., T, N, D + P]``, the last P features rotated.
+      key_up: ``[R, N, D]``.
+      precision: of the projection.
+
+    Returns:
+      ``[..., T, N, R + P]`` in the query's dtype.
+
+    Raises:
+      ValueError: by JAX, for shapes that do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> latent.absorb(jnp.ones((1, 5, 4, 24)), jnp.ones((32, 4, 16))).shape
+      (1, 5, 4, 40)
+    """
+    size = key_up.shape[-1]
+    absorbed = jnp.einsum("...tnd,rnd->...tnr", query[..., :size], key_up, precision=precision)
+    return jnp.concatenate([absorbed.astype(query.dtype), query[..., size:]], -1)
+
+
+# ---- over caches ------------------------------------------------------------------------------
+
+# So many tokens that what is done once per query does not count.
+_LONG = 2**40
+
+# With these a step speaks of the cache's slots, or of positions of its own.
+_OF_CACHES = ("mask", "bias", "q_positions", "query_segment_ids", "key_value_segment_ids")
+
+
+def cache_sizes(kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, Any]:
+    """What ``create`` of any cache takes so that it stores R + P numbers per token, once.
+
+    Args:
+      kv_lora_rank: R, the size of a latent.
+      qk_rope_head_dim: P, rotated features of a key.
+
+    Returns:
+      ``num_kv_heads``, ``head_dim``, ``value_head_dim`` and ``values_in_keys``, by name.
+
+    Example:
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(1, 64, **latent.cache_sizes(512, 64), dtype="bfloat16")
+      >>> cache.head_dim, cache.value_head_dim, cache.bytes_per_token
+      (576, 512, 1152)
+    """
+    return dict(
+        num_kv_heads=1,
+        head_dim=kv_lora_rank + qk_rope_head_dim,
+        value_head_dim=kv_lora_rank,
+        values_in_keys=True,
+    )
+
+
+def attend(
+    cache: Cache,
+    query: Float[Array, "B T N D+P"],
+    key_up: Float[Array, "R N D"],
+    value_up: Float[Array, "R N h"],
+    *,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
+    **options: Any,
+) -> Float[Array, "B T N h"]:
+    """Absorbed attention of the newest tokens over all that ``cache`` holds.
+
+    Args:
+      cache: one made with `cache_sizes`.
+      query: ``[B, T, N, D + P]``, of the T tokens appended last; the last P features are rotated.
+      key_up: ``[R, N, D]``.
+      value_up: ``[R, N, h]``.
+      scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default.
+      precision: of the projections and of attention.
+      **options: as in `axattn.cache.Cache.attend`.
+
+    Returns:
+      ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE.
+
+    Raises:
+      ValueError: shapes that do not fit together, a cache of other sizes; and as
+        `axattn.cache.Cache.attend`.
+      TypeError: ``cache`` is none; and as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> cache = DenseCache.create(1, 16, **latent.cache_sizes(32, 8), dtype="float32")
+      >>> cache = cache.append(jnp.ones((1, 5, 1, 40)))  # latents and rotated features of 5 tokens
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> latent.attend(cache, jnp.ones((1, 1, 4, 24)), key_up, value_up).shape
+      (1, 1, 4, 16)
+    """
+    rank, rope = _check_cache(cache)
+    _check_ups(query, rank, rope, key_up, value_up)
+    scale = _default_scale(query) if scale is None else scale
+    absorbed = absorb(query, key_up, precision=precision)
+    found = cache.attend(absorbed, scale=scale, precision=precision, **options)
+    return _expanded(found, value_up, precision)
+
+
+def extend(
+    cache: CacheType,
+    query: Float[Array, "B T N D+P"],
+    latent: Float[Array, "B T R"],
+    key_rope: Float[Array, "B T P"],
+    key_up: Float[Array, "R N D"],
+    value_up: Float[Array, "R N h"],
+    *,
+    lengths: ArrayLike | None = None,
+    form: Literal["absorbed"] | None = None,
+    scale: ArrayLike | None = None,
+    precision: Precision | None = None,
+    attend: Callable[..., Any] = dot_product_attention,
+    **options: Any,
+) -> tuple[Float[Array, "B T N h"], CacheType]:
+    """Appends tokens to a cache and attends from them over all that it holds: a layer's step.
+
+    Args:
+      cache: one made with `cache_sizes`.
+      query: ``[B, T, N, D + P]`` of the new tokens, as in `latent_attention`.
+      latent, key_rope: ``[B, T, R]`` and ``[B, T, P]`` of the same tokens. What is stored is cast
+        to the dtype of a floating-point cache.
+      key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
+      scale, precision: as in `latent_attention`; ``[]`` is the shape of a scale that is an array.
+      lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
+      form: None: where tokens are many (in DeepSeek-V3 more than 170) and come into an empty cache
+        they attend to one another in the naive form, so that a prompt costs what it costs in
+        training. Whether the cache is empty is asked when the program runs, which then has both
+        forms. "absorbed": never. Rings, and steps with ``mask``, ``bias``, segment ids or
+        ``q_positions``, are always absorbed.
+      attend: as in `latent_attention`, of prompts in the naive form.
+      **options: as in `axattn.cache.Cache.extend`.
+
+    Returns:
+      ``(output, cache)``; output ``[B, T, N, h]``.
+
+    Raises:
+      ValueError: as `latent_attention`, and as `axattn.cache.Cache.extend`; a cache of other sizes.
+      TypeError: as these; ``cache`` is none, or lengths of another name than ``lengths``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from axattn import latent
+      >>> from axattn.cache import DenseCache
+      >>> key_up, value_up = jnp.ones((32, 4, 16)), jnp.ones((32, 4, 16))
+      >>> cache = DenseCache.create(1, 16, **latent.cache_sizes(32, 8), dtype="float32")
+      >>> prompt = jnp.ones((1, 5, 4, 24)), jnp.ones((1, 5, 32)), jnp.ones((1, 5, 8))
+      >>> out, cache = latent.extend(cache, *prompt, key_up, value_up)
+      >>> out.shape, cache.lengths.tolist()
+      ((1, 5, 4, 16), [5])
+    """
+    sizes = _sizes(query, latent, key_rope, key_up, value_up)
+    _check_cache(cache, sizes["rank"], sizes["rope_dim"])
+    if form not in (None, "absorbed"):
+        raise ValueError(f"form takes None or 'absorbed' over a cache, got {form!r}")
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        if name in options:
+            raise TypeError(f"extend takes no argument {name}: lengths and the cache say it")
+    options.update(scale=_default_scale(query) if scale is None else scale, precision=precision)
+    key = _shared_key(latent, key_rope)
+    if cache.stores_floats:
+        key = key.astype(cache.dtype)
+
+    whole = form is None and not isinstance(cache, RingCache)
+    whole = whole and all(options.get(name) is None for name in _OF_CACHES)
+    whole = whole and preferred_form(query.shape[1], _LONG, **sizes) == "naive"
+    was_empty = _is_empty(cache) if whole else False
+    if was_empty is False:
+        query = absorb(query, key_up, precision=precision)
+        out, cache = cache.extend(query, key, lengths=lengths, **options)
+        return _expanded(out, value_up, precision), cache
+
+    before, cache = cache.lengths, cast(CacheType, cache.append(key, lengths=lengths))
+    written = cache.lengths - before
+
+    def naive():
+        return latent_attention(
+            query, latent, key_rope, key_up, value_up, form="naive", attend=attend,
+            query_seq_lengths=written, key_value_seq_lengths=written,
+            **{"is_causal": True, **options},
+        )  # fmt: skip
+
+    def absorbed():
+        return absorb(query, key_up, precision=precision)
+
+    if was_empty is True:
+        return naive(), cache
+    # The cache stays outside: at the doors of a conditional XLA on TPUs would lay it out anew.
+    # Without queries to answer, attention over it costs nothing.
+    among_the_new, rows = lax.cond(
+        was_empty,
+        lambda: (naive(), _zeros_like(absorbed)),
+        lambda: (_zeros_like(naive), absorbed()),
+    )
+    count = jnp.where(was_empty, 0, written)
+    over_all = cache.attend(rows, query_seq_lengths=count, **options)
+    out = lax.cond(
+        was_empty, lambda: among_the_new, lambda: _expanded(over_all, value_up, precision)
+    )
+    return out, cache
+
+
+def _is_empty(cache: CacheType) -> bool | Array:
+    """Whether no row holds a token: a bool where this can be known."""
+    empty = (cache.lengths == 0).all()
+    return bool(empty) if is_concrete(empty) else empty
+
+
+def _zeros_like(function: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
+
+
+# ---- shared -----------------------------------------------------------------------------------
+
+
+def _default_scale(query: Array) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _shared_key(latent: Array, key_rope: Array) -> Array:
+    """The one key head of the absorbed form, [..., S, 1, R + P]."""
+    return jnp.concatenate([latent, key_rope.astype(latent.dtype)], -1)[..., None, :]
+
+
+def _expanded(found: Any, value_up: Array, precision: Any) -> Any:
+    """The output over latents, [..., T, N, R], brought through ``value_up``; an LSE as it is."""
+    out, *rest = found if isinstance(found, tuple) else (found,)
+    out = jnp.einsum("...tnr,rnh->...tnh", out, value_up, precision=precision).astype(out.dtype)
+    return (out, *rest) if rest else out
+
+
+def _sizes(query, latent, key_rope, key_up, value_up) -> dict[str, int]:
+    """R, D, P and h of arrays that fit together."""
+    for name, x, axes in (
+        ("query", query, "[..., T, N, D + P]"),
+        ("latent", latent, "[..., S, R]"),
+        ("key_rope", key_rope, "[..., S, P]"),
+    ):
+        if jnp.ndim(x) < axes.count(","):
+            raise ValueError(f"{name} takes {axes}, got shape {jnp.shape(x)}")
+    rank, rope = latent.shape[-1], key_rope.shape[-1]
+    _check_ups(query, rank, rope, key_up, value_up)
+    if latent.shape[:-1] != key_rope.shape[:-1] or query.shape[:-3] != latent.shape[:-2]:
+        raise ValueError(
+            "query, latent and key_rope take one batch, and the latter two one length, got shapes "
+            f"{query.shape}, {latent.shape} and {key_rope.shape}"
+        )
+    if latent.dtype != query.dtype:
+        raise TypeError(f"latent takes the dtype of query, {query.dtype}, got {latent.dtype}")
+    return dict(rank=rank, nope_dim=key_up.shape[-1], rope_dim=rope, value_dim=value_up.shape[-1])
+
+
+def _check_ups(query: Array, rank: int, rope: int, key_up: Array, value_up: Array) -> None:
+    heads, size = query.shape[-2:]
+    for name, x, features in (("key_up", key_up, size - rope), ("value_up", value_up, None)):
+        shape = jnp.shape(x)
+        fits = len(shape) == 3 and shape[:2] == (rank, heads) and features in (None, shape[2])
+        if not fits or 0 in shape:
+            takes = f"({rank}, {heads}, {'h' if features is None else features})"
+            raise ValueError(
+                f"{name} takes {takes} for a query of shape {query.shape}, latents of {rank} and "
+                f"rotated keys of {rope} features, got {shape}"
+            )
+
+
+def _check_cache(cache: Any, rank: int | None = None, rope: int | None = None) -> tuple[int, int]:
+    """R and P of a cache for latents: ``rank`` and ``rope`` where these are given."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache takes a cache of axattn.cache, got {type(cache).__name__}")
+    rank = cache.value_head_dim if rank is None else rank
+    rope = cache.head_dim - cache.value_head_dim if rope is None else rope
+    takes = cache_sizes(rank, rope)
+    got = {name: getattr(cache, name) for name in takes}
+    if got != takes:
+        raise ValueError(f"cache takes one made with {takes} (see cache_sizes), got {got}")
+    return rank, rope

@@ -1,0 +1,105 @@
+"""Calling whatever function a user gave as ``attention_fn``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from axattn._layers.masking import as_array, as_given
+from axattn._masks import Mask
+from axattn._typing import Array, Float, Integer
+
+# The option of the layers, where its name is another than that of the function's argument.
+_LAYER_NAMES = {
+    "local_window_size": "window",
+    "query_segment_ids": "segment_ids",
+    "key_value_segment_ids": "kv_segment_ids",
+}
+
+
+def _name_of(fn: Callable) -> str:
+    fn = getattr(fn, "func", fn)  # functools.partial
+    return getattr(fn, "__qualname__", None) or repr(fn)
+
+
+def call_attention(
+    attention_fn: Callable[..., Array],
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    flax_kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    is_causal: bool,
+    decode_index: Integer[Array, ""] | None = None,
+    only_known: bool = False,
+) -> Float[Array, "*batch T N h"]:
+    """Calls ``attention_fn`` with Flax's arguments and with those options that were asked for.
+
+    Args:
+      attention_fn: Flax's, ours or the user's.
+      query, key, value: as the function takes them.
+      flax_kwargs: the arguments that Flax's own layer would pass.
+      options: more, by the names of `axattn.dot_product_attention`. Each must be honoured.
+      is_causal: whether to ask for a causal mask.
+      decode_index: of the one query token, where ``key`` and ``value`` are a cache that is filled
+        up to and including this index. A function that takes ``q_offset`` is told so; another one
+        gets a mask array.
+      only_known: drop those of ``flax_kwargs`` that the function does not name (Linen does).
+
+    Raises:
+      ValueError: the function takes no argument for one of ``options``.
+    """
+    parameters = inspect.signature(attention_fn).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    flax_kwargs, options = dict(flax_kwargs), dict(options)
+
+    if "q_offset" in parameters:
+        if decode_index is not None:
+            options["q_offset"], is_causal = decode_index, True
+    else:
+        mask, positions = flax_kwargs.get("mask"), None
+        structure = mask if isinstance(mask, Mask) else None
+        if decode_index is not None:
+            # The one query is the newest token: what is in its future is not in the cache yet.
+            positions, is_causal = decode_index[None], False
+            structure = (structure or Mask()) & Mask.causal()
+            window = options.pop("local_window_size", None)
+            if window is not None:
+                structure &= Mask.window(
+                    window[0] if isinstance(window, (tuple, list)) else window, 0
+                )
+        if structure is not None:
+            array = as_array(
+                structure,
+                query.shape[:-3],
+                query.shape[-3],
+                key.shape[-3],
+                q_positions=positions,
+            )
+            if not (mask is None or isinstance(mask, Mask)):
+                given: Any = as_given(mask)
+                missing = tuple(range(array.ndim - given.ndim))
+                array &= jnp.expand_dims(given, missing)
+            flax_kwargs["mask"] = array
+    if is_causal:
+        options["is_causal"] = True
+
+    if "is_projected" in parameters:
+        options["is_projected"] = True
+
+    for name in options:
+        if name not in parameters and not takes_any:
+            layer_name = _LAYER_NAMES.get(name, name)
+            raise ValueError(
+                f"{layer_name} was asked for, but attention_fn={_name_of(attention_fn)} takes no "
+                f"argument {name!r}; use axattn's dot_product_attention, or a function that does"
+            )
+    if flax_kwargs.get("deterministic") and "deterministic" not in parameters and not takes_any:
+        flax_kwargs["dropout_rate"] = 0.0  # said in the words that the function does take
+    if only_known:
+        flax_kwargs = {name: v for name, v in flax_kwargs.items() if name in parameters}
+    return attention_fn(query, key, value, **{**flax_kwargs, **options})

@@ -1,0 +1,76 @@
+"""The common body of the two functions that speak Flax's ``attention_fn`` dialects."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+
+from axattn._attention import dot_product_attention
+from axattn._dtypes import accumulator
+from axattn._layers.masking import as_given
+from axattn._layers.weights import attention_weights, weighted_sum
+from axattn._options import AttentionOptions
+from axattn._typing import Array, Float, present
+
+
+def flax_attention(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    options: AttentionOptions,
+    *,
+    deterministic: bool,
+    attend: Callable[..., Array],
+    sow: Callable[[Array], object] | None,
+    qk_einsum: Callable[..., Array] | None = None,
+    value_einsum: Callable[..., Array] | None = None,
+) -> Float[Array, "*batch T N h"]:
+    """Attends on arrays of one dtype, with masks of any dtype and with Flax's hooks.
+
+    Args:
+      query, key, value: as for `axattn.dot_product_attention`.
+      options: as there, but for the mask: an `axattn.Mask`, or an array that broadcasts to
+        [..., N, T, S] in which everything but zero says "attend"; those that Flax's helpers make
+        are float32. Layers project the query and the output, which is said here.
+      deterministic: no dropout, whatever the rate is.
+      attend: `axattn.dot_product_attention`, or what takes its arguments.
+      sow: called with the weights [..., N, T, S] before dropout, in float32 or wider.
+      qk_einsum, value_einsum: both or neither, in place of ``jnp.einsum``. With them all weights
+        are written out, and no implementation but "xla" can be asked for.
+
+    Returns:
+      [..., T, N, h] in the query's dtype.
+    """
+    rate = 0.0 if deterministic else options.dropout_rate
+    options = dataclasses.replace(
+        options, mask=as_given(cast(Any, options.mask)), dropout_rate=rate, is_projected=True
+    )
+    if sow is None and qk_einsum is None:
+        return attend(query, key, value, **options.as_keywords())
+
+    plain_einsum = functools.partial(
+        jnp.einsum,
+        precision=options.precision,
+        preferred_element_type=accumulator(query.dtype),
+    )
+    weights_by = functools.partial(
+        attention_weights, query, key, value, einsum=qk_einsum or plain_einsum
+    )
+    if sow is not None:
+        sow(weights_by(dataclasses.replace(options, dropout_rate=0.0)))
+    if qk_einsum is None:
+        return attend(query, key, value, **options.as_keywords())
+
+    if options.implementation not in (None, "xla"):
+        raise NotImplementedError(
+            f"implementation={options.implementation!r} has no place for einsum hooks; leave it at "
+            "None"
+        )
+    if attend is not dot_product_attention:
+        raise NotImplementedError(f"attend={attend!r} has no place for einsum hooks")
+    out = weighted_sum(weights_by(options).astype(query.dtype), value, einsum=present(value_einsum))
+    return out.astype(query.dtype)

@@ -1,0 +1,221 @@
+"""One step of a latent attention layer, the same in Linen and NNX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from axattn import _jax_compat, _latent
+from axattn._layers.config import LatentConfig
+from axattn._layers.masking import as_given
+from axattn._layers.options import requested
+from axattn._layers.rope import rotate
+from axattn._layers.step import LayerCall, check_cache, normalized
+from axattn._rotary import RotaryEmbedding, yarn_softmax_scale
+from axattn._typing import Array, Float, Integer
+from axattn.cache._checks import is_concrete
+
+# A projection's kernel, or what stands in its place and has to be called: [..., R] -> [..., N, D].
+Up = Array | Callable[[Array], Array]
+
+# Projections that ``use_bias`` is about.
+BIASED = ("query_down", "kv_down", "out")
+
+# By how much of a module's outputs (root mean square) those of a linear map may miss what its
+# kernel says: sums in 16 bits, which TPUs take for float32 as well.
+_LINEAR = 2.0**-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """What a layer's projections made of its inputs, and the two that attention brings in.
+
+    In the order of `axattn.latent.latent_attention`.
+    """
+
+    query: Float[Array, "*batch T N D+P"]
+    latent: Float[Array, "*batch T R"]
+    key_rope: Float[Array, "*batch T P"]
+    key_up: Up
+    value_up: Up
+
+    @property
+    def called(self) -> bool:
+        """Whether one of the two has no kernel to read."""
+        return callable(self.key_up) or callable(self.value_up)
+
+    def promoted(self, promote: Callable[[tuple[Array, ...]], Sequence[Array]]) -> Projected:
+        """The same in one dtype, as ``promote(arrays)`` brings them to it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arrays = {name: x for name, x in fields.items() if not callable(x)}
+        found = promote(tuple(arrays.values()))
+        return dataclasses.replace(self, **dict(zip(arrays, found, strict=True)))
+
+    def rotated(
+        self, rope: RotaryEmbedding, positions: Integer[Array, "*leading T"] | None
+    ) -> Projected:
+        """The same, the last P features of queries and the shared keys turned by positions."""
+        size = self.key_rope.shape[-1]
+        plain, turned = jnp.split(self.query, [self.query.shape[-1] - size], axis=-1)
+        turned, shared = rotate(rope, turned, self.key_rope[..., None, :], positions, None)
+        query = jnp.concatenate([plain, turned], -1)
+        return dataclasses.replace(self, query=query, key_rope=shared[..., 0, :])
+
+    def with_kernels(self) -> tuple[Array, ...]:
+        """All five as arrays: of what has to be called, the kernel that its outputs are made with.
+
+        Raises:
+          ValueError: one of the two is no linear map.
+        """
+        ups = (
+            kernel_of(name, up, self.latent) if callable(up) else up
+            for name, up in (("key_up", self.key_up), ("value_up", self.value_up))
+        )
+        return self.query, self.latent, self.key_rope, *ups
+
+    def written_out(self, precision: Any) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the naive form, the latter made by calling what there is."""
+
+        def raised(up: Up) -> Array:
+            if callable(up):
+                return up(self.latent).astype(self.query.dtype)
+            return jnp.einsum("...sr,rnd->...snd", self.latent, up, precision=precision)
+
+        key, value = raised(self.key_up), raised(self.value_up)
+        shared = self.key_rope[..., None, :].astype(key.dtype)
+        shared = jnp.broadcast_to(shared, (*key.shape[:-1], shared.shape[-1]))
+        return self.query, jnp.concatenate([key, shared], -1), value
+
+
+def kernel_of(
+    name: str, up: Callable[[Array], Array], latents: Float[Array, "*batch T R"]
+) -> Array:
+    """The kernel ``[R, N, D]`` of a linear map that can only be called, with its gradient.
+
+    It is what comes out for the unit vectors, as tokens. Two more tokens tell whether that is all:
+    zeros, of which a linear map makes zeros, and one of all features.
+
+    Args:
+      name: of the map, for errors.
+      up: maps ``[..., T, R]`` to ``[..., T, N, D]``.
+      latents: what it would be called with.
+
+    Returns:
+      ``[R, N, D]`` in the dtype of ``latents``; under jit NaN where the map is not linear.
+
+    Raises:
+      ValueError: the map is not linear.
+    """
+    rank = latents.shape[-1]
+    mixed = np.random.default_rng(0).uniform(1, 4, rank) * np.where(np.arange(rank) % 2, 1, -1)
+    tokens = np.concatenate([np.eye(rank), np.zeros((1, rank)), mixed[None]])
+    lead = (1,) * (latents.ndim - 2)
+    out = up(jnp.asarray(tokens, latents.dtype).reshape(*lead, *tokens.shape))
+    out = out.reshape(rank + 2, *out.shape[-2:])
+    kernel = out[:rank].astype(latents.dtype)
+
+    wide = lax.stop_gradient(out).astype(jnp.float32)
+    units, zero, found = wide[:rank], wide[rank], wide[rank + 1]
+    weights = jnp.asarray(tokens[-1], latents.dtype).astype(jnp.float32)[:, None, None]
+    size = ((weights * units) ** 2).sum()
+    miss = ((found - (weights * units).sum(0)) ** 2).sum()
+    is_linear = (zero == 0).all() & (miss <= _LINEAR**2 * size)
+    takes = (
+        f"{name} is {type(up).__name__}, whose outputs are not those of a linear map without an "
+        "offset. form='absorbed' and caches need one: put it into the kernel, or use form='naive' "
+        "without a cache"
+    )
+    if not is_concrete(is_linear):
+        _jax_compat.debug_check(is_linear, takes)
+    elif not is_linear:
+        raise ValueError(takes)
+    return jnp.where(is_linear, kernel, jnp.asarray(jnp.nan, kernel.dtype))
+
+
+def project(
+    inputs: Float[Array, "*batch T E"],
+    config: LatentConfig,
+    *,
+    find: Callable[[str], Callable[[Array], Array]],
+    find_up: Callable[[str, Array], Up],
+    promote: Callable[[tuple[Array, ...]], Sequence[Array]],
+) -> Projected:
+    """What a layer's projections and norms make of its inputs.
+
+    Args:
+      inputs: ``[..., T, E]``.
+      config: of the layer.
+      find: the projection or norm of a name.
+      find_up: ``key_up`` or ``value_up``, which would be called with these latents.
+      promote: brings arrays to one dtype.
+    """
+    if config.q_lora_rank is None:
+        query = find("query")(inputs)
+    else:
+        query = find("query_up")(normalized(find("query_norm"), find("query_down")(inputs)))
+    down, key_rope = jnp.split(find("kv_down")(inputs), [config.kv_lora_rank], axis=-1)
+    down = normalized(find("kv_norm"), down)
+    ups = find_up("key_up", down), find_up("value_up", down)
+    return Projected(query, down, key_rope, *ups).promoted(promote)
+
+
+def attend(
+    layer: Any, config: LatentConfig, call: LayerCall, projected: Projected
+) -> tuple[Float[Array, "*batch T N h"], Any]:
+    """Rotates, appends to a cache, and attends over that or over the tokens themselves.
+
+    Args:
+      layer: of either dialect; read are ``attend``, ``precision`` and what it drops.
+      config: of the layer.
+      call: its arguments, of one input.
+      projected: of the inputs.
+
+    Returns:
+      What ``out`` projects, and the cache or None.
+    """
+    dropout = {}
+    if not call.deterministic:
+        dropout = dict(
+            dropout_rate=layer.dropout_rate,
+            dropout_rng=call.dropout_rng,
+            broadcast_dropout=layer.broadcast_dropout,
+        )
+    scale, mask = config.scale, as_given(call.mask)
+    if scale is None:  # the model's convention: 1 / sqrt(D + P), which YaRN changes
+        scale = yarn_softmax_scale(projected.query.shape[-1], config.rope.scaling)
+    options = {
+        **config.options,
+        **requested(
+            query_segment_ids=call.segment_ids,
+            precision=layer.precision,
+            is_projected=True,
+            **dropout,
+        ),
+        "scale": scale,
+        "mask": mask,
+    }
+    if call.cache is not None:
+        cache = check_cache("inputs", call, projected.query, {})
+        positions = call.positions
+        if positions is None:
+            positions = cache.next_positions(projected.query.shape[1])
+        return _latent.extend(
+            cache,
+            *projected.rotated(config.rope, positions).with_kernels(),
+            lengths=call.lengths,
+            form="absorbed" if config.form == "absorbed" else None,
+            attend=layer.attend,
+            **options,
+        )
+    projected = projected.rotated(config.rope, call.positions)
+    options["is_causal"] = bool(call.is_causal)
+    if projected.called and config.form != "absorbed":
+        # Called with the latents themselves: right whatever stands there.
+        return layer.attend(*projected.written_out(layer.precision), **options), None
+    arrays = projected.with_kernels()
+    return _latent.latent_attention(*arrays, form=config.form, attend=layer.attend, **options), None

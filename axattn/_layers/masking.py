@@ -1,0 +1,59 @@
+"""Masks as layers are given them, and as arrays for what cannot take their structure."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from axattn._masks import Mask
+from axattn._typing import Array, Bool
+from axattn.cache._checks import is_concrete
+
+
+def as_given(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
+    """Flax's masks have any dtype, nonzero is "attend": such a one as bool, others as they are.
+
+    Raises:
+      ValueError: its numbers are those of a bias (0 and -1e9, which would mean the opposite); they
+        are not looked at while tracing.
+    """
+    if mask is None or isinstance(mask, Mask):
+        return mask
+    if is_concrete(mask):
+        _check_no_bias(np.asarray(mask))
+    return jnp.asarray(mask).astype(bool)
+
+
+def _check_no_bias(mask: np.ndarray) -> None:
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        odd = mask[(mask != 0) & (mask != 1)]
+    elif jnp.issubdtype(mask.dtype, jnp.signedinteger):
+        odd = mask[mask < 0]
+    else:
+        return
+    if odd.size:
+        raise ValueError(
+            "mask takes booleans, or 1 where to attend and 0 where not, got "
+            f"{mask.dtype} with {float(odd.flat[0]):g} in it. What is added to logits is a bias: "
+            "give dot_product_attention bias=..., or the layer mask=(bias == 0)"
+        )
+
+
+def as_array(
+    mask: Mask,
+    batch: tuple[int, ...],
+    q_len: int,
+    kv_len: int,
+    *,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+) -> Bool[Array, "..."]:
+    """``mask`` as an array [*batch, N or 1, T, S].
+
+    Positions are [T] and [S], or [B, T] and [B, S] with the batch flattened.
+    """
+    mask = mask.normalized(batch, q_len, kv_len)
+    array = mask.materialize(q_len, kv_len, q_positions=q_positions, kv_positions=kv_positions)
+    if array.shape[0] == 1:
+        return jnp.broadcast_to(array[0], (*batch, *array.shape[1:]))
+    return array.reshape(*batch, *array.shape[1:])

@@ -1,0 +1,67 @@
+"""Attention with all its weights written out: for looking at them, and for einsum hooks.
+
+`axattn.dot_product_attention` never returns weights. Flax's layers can sow them, and can replace
+the two einsums (quantized training does). Here, too, each key/value head is read once for its group
+of query heads, and all options of the function are honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from axattn._arguments import normalize
+from axattn._implementations.xla import softmax_weights
+from axattn._options import AttentionOptions
+from axattn._typing import Array, Float
+
+Einsum = Callable[..., Array]
+
+
+def attention_weights(
+    query: Float[Array, "*batch T N H"],
+    key: Float[Array, "*batch S K H"],
+    value: Float[Array, "*batch S K h"],
+    options: AttentionOptions,
+    *,
+    einsum: Einsum = jnp.einsum,
+) -> Float[Array, "*batch N T S"]:
+    """Returns the weights that `axattn.dot_product_attention` gives the values.
+
+    Args:
+      query, key, value: as there.
+      options: as there. With dropout, weights are those after it.
+      einsum: ``einsum(subscripts, query, key)`` gives the dot products. The subscripts are Flax's
+        where N == K, and otherwise have the query's heads apart as [K, G].
+
+    Returns:
+      [..., N, T, S], float32 (float64 for float64). Rows with nothing to attend to are zeros.
+    """
+    call, lead = normalize(query, key, value, options)
+    query = call.query.reshape(*lead, *call.query.shape[1:])
+    if call.group == 1:
+        dots = einsum("...qhd,...khd->...hqk", query, key)
+    else:
+        query = query.reshape(*query.shape[:-2], call.num_kv_heads, call.group, call.head_dim)
+        dots = einsum("...qhgd,...khd->...hgqk", query, key)
+    scores_shape = (call.batch, call.num_kv_heads, call.group, call.q_len, call.kv_len)
+    weights, total, _ = softmax_weights(
+        call, dots.reshape(scores_shape).astype(call.accumulator_dtype)
+    )
+    return (weights / total).reshape(*lead, call.num_heads, call.q_len, call.kv_len)
+
+
+def weighted_sum(
+    weights: Float[Array, "*batch N T S"],
+    value: Float[Array, "*batch S K h"],
+    *,
+    einsum: Einsum = jnp.einsum,
+) -> Float[Array, "*batch T N h"]:
+    """The values weighted by `attention_weights`, [..., T, N, h], in the dtype of ``einsum``."""
+    heads, kv_heads = weights.shape[-3], value.shape[-2]
+    if heads == kv_heads:
+        return einsum("...hqk,...khd->...qhd", weights, value)
+    weights = weights.reshape(*weights.shape[:-3], kv_heads, -1, *weights.shape[-2:])
+    out = einsum("...hgqk,...khd->...qhgd", weights, value)
+    return out.reshape(*out.shape[:-3], heads, out.shape[-1])

@@ -1,0 +1,186 @@
+"""What a compiled program sends from device to device.
+
+Bytes are those of the values (a layout's padding is left out) that one device sends in one run, by
+the arithmetic of rings. Of n devices, each with an operand of b bytes, a device sends::
+
+    all-gather           (n - 1) b             reduce-scatter     (n - 1) / n b
+    all-reduce           2 (n - 1) / n b       all-to-all         (n - 1) / n b
+    collective-permute   b
+
+A compiler may do one by way of another: libtpu gathers over three dimensions of a torus by an
+all-reduce. What is counted is what the program has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from axattn import _jax_compat
+from axattn.aot import _hlo
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All operations of one kind in a program.
+
+    Attributes:
+      kind: as in HLO, e.g. ``"all-gather"``.
+      count: how often one device takes part in one run; loops count as often as they run.
+      sent_bytes: bytes that one device sends in all of these.
+
+    Example:
+      >>> import jax
+      >>> from axattn import aot
+      >>> x = jax.ShapeDtypeStruct((8, 8), "float32")
+      >>> aot.analyze(lambda x: x + 1, x, target="cpu").collectives  # one device sends nothing
+      ()
+      >>> aot.Collective("all-gather", count=2, sent_bytes=4096.0).kind
+      'all-gather'
+    """
+
+    kind: str
+    count: int
+    sent_bytes: float
+
+
+_KINDS = {"k" + kind.title().replace("-", ""): kind for kind in KINDS}
+
+Found = dict[str, tuple[int, float]]  # by kind: count, bytes
+
+
+def program_collectives(
+    compiled: Any, num_devices: int
+) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
+    """Find the collectives of a compiled program.
+
+    Args:
+      compiled: a ``jax.stages.Compiled``.
+      num_devices: how many devices the program is for.
+
+    Returns:
+      The collectives, those that send most first, and notes on what is not counted. A program that
+      jaxlib does not let us read has none, and a note.
+
+    Raises:
+      AttributeError: ``compiled`` is not a compiled program.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from axattn import aot
+    >>> program = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
+    >>> aot.program_collectives(program, 1)
+    ((), ())
+    """
+    if num_devices == 1:
+        return (), ()
+    try:
+        return collectives(_jax_compat.optimized_hlo(compiled), num_devices)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        return (), (f"collectives are not known: this jaxlib's HLO is not understood ({error})",)
+
+
+def collectives(module: Any, num_devices: int) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
+    """The same of jaxlib's ``HloModule``."""
+    reader = _Reader(_hlo.Program(module), num_devices)
+    found = reader.read(reader.program.entry)
+    listed = (Collective(kind, count, sent) for kind, (count, sent) in found.items())
+    notes = reader.program.notes("what loops send counts")
+    return tuple(sorted(listed, key=lambda c: -c.sent_bytes)), notes
+
+
+class _Reader:
+    def __init__(self, program: _hlo.Program, num_devices: int):
+        self.program, self.num_devices = program, num_devices
+
+    def read(self, name: str) -> Found:
+        """What computation `name` sends."""
+        found = Found()
+        for instruction in self.program.instructions[name]:
+            opcode = instruction.opcode.name
+            kind = _KINDS.get(opcode.removesuffix("Start"))
+            if kind:
+                _add(found, {kind: (1, self.sent(instruction, kind))})
+            elif opcode == "kWhile":
+                body = self.read(_hlo.body_of(instruction))
+                if body:
+                    _add(found, body, self.program.trips(name, instruction))
+            elif opcode == "kConditional":
+                branches = map(self.read, self.program.called(instruction))
+                _add(found, max(branches, key=_total))
+            elif opcode in ("kCall", "kFusion", "kAsyncStart"):
+                for callee in self.program.called(instruction):
+                    _add(found, self._in_one(callee))
+        return found
+
+    def _in_one(self, callee: str) -> Found:
+        """Of a computation that is one operation for libtpu, which fuses with their users."""
+        found = self.read(callee)
+        if callee.startswith("all-reduce-scatter") and "all-reduce" in found:
+            count, sent = found.pop("all-reduce")
+            _add(found, {"reduce-scatter": (count, sent / 2)})
+        return found
+
+    def sent(self, instruction: Any, kind: str) -> float:
+        operands = instruction.operands()
+        if kind in ("collective-permute", "ragged-all-to-all"):
+            operands = operands[:1]  # behind it may be where the results go
+        size = sum(map(_nbytes, operands))
+        if kind == "collective-permute":
+            return size
+        n = group_size(instruction.to_string(), self.num_devices)
+        share = (n - 1) / n
+        return size * {"all-gather": n - 1, "all-reduce": 2 * share}.get(kind, share)
+
+
+def _nbytes(value: Any) -> float:
+    """Of a value, without what its layout pads; all elements of a tuple."""
+    shape = _hlo.attribute(value, r" = (.*?) [\w\-]+\(")
+    total = 0.0
+    for dtype, sizes in re.findall(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]", shape):
+        total += math.prod(map(int, filter(None, sizes.split(",")))) * _bits(dtype) / 8
+    return total
+
+
+def _bits(dtype: str) -> int:
+    """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits.group()) if digits else 8 if dtype == "pred" else 0
+
+
+def group_size(attributes: str, num_devices: int) -> int:
+    """How many devices take part together, by `replica_groups` in any of its three forms."""
+    listed = re.search(r"replica_groups=\{\{([^}]*)\}", attributes)
+    if listed:
+        return len(listed.group(1).split(","))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
+    if iota:
+        return int(iota.group(1).split(",")[-1])
+    axes = re.search(r"replica_groups=@?\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if axes:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes.group(1)))
+        # An axis in parts is written 'x':(4)2: the part of size 2, above which there are 4.
+        used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes.group(2))
+        return math.prod(int(part or sizes[name]) for name, part in used)
+    return num_devices
+
+
+def _add(found: Found, more: Found, times: int = 1) -> None:
+    for kind, (count, sent) in more.items():
+        before = found.get(kind, (0, 0.0))
+        found[kind] = before[0] + times * count, before[1] + times * sent
+
+
+def _total(found: Found) -> float:
+    return sum(sent for _, sent in found.values())

@@ -1,0 +1,143 @@
+"""FLOPs and bytes accessed of a compiled program, with its loops counted as often as they run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from axattn import _jax_compat
+from axattn.aot import _hlo
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program does, as its compiler estimates it.
+
+    Attributes:
+      flops: floating-point operations; None when they are not known.
+      bytes_accessed: bytes read and written by all operations, on-chip copies included, so on a
+        TPU it is more than the traffic to HBM; None when they are not known.
+      is_lower_bound: True when some part is not counted, or counted too few times.
+      notes: what is not counted and why, one sentence each.
+    """
+
+    flops: float | None
+    bytes_accessed: float | None
+    is_lower_bound: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def program_cost(compiled: Any) -> Cost:
+    """Returns the cost of one run of a compiled program on one device.
+
+    The compiler's own analysis is the basis (XLA's generic one on CUDA, which has none), with
+    three amendments: loop bodies count as often as they run (XLA counts them once), a
+    `conditional` counts as its dearest branch, and kernels count by the estimate that they carry.
+    A loop whose trip count the program does not show counts once, and kernels without an estimate
+    do not; the notes name them. Where the program itself cannot be read nothing is known.
+
+    Args:
+      compiled: a `jax.stages.Compiled`.
+    """
+    own = _known(_jax_compat.compiler_cost_analysis(compiled))
+    try:
+        module = _jax_compat.optimized_hlo(compiled)
+        count = _Count(_hlo.Program(module))
+        if _jax_compat.hlo_cost_analysis(module) is not None:
+            once = count.whole(count.program.entry, lambda computation, loop: 1)
+            more = count.whole(count.program.entry, count.program.trips) - once
+            total = more + (once if own is None else own)
+        elif own is None or count.program.has_loops:
+            return _not_known("counting them needs JAX's CPU backend")
+        else:
+            total = own
+        kernels = count.without_estimate()
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        return _not_known(f"this jaxlib's HLO is not understood ({error})")
+    notes = count.program.notes("loop bodies count") + kernels
+    flops, bytes_accessed = total
+    if kernels and flops <= 0:
+        return Cost(None, None, True, notes)
+    return Cost(float(flops), float(bytes_accessed), bool(notes), notes)
+
+
+def _not_known(reason: str) -> Cost:
+    return Cost(None, None, True, (f"FLOPs and bytes are not known: {reason}",))
+
+
+class _Count:
+    """Adds up what the computations of a program do: arrays of FLOPs and bytes."""
+
+    def __init__(self, program: _hlo.Program):
+        self.program = program
+        self._alone: dict[str, np.ndarray] = {}
+
+    def whole(self, name: str, trips: Callable[[str, Any], int]) -> np.ndarray:
+        """Of computation ``name``, whose loops run ``trips(computation, loop)`` times."""
+        total = self.alone(name)
+        for i in self.program.instructions[name]:
+            kind = i.opcode.name
+            if kind == "kCustomCall":
+                total = total + (_estimate(i) or (0.0, 0.0))  # XLA's analysis has none
+            elif kind == "kWhile":
+                body = _hlo.body_of(i)
+                total = total + trips(name, i) * self.whole(body, trips) - self.alone(body)
+            elif kind in ("kConditional", "kCall", "kAsyncStart"):
+                called = self.program.called(i)
+                total = total + np.max([self.whole(n, trips) for n in called], 0)
+                total = total - np.max([self.alone(n) for n in called], 0)
+        return total
+
+    def alone(self, name: str) -> np.ndarray:
+        """Of computation ``name`` by XLA's analysis, which counts its loops once and no kernels."""
+        if name not in self._alone:
+            module = _jax_compat.hlo_module_from_proto(self.program.alone(name))
+            found = _known(_jax_compat.hlo_cost_analysis(module))
+            self._alone[name] = np.zeros(2) if found is None else found
+        return self._alone[name]
+
+    def without_estimate(self) -> tuple[str, ...]:
+        """A note on the kernels that say nothing of their cost, if there are any."""
+        found = collections.Counter(
+            target
+            for instructions in self.program.instructions.values()
+            for i in instructions
+            if i.opcode.name == "kCustomCall" and _estimate(i) is None
+            if _is_kernel(target := _hlo.attribute(i, r'custom_call_target="([^"]*)"'))
+        )
+        names = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
+        if not found:
+            return ()
+        note = f"kernels without a cost estimate are left out of the FLOPs ({names})"
+        if any(name.startswith("mosaic_gpu") for name in found) and jax.__version_info__ < (0, 12):
+            note += "; Mosaic GPU takes no estimate before jax 0.12"
+        return (note,)
+
+
+def _known(analysis: Mapping[str, float] | None) -> np.ndarray | None:
+    """FLOPs and bytes of an XLA analysis, which says -1 for what it does not know."""
+    if analysis is None:
+        return None
+    return np.maximum([analysis.get("flops", 0.0), analysis.get("bytes accessed", 0.0)], 0.0)
+
+
+def _estimate(kernel: Any) -> tuple[float, float] | None:
+    """FLOPs and bytes as a custom call says; None where it says nothing."""
+    # A field of Mosaic TPU's JSON; a string of Mosaic GPU's, with its quotes escaped.
+    text = kernel.to_string().partition(", backend_config=")[2]
+    found = re.search(r'\bcost_estimate(?:":|_json = ")(\{[^}]*\})', text)
+    if found is None:
+        return None
+    said = json.loads(found[1].replace(r"\22", '"'))
+    return float(said.get("flops", 0)), float(said.get("bytes_accessed", 0))
+
+
+def _is_kernel(name: str) -> bool:
+    return name.startswith(("tpu_custom_call", "mosaic_gpu", "__cu", "__gpu$", "__onednn"))

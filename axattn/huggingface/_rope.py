@@ -1,0 +1,103 @@
+"""The rotary embedding that a configuration asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from axattn._rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, Scaling, YarnScaling
+from axattn.huggingface._json_fields import OBJECT, ROPE_KINDS, Config, checked
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def rotary_embedding(
+    config: Config,
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    layer_type: str = "full_attention",
+    partial: bool = False,
+) -> RotaryEmbedding:
+    """Of layers of a type, with ``head_dim`` features that have positions.
+
+    ``partial`` is whether the model reads ``partial_rotary_factor``. Raises NotImplementedError for
+    a ``rope_type`` that axattn does not have, ValueError for one whose numbers are not all there.
+    """
+    where, options = _options(config, layer_type)
+    share = options.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0
+    if share != 1.0 and not partial:
+        raise NotImplementedError(
+            f"partial_rotary_factor takes 1 for {config['model_type']}, got {share}"
+        )
+    size = int(head_dim * share)
+    if size % 2 or not size:
+        raise ValueError(
+            "head_dim (qk_rope_head_dim, or the share of it that partial_rotary_factor says) takes "
+            f"an even number, for features are rotated in pairs: got {size}"
+        )
+    return RotaryEmbedding(
+        base=float(options["rope_theta"]),
+        interleaved=interleaved,
+        scaling=_scaling(where, options, config),
+        rotary_dim=None if share == 1.0 else size,
+    )
+
+
+def _options(config: Config, layer_type: str) -> tuple[str, dict[str, Any]]:
+    """``rope_parameters`` of this type of layer, also out of the older ways of writing them; and
+    the name of the field that they stand in."""
+    where = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
+    found = checked(config[where] or {}, ROPE_KINDS, where)
+    local = layer_type == "sliding_attention"  # of Gemma 3, with a base of its own
+    base = config["rope_local_base_freq" if local else "rope_theta"]
+    if any(name in found for name in _LAYER_TYPES):
+        where = f"{where}.{layer_type}"
+        found = OBJECT.or_null().check(where, found.get(layer_type)) or {}
+    elif local:  # what is written without types is for the other layers
+        found = {}
+    return where, {"rope_theta": base, **checked(found, ROPE_KINDS, where)}
+
+
+def _scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling | None:
+    kind = options.get("rope_type") or options.get("type") or "default"
+
+    def number(name: str, otherwise: float | None = None) -> float:
+        value = otherwise if options.get(name) is None else options[name]
+        if value is None:
+            raise ValueError(f"{where} takes {name} where rope_type is {kind!r}")
+        return float(value)
+
+    # Where both are written, transformers takes the one outside.
+    written = config["original_max_position_embeddings"]
+    written = written or options.get("original_max_position_embeddings")
+    trained = int(written or config["max_position_embeddings"])
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(number("factor"))
+    if kind == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        return Llama3Scaling(
+            factor=number("factor"),
+            low_freq_factor=low,
+            # Llama 4 has the same number twice: no pair is between slow and fast.
+            high_freq_factor=math.nextafter(low, math.inf) if high == low else high,
+            original_max_position=trained,
+        )
+    if kind == "yarn":
+        if options["rope_theta"] <= 1:
+            base = options["rope_theta"]
+            raise ValueError(f"rope_theta takes more than 1 where rope_type is 'yarn', got {base}")
+        return YarnScaling(
+            factor=number("factor", config["max_position_embeddings"] / trained),
+            original_max_position=trained,
+            beta_fast=number("beta_fast", 32),
+            beta_slow=number("beta_slow", 1),
+            attention_factor=options.get("attention_factor"),
+            mscale=options.get("mscale"),
+            mscale_all_dim=options.get("mscale_all_dim"),
+            truncate=bool(options.get("truncate", True)),
+        )
+    raise NotImplementedError(f"rope_type takes default, linear, llama3 or yarn here, got {kind!r}")

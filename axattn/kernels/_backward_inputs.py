@@ -1,0 +1,47 @@
+"""What every backward kernel is given, and the gradient that needs no kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import AttentionCall
+from axattn.kernels._masks import may_have_empty_rows
+from axattn.kernels._problem import LOG2E
+
+
+class Given(NamedTuple):
+    """Per query row; rows with nothing to attend to have weights, and gradients, of zero."""
+
+    dout: jax.Array  # [B, T, N, h], in the query's dtype
+    lse2: (
+        jax.Array
+    )  # float32 [B, T, N]: LSE in units of log2, infinite where nothing is attended to
+    delta: jax.Array  # float32 [B, T, N]
+
+
+def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
+    """rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``."""
+    return (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
+
+
+def given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array) -> Given:
+    """From the LSE ``[B, T, N]``, the cotangent of the output, and `row_deltas`."""
+    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
+    # partial results are merged by their LSE). An infinite LSE gives weights of 0.
+    empty = lse == -jnp.inf
+    dout = dout.astype(call.query.dtype)
+    if may_have_empty_rows(call):
+        dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
+    return Given(dout, jnp.where(empty, jnp.inf, lse * LOG2E), jnp.where(empty, 0.0, delta))
+
+
+def of_sinks(call: AttentionCall, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
+    """Gradient of the sinks ``[N]``, or None where the call has none."""
+    if call.sinks is None:
+        return None
+    empty = lse == -jnp.inf
+    share = jnp.exp(call.sinks[None, None] - jnp.where(empty, 0.0, lse))
+    return -jnp.where(empty, 0.0, share * delta).sum((0, 1)).astype(call.sinks.dtype)

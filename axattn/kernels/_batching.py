@@ -1,0 +1,128 @@
+"""Under ``vmap`` a kernel is called once, for a batch that is so many times larger.
+
+Pallas would add an axis to the grid, or loop where scalars differ, and knows no way for operands
+that stay in HBM. A call has a batch already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import AttentionCall
+from axattn._stored import Stored
+
+# What has a row for each row of the batch, or one for all of them.
+_OF_ROWS = ("query", "key", "value", "bias", "alibi_slopes", "q_positions", "kv_positions")
+
+# What is the same for all rows: calls that differ in these are made one after another.
+_OF_ALL = ("sinks", "traced_scale", "dropout_key", "first_row")
+
+
+def in_one_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(call, *arrays)``, arrays and results of which all have the batch first."""
+    function = jax.custom_batching.custom_vmap(function)
+
+    @function.def_vmap
+    def vmapped(size, batched, call, *arrays):
+        own, *others = batched
+        if not _mergeable(call, own):
+            results = _one_by_one(function, size, batched, (call, *arrays))
+            return results, jax.tree.map(lambda _: True, results)
+        rows = call.batch if not own.query else call.query.shape[1]
+        merge = _Merge(size, rows)
+        together = [merge.rows(x, b) for x, b in zip(arrays, others, strict=True)]
+        results = function(_merged(merge, call, own), *together)
+        results = jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return function
+
+
+def _mergeable(call: AttentionCall, batched: Any) -> bool:
+    """``batched`` is the call with bools in the place of arrays."""
+    if call.dropout_key is not None:  # whose bits belong to the rows of each call
+        return False
+    if any(jax.tree.leaves([getattr(batched, name) for name in _OF_ALL])):
+        return False
+    if call.stored is None:
+        return True
+    arrays = all(jax.tree.leaves(batched.stored.arrays))
+    if batched.stored.key_center or jax.tree.leaves(batched.stored.first_row) == [True]:
+        return False
+    if call.stored.block_table is None:
+        # Rows of one array that several calls read would have to be copied.
+        return arrays and isinstance(call.stored.first_row, int)
+    return arrays or not any(jax.tree.leaves(batched.stored.arrays))
+
+
+def _one_by_one(function, size: int, batched, arguments):
+    leaves, structure = jax.tree.flatten(arguments)
+    mapped = jax.tree.leaves(batched)
+
+    def call(i):
+        own = [x[i] if m else x for x, m in zip(leaves, mapped, strict=True)]
+        return function(*jax.tree.unflatten(structure, own))
+
+    return jax.lax.map(call, jnp.arange(size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merge:
+    """Puts ``size`` batches of ``batch`` rows into one."""
+
+    size: int
+    batch: int
+
+    def rows(self, array: jax.Array, batched: bool) -> jax.Array:
+        """An array with all rows of the batch."""
+        if not batched:
+            array = jnp.broadcast_to(array, (self.size, *array.shape))
+        if array.ndim == 1:
+            array = array[:, None]
+        array = jnp.broadcast_to(array, (self.size, self.batch, *array.shape[2:]))
+        return array.reshape(self.size * self.batch, *array.shape[2:])
+
+    def perhaps_rows(self, array: Any, batched: bool) -> Any:
+        """An array with all rows or one for all, or a number."""
+        if array is None or (not batched and jnp.ndim(array) == 0):
+            return array
+        if not batched and array.ndim > 1 and array.shape[0] == 1:
+            return array
+        return self.rows(array, batched)
+
+
+def _merged(merge: _Merge, call: AttentionCall, batched: Any) -> AttentionCall:
+    changes: dict[str, Any] = {}
+    for name in _OF_ROWS:
+        combine = merge.rows if name in ("query", "key", "value") else merge.perhaps_rows
+        if getattr(call, name) is not None:
+            changes[name] = combine(getattr(call, name), getattr(batched, name))
+    leaves, structure = jax.tree.flatten(call.mask)
+    mapped = jax.tree.leaves(batched.mask)
+    leaves = [merge.perhaps_rows(x, b) for x, b in zip(leaves, mapped, strict=True)]
+    changes["mask"] = jax.tree.unflatten(structure, leaves)
+    if call.stored is not None:
+        changes["stored"] = _merged_cache(merge, call.stored, batched.stored)
+    return dataclasses.replace(call, **changes)
+
+
+def _merged_cache(merge: _Merge, stored: Stored, batched: Any) -> Stored:
+    """Caches end to end; their pages are counted through."""
+    changes: dict[str, Any] = {"batch": merge.size * merge.batch}
+    together = any(jax.tree.leaves(batched.arrays))
+    if together:
+        changes["arrays"] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stored.arrays)
+    if stored.block_table is not None:
+        table = merge.rows(stored.block_table, batched.block_table)
+        if together:
+            pages = stored.arrays.keys.shape[1]
+            # Garbage stays within the pages of its own cache.
+            first = jnp.repeat(jnp.arange(merge.size, dtype=jnp.int32) * pages, merge.batch)
+            table = jnp.clip(table, 0, pages - 1) + first[:, None]
+        changes["block_table"] = table
+    return dataclasses.replace(stored, **changes)

@@ -1,0 +1,152 @@
+"""Which blocks a kernel visits for a tile of its rows: full ones first, then partial ones.
+
+For masks that are intervals (causal, windows, lengths, prefixes) four numbers per tile say it all;
+where a mask has holes (segments, arrays, given key positions), the blocks are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import AttentionCall
+from axattn._mask_parts import EMPTY, FULL, PARTIAL, Dense, Segments
+from axattn._stored import NEVER
+from axattn.kernels._masks import Bounds
+
+
+class Plan(NamedTuple):
+    """Arrays that a kernel reads to find its blocks."""
+
+    # int32 [B or 1, tiles, 4]: first block, partial blocks before the full ones, full blocks, all.
+    spans: jax.Array
+    # int32 [B or 1, tiles, blocks]: the blocks in the order of their visits, or None.
+    order: jax.Array | None
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """What a kernel takes, by name."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+
+def of_queries(
+    call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
+) -> Plan:
+    """Key blocks for each tile of ``block_q`` query slots.
+
+    Where a list would have more than ``longest_list`` entries, all blocks from the first to the
+    last of a tile are visited, as partial ones.
+    """
+    states = _states(call, block_q, block_kv)
+    if call.kv_len % block_kv:
+        # Slots behind the end of the last block are no keys.
+        states = states.at[:, :, -1].min(PARTIAL)
+    return _plan(call, states, longest_list)
+
+
+def of_keys(
+    call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
+) -> Plan:
+    """Query blocks for each tile of ``block_kv`` key slots."""
+    return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2), longest_list)
+
+
+def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array:
+    """``Plan.spans`` of one tile with all query rows, from what each row attends to.
+
+    Without a list: blocks that a mask with holes would leave out are visited, as partial ones.
+    """
+    low, high = bounds
+    count = -(-call.kv_len // block_kv)
+    zero = jnp.zeros((), jnp.int32)
+    if call.kv_positions is not None:
+        # Positions may be in any order (a ring's are): all blocks up to the last slot in use.
+        slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
+        used = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
+        total = jnp.where(high.max(1) > -NEVER, -(-used // block_kv), 0)
+        return _spans(zero, zero, zero, total)
+    first = zero if low is None else jnp.clip(low.min(1) // block_kv, 0, count)
+    last = jnp.clip(-(-high.max(1) // block_kv), 0, count)
+    total = jnp.maximum(last - first, 0)
+    if _has_holes(call):
+        return _spans(first, zero, zero, total)
+    first_full = zero if low is None else jnp.maximum(-(-low.max(1) // block_kv), 0)
+    last_full = jnp.minimum(high.min(1), call.kv_len) // block_kv
+    full = jnp.maximum(last_full - first_full, 0)
+    return _spans(first, jnp.where(full > 0, first_full - first, 0), full, total)
+
+
+def _spans(*numbers: jax.Array) -> jax.Array:
+    """Four numbers, each of them ``[B or 1]`` or a scalar, as ``[B or 1, 1, 4]``."""
+    return _stack(*jnp.broadcast_arrays(*numbers)).reshape(-1, 1, 4)
+
+
+def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
+    layout = call.layout(block_q, block_kv)
+    rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
+    states = jnp.moveaxis(rows, 0, 1)
+    if call.kv_positions is not None:
+        # Keys that no query may attend to are far away, which parts of the mask may not know.
+        nearest, farthest = layout.kv_range(call.kv_positions)
+        most = jnp.where(nearest >= NEVER, EMPTY, jnp.where(farthest >= NEVER, PARTIAL, FULL))
+        states = jnp.minimum(states, most[:, None].astype(states.dtype))
+    return states
+
+
+def _plan(call: AttentionCall, states: jax.Array, longest_list: int | None) -> Plan:
+    """A plan from block states ``[B or 1, tiles, blocks]``."""
+    some, full = states != EMPTY, states == FULL
+    if _has_holes(call) and longest_list is not None and states.size > longest_list:
+        full = jnp.zeros_like(full)
+    elif _has_holes(call):
+        # A stable sort keeps the blocks of one kind in their own order.
+        order = jnp.argsort(-states.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
+        zero = jnp.zeros(states.shape[:2], jnp.int32)
+        return Plan(_stack(zero, zero, full.sum(-1), some.sum(-1)), order)
+    count = states.shape[-1]
+    index = jnp.arange(count)[None, None]
+    first = jnp.argmax(some, -1)
+    last = count - jnp.argmax(some[..., ::-1], -1)
+    first_full = jnp.argmax(full, -1)
+    # The run of full blocks that starts at the first one.
+    behind = jnp.where((index >= first_full[..., None]) & ~full, index, count).min(-1)
+    num_full = jnp.where(full.any(-1), behind - first_full, 0)
+    before = jnp.where(num_full > 0, first_full - first, 0)
+    return Plan(_stack(first, before, num_full, jnp.where(some.any(-1), last - first, 0)), None)
+
+
+def _stack(*numbers: jax.Array) -> jax.Array:
+    return jnp.stack([number.astype(jnp.int32) for number in numbers], -1)
+
+
+def _has_holes(call: AttentionCall) -> bool:
+    kinds = {type(part) for part in call.mask.parts}
+    return bool(kinds & {Dense, Segments}) or call.kv_positions is not None
+
+
+class Visits(NamedTuple):
+    """The same inside a kernel, for one tile: scalars, and the row of the order in HBM."""
+
+    first: jax.Array
+    before: jax.Array
+    full: jax.Array
+    total: jax.Array
+    order: Any | None
+
+    @classmethod
+    def load(cls, gmem: Mapping[str, Any], batch: jax.Array, tile: jax.Array) -> Visits:
+        spans = gmem["spans"]
+        row = batch if spans.shape[0] > 1 else jnp.int32(0)
+        first, before, full, total = (spans[row, tile, jnp.int32(i)] for i in range(4))
+        order = gmem["order"].at[row, tile] if "order" in gmem else None
+        return cls(first, before, full, total, order)
+
+    def block(self, n: jax.Array) -> jax.Array:
+        """The block of visit ``n``: full ones for n < ``full``, partial ones after them."""
+        if self.order is not None:
+            return self.order[n]
+        left = n - self.full
+        partial = jnp.where(left < self.before, self.first + left, self.first + n)
+        return jnp.where(n < self.full, self.first + self.before + n, partial)

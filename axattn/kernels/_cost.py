@@ -1,0 +1,39 @@
+"""What a call costs by its static shapes, whatever machine its kernels are for."""
+
+from __future__ import annotations
+
+from jax.experimental import pallas as pl
+
+from axattn import _quantization
+from axattn._call import AttentionCall
+from axattn._typing import present
+
+
+def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
+    """The two products over all slots, and the bytes of the slots of the batch, read once.
+
+    How many slots are in use is data: an upper bound.
+    """
+    pairs = call.batch * call.num_heads * call.q_len * call.kv_len
+    sizes = call.head_dim + call.value_head_dim
+    outer = call.batch * call.q_len * call.num_heads * sizes * call.query.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * pairs * sizes,
+        transcendentals=pairs * per_score(call),
+        bytes_accessed=key_bytes(call) + outer,
+    )
+
+
+def per_score(call: AttentionCall) -> int:
+    """Transcendental functions of one score: the softmax's, and the soft cap's."""
+    return 1 if call.logits_soft_cap is None else 2
+
+
+def key_bytes(call: AttentionCall) -> int:
+    """Bytes of the keys and values of the batch, with their scales."""
+    slots = call.batch * call.num_kv_heads * call.kv_len
+    if call.stored is None:
+        sizes = call.head_dim + call.value_head_dim
+        return slots * sizes * present(call.key).dtype.itemsize
+    own = [call.head_dim] + [call.value_head_dim] * (call.stored.arrays.values is not None)
+    return slots * sum(_quantization.bytes_per_vector(call.stored.dtype, size) for size in own)

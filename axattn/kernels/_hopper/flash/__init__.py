@@ -1,0 +1,1 @@
+"""Flash attention over a grid of query or key tiles: prefill and training."""

@@ -1,0 +1,145 @@
+"""From an AttentionCall to the arrays that the kernels read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import AttentionCall
+from axattn._mask_parts import Segments
+from axattn._masks import zero_unused
+from axattn._stored import NEVER
+from axattn._typing import present
+from axattn.kernels._hopper.kv_loader import Source
+from axattn.kernels._hopper.rows import stored_length
+from axattn.kernels._masks import Bounds, bounds, dense_mask, fold_key_masks
+from axattn.kernels._padding import padded
+from axattn.kernels._problem import round_up
+
+# TMA needs rows that start at multiples of 16 bytes.
+TMA_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Arrays by name. Vectors over rows or keys are padded, so that whole tiles can be loaded.
+
+    query, key, value     as in the call, T and S rounded up to 8, unused slots zeroed; of a cache,
+                          what `Source.arrays` says
+    low, high             int32 [B or 1, T']: what each query row attends to
+    q_positions           int32 [B or 1, T'] where ALiBi asks
+    kv_positions          int32 [B or 1, S'] where they are not 0, 1, 2...
+    kv_lengths            int32 [B], of a cache
+    q_segments, kv_segments   int32 [B or 1, T'], [B or 1, S']
+    bias                  [B or 1, N or 1, T, S]
+    key_bias, row_bias    float32 [B or 1, N or 1, S'], [B or 1, N or 1, T']
+    row_shift             float32 [B, N, T']: products with the center of stored keys
+    allowed               int8 [B or 1, N or 1, T, S]
+    sinks                 float32 [N]
+    slopes                float32 [B or 1, N]
+    dropout               int32 [3]: the key's words and the first row's counter
+    """
+
+    arrays: Mapping[str, jax.Array]
+    call: AttentionCall  # with key masks folded away: what `visits` reads
+    bounds: Bounds  # of the rows of that call
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+
+def of(call: AttentionCall) -> Operands:
+    """What the kernels read that have a tile of rows per head."""
+    call = fold_key_masks(call)
+    limits = bounds(call)
+    arrays = {"query": stored_rows(call, call.query, stored_length(call.q_len))}
+    if call.stored is None:
+        arrays["key"] = _stored_keys(call, present(call.key))
+        arrays["value"] = _stored_keys(call, present(call.value))
+    else:
+        arrays["query"] = arrays["query"].astype(call.product_dtype)
+        arrays.update(Source.of(call).arrays(call))
+    return Operands(arrays | score_arrays(call, limits), call, limits)
+
+
+def score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
+    """Everything but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
+    rows, keys = vector_length(call.q_len), vector_length(call.kv_len)
+    low, high = limits
+    arrays = {"high": padded(high, rows, -NEVER)}
+    if low is not None:
+        arrays["low"] = padded(low, rows, 0)
+    if call.kv_positions is not None:
+        arrays["kv_positions"] = padded(call.kv_positions, keys, NEVER)
+    if call.alibi_slopes is not None:
+        arrays["slopes"] = call.alibi_slopes.astype(jnp.float32)
+        arrays["q_positions"] = padded(call.spans()[0].positions, rows, 0)
+    for part in call.mask.parts:
+        if isinstance(part, Segments):
+            arrays["q_segments"] = padded(part.q_ids, rows, 0)
+            arrays["kv_segments"] = padded(part.kv_ids, keys, 0)
+    allowed = dense_mask(call)
+    if allowed is not None:
+        shape = (*allowed.shape[:2], call.q_len, call.kv_len)
+        arrays["allowed"] = aligned(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
+    if call.bias is not None:
+        arrays.update(_biases(call, rows, keys))
+    if call.sinks is not None:
+        arrays["sinks"] = call.sinks.astype(jnp.float32)
+    if call.stored is not None and call.stored.key_center is not None:
+        shift = present(call.stored.center_dots(call.query, jnp.float32))
+        shift = shift.reshape(call.batch, call.num_heads, call.q_len)
+        arrays["row_shift"] = padded(shift, rows, axis=-1)
+    if call.dropout_key is not None:
+        first = jnp.asarray(call.first_row, jnp.int32)
+        words = jax.lax.bitcast_convert_type(call.dropout_key, jnp.int32)
+        arrays["dropout"] = jnp.concatenate([words, first[None]])
+    return arrays
+
+
+def vector_length(length: int) -> int:
+    """Length of a vector over ``length`` slots: a whole block (of at most 256) is always there."""
+    return round_up(length, 8) + 256
+
+
+def with_transposed_tiles(operands: Operands) -> Operands:
+    """The same with ``bias`` and ``allowed`` as ``[..., S, T]``, for tiles with keys as rows.
+
+    A copy: no load of Mosaic GPU turns a tile around on its way into the registers.
+    """
+    arrays = dict(operands.arrays)
+    for name in {"bias", "allowed"} & set(arrays):
+        array = arrays[name][..., : operands.call.kv_len].swapaxes(2, 3)
+        arrays[name] = aligned(array)
+    return dataclasses.replace(operands, arrays=arrays)
+
+
+def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
+    """The bias, as a vector where it broadcasts over rows or over keys."""
+    bias = present(call.bias)
+    if bias.shape[2] == 1:
+        vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
+        return {"key_bias": padded(vector.astype(jnp.float32), keys, axis=-1)}
+    if bias.shape[3] == 1:
+        return {"row_bias": padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
+    # TMA has no float64.
+    return {"bias": aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
+
+
+def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
+    """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
+    slots = jnp.arange(array.shape[1])
+    return padded(zero_unused(array, slots, call.mask.q_lengths()), length)
+
+
+def _stored_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
+    slots = jnp.arange(array.shape[1])
+    return padded(zero_unused(array, slots, call.mask.kv_lengths()), stored_length(call.kv_len))
+
+
+def aligned(array: jax.Array) -> jax.Array:
+    """A ``[..., S]`` array whose rows TMA can address: its last axis is filled up for that."""
+    return padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)

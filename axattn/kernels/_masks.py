@@ -1,0 +1,123 @@
+"""A call's mask as kernels take it.
+
+Every mask becomes one of four things: a pair of bounds per query row (causal, windows, prefixes,
+lengths: the row attends to positions in [low, high)), positions per key (given, or far away where a
+key is masked for all rows), ids on both sides (segments), or a tile of booleans (a [T, S] array).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from axattn._call import AttentionCall
+from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window
+from axattn._stored import NEVER
+
+# What each query row attends to, int32 ``[B or 1, T]``: positions in [low, high).
+Bounds = tuple[jax.Array | None, jax.Array]
+
+
+def fold_key_masks(call: AttentionCall) -> AttentionCall:
+    """Key masks, and lengths of given positions, as keys that are far away from every query."""
+    folded = [part for part in call.mask.parts if key_mask(part)]
+    if not folded and call.kv_positions is None:
+        return call
+    _, kv = call.spans()
+    positions = kv.positions
+    for part in folded:
+        used = jnp.broadcast_to(part.array[:, 0, 0], (len(part.array), call.kv_len))
+        positions = jnp.where(used, positions, NEVER)
+    length = call.mask.kv_lengths()
+    if length is not None:
+        positions = jnp.where(kv.slots[None] < _column(length), positions, NEVER)
+    parts = tuple(part for part in call.mask.parts if part not in folded)
+    return dataclasses.replace(
+        call,
+        kv_positions=positions,
+        mask=dataclasses.replace(call.mask, parts=parts),
+    )
+
+
+def bounds(call: AttentionCall) -> Bounds:
+    """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
+
+    ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).
+    """
+    q, _ = call.spans()
+    positions = q.positions
+    low = None
+    high = jnp.full_like(positions, call.kv_len if call.kv_positions is None else NEVER)
+    for part in call.mask.parts:
+        if isinstance(part, Causal):
+            high = jnp.minimum(high, positions + _column(part.offset) + 1)
+        elif isinstance(part, Window):
+            if part.left is not None:
+                left = positions - part.left
+                low = left if low is None else jnp.maximum(low, left)
+            if part.right is not None:
+                high = jnp.minimum(high, positions + part.right + 1)
+        elif isinstance(part, Prefix):
+            high = jnp.minimum(high, jnp.maximum(_column(part.length), positions + 1))
+        elif isinstance(part, Lengths):
+            if part.kv is not None and call.kv_positions is None:
+                high = jnp.minimum(high, _column(part.kv))
+            if part.q is not None:
+                high = jnp.where(q.slots[None] < _column(part.q), high, -NEVER)
+        elif row_mask(part):
+            high = jnp.where(part.array[:, 0, :, 0], high, -NEVER)
+    return low, high
+
+
+def may_have_empty_rows(call: AttentionCall) -> bool:
+    """Whether a row may have no keys; False, where the mask's structure rules it out.
+
+    What cannot be ruled out costs a copy of ``dout``.
+    """
+    if any(x is not None for x in (call.q_positions, call.kv_positions, call.bias)):
+        return True
+    for part in call.mask.parts:
+        if isinstance(part, Causal):
+            if not isinstance(part.offset, Static) or part.offset < 0:
+                return True
+        elif isinstance(part, Window):
+            if call.q_len > call.kv_len:
+                return True
+        elif not isinstance(part, Prefix):
+            return True
+    return False
+
+
+def dense_mask(call: AttentionCall) -> jax.Array | None:
+    """The mask arrays of a call over queries and keys as one, or None."""
+    arrays = [part.array for part in call.mask.parts if _is_dense(part)]
+    return functools.reduce(operator.and_, arrays) if arrays else None
+
+
+def has_dense_mask(call: AttentionCall) -> bool:
+    """Whether there is one, for who does not need it."""
+    return any(map(_is_dense, call.mask.parts))
+
+
+def _is_dense(part: object) -> TypeGuard[Dense]:
+    return isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
+
+
+def key_mask(part: object) -> TypeGuard[Dense]:
+    """Whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
+    return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
+
+
+def row_mask(part: object) -> TypeGuard[Dense]:
+    """Whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
+    return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
+
+
+def _column(per_row) -> jax.Array:
+    per_row = jnp.asarray(per_row, jnp.int32)
+    return per_row[:, None] if per_row.ndim else per_row

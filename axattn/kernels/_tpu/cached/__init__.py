@@ -1,0 +1,1 @@
+"""Attention over caches: decode, latent decode, and prompts."""

@@ -1,0 +1,1 @@
+"""Flash attention over a grid of blocks: prefill and training."""

@@ -1,0 +1,454 @@
+"""Caches that are shared out over a mesh: their rows, their heads, and the tokens of a row.
+
+::
+
+    axes = parallel.Axes(batch="data", heads="model", sequence="context")
+    cache = ShardedCache.create(
+        DenseCache, batch, length, num_kv_heads, head_dim, dtype=jnp.int8, axes=axes, mesh=mesh
+    )
+    out, cache = cache.extend(query, key, value)
+
+What is stored stays where it is: a step reads its part on every device, and where the tokens of a
+row are on several devices (flash-decoding, as in Megatron's and Helix's context parallelism) the
+results are merged by their LSE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any, Literal, Self, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from axattn import _serialization
+from axattn._call import AttentionCall
+from axattn._implementations import registry
+from axattn._jax_compat import resharded, vary_over, varying_axes
+from axattn._sharded import kv_heads, specs
+from axattn._sharded.axes import Axes, mesh_or_current, names_of
+from axattn._typing import Array, ArrayLike, Float, Float32
+from axattn.cache import Cache, DenseCache, PagedCache, RingCache
+from axattn.parallel import _striped_cache
+from axattn.parallel._partitioned_cache import HeldCache, resized
+
+# What `create` of each kind calls the rows and the slots of its arrays.
+_SIZES = {
+    DenseCache: ("batch", "length"),
+    PagedCache: ("num_pages", "page_size"),
+    RingCache: ("batch", None),
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("cache",),
+    meta_fields=("axes", "mesh", "num_kv_heads"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardedCache(HeldCache):
+    """A cache whose arrays lie in parts on the devices of a mesh.
+
+    It is passed in, returned and donated like any other, and the layers take it as ``cache=``. All
+    arguments and results are of the whole, as in `axattn.cache.Cache`. Rows are shared out over
+    ``axes.batch`` and key/value heads over ``axes.heads``: where these are more ways than K, each
+    device has the one head that its query heads read. Over ``axes.sequence`` tokens are dealt out,
+    token p to shard p % n, whatever the lengths of the rows; then queries go to all shards, and
+    outputs are added up.
+
+    Of a paged cache each shard of the batch has a pool of its own, which numbers its pages from 0:
+    one `axattn.cache.PagePool` on the host for each, of ``num_pages`` pages of ``page_size``
+    tokens. A page has its slots on all shards of the sequence.
+
+    Attributes:
+      cache: arrays of all devices. The slots of a row or page come shard by shard, and heads are
+        repeated where several devices have the same one.
+      axes: which axes of the mesh share out what.
+      mesh: the ``jax.sharding.Mesh``.
+      num_kv_heads: K, key/value heads.
+
+    Raises:
+      ValueError, TypeError: by `create` and its methods, as `axattn.cache.Cache`; and sizes that
+        the axes do not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from axattn import parallel
+      >>> from axattn.cache import DenseCache
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("context",), axis_types=auto)
+      >>> cache = parallel.ShardedCache.create(
+      ...     DenseCache, 1, 64, num_kv_heads=1, head_dim=16, dtype="int8",
+      ...     axes=parallel.Axes(sequence="context"), mesh=mesh,
+      ... )
+      >>> query, key = jnp.ones((1, 7, 4, 16)), jnp.ones((1, 7, 1, 16))
+      >>> out, cache = cache.extend(query, key, key)
+      >>> out.shape, cache.lengths.tolist(), cache.capacity
+      ((1, 7, 4, 16), [7], 64)
+    """
+
+    cache: Cache
+    axes: Axes
+    mesh: Any
+    num_kv_heads: int
+
+    @staticmethod
+    def create(
+        kind: type[DenseCache | PagedCache | RingCache],
+        *sizes: Any,
+        axes: Axes,
+        mesh: Any = None,
+        abstract: bool = False,
+        **options: Any,
+    ) -> ShardedCache:
+        """An empty cache, each part of it made on its device.
+
+        Args:
+          kind: `axattn.cache.DenseCache`, `axattn.cache.PagedCache` or, where no sequence is shared
+            out, `axattn.cache.RingCache`.
+          *sizes: of the whole, as ``kind.create`` takes them. ``num_pages`` are those of all pools.
+          axes: which axes of the mesh share out what.
+          mesh: by default that of the context (``jax.set_mesh``).
+          abstract: shapes with shardings in place of arrays, to compile without devices.
+          **options: the other arguments of ``kind.create``, likewise of the whole.
+
+        Raises:
+          ValueError: sizes that the axes do not divide, an axis that the mesh does not have, no
+            mesh; and as ``kind.create``.
+          TypeError: another ``kind``; and as ``kind.create``.
+        """
+        if kind not in _SIZES:
+            raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
+        mesh = mesh_or_current(mesh)
+        axes.check(mesh)
+        jax.eval_shape(lambda: kind.create(*sizes, **options))  # its own checks
+        given = dict(inspect.signature(kind.create).bind(*sizes, **options).arguments)
+        num_kv_heads, center = given["num_kv_heads"], given.pop("key_center", None)
+        given["num_kv_heads"] = _check_sizes(kind, given, axes, mesh)
+        if center is not None:
+            center = jnp.repeat(jnp.asarray(center), given["num_kv_heads"] // num_kv_heads, axis=0)
+        make = _maker(kind, tuple(given.items()), axes, mesh, num_kv_heads)
+        shapes = jax.eval_shape(make, center)
+        if not abstract:
+            return jax.jit(make, out_shardings=shapes.shardings)(center)
+
+        def struct(shape, sharding):
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return jax.tree.map(struct, shapes, shapes.shardings)
+
+    @property
+    def shardings(self) -> ShardedCache:
+        """A NamedSharding in the place of each array, for ``in_shardings`` and the like."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs)
+
+    @property
+    def specs(self) -> ShardedCache:
+        """A PartitionSpec in the place of each array."""
+        return dataclasses.replace(self, cache=_specs(self.cache, self.axes))
+
+    @property
+    def whole(self) -> Cache:
+        """The cache as it would be on one device, with shapes in place of its arrays."""
+        rows = self.cache.arrays.keys.shape[0]
+        if isinstance(self.cache, PagedCache):
+            rows //= self._ways("batch")  # pages that a table can name
+        return resized(self.cache, rows=rows, heads=self.num_kv_heads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales; heads that several devices have count for each."""
+        return self.cache.nbytes
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[False] = ...,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T N h"], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: Literal[True],
+        **options: Any,
+    ) -> tuple[tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self]: ...
+
+    @overload
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = ...,
+        *,
+        lengths: ArrayLike | None = ...,
+        return_residual: bool,
+        **options: Any,
+    ) -> tuple[
+        Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], Self
+    ]: ...
+
+    def extend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K h"] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`append`, then `attend` from the same tokens: as `axattn.cache.Cache.extend`.
+
+        Args:
+          query: ``[B, T, N, H]``, of all heads.
+          key: ``[B, T, K, H]``.
+          value: ``[B, T, K, h]``; None where values are in the keys.
+          **options: as there.
+
+        Returns:
+          ``(output, cache)``; output ``[B, T, N, h]``.
+
+        Raises:
+          ValueError, TypeError, NotImplementedError: as there.
+        """
+        kind = RingCache if isinstance(self.cache, RingCache) else Cache
+        return kind.extend(self, query, key, value, **options)
+
+    def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> ShardedCache:
+        """As `axattn.cache.PagedCache.with_table`; pages are those of the row's own pool.
+
+        Args:
+          block_table: int ``[B, pages_per_row]``; -1 means none.
+          lengths: int ``[B]`` or int, of the tokens that are stored already.
+
+        Raises:
+          ValueError: another shape; lengths beyond ``capacity``.
+          TypeError: anything but integers.
+        """
+        changed = super().with_table(block_table, lengths)
+        placed = {
+            name: jax.device_put(getattr(changed, name), getattr(self.shardings.cache, name))
+            for name in ("block_table", "lengths")
+        }
+        return self._with(**placed)
+
+    def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> ShardedCache:
+        """As `axattn.cache.PagedCache.copy_pages`, within each pool.
+
+        Args:
+          sources: int ``[n]``; where the batch is shared out ``[pools, n]``, filled up with -1.
+          targets: likewise int ``[n]`` or ``[pools, n]``.
+
+        Raises:
+          ValueError: another shape.
+          TypeError: anything but integers.
+        """
+        pools, pairs = self._ways("batch"), [jnp.asarray(x) for x in (sources, targets)]
+        for name, x in zip(("sources", "targets"), pairs, strict=True):
+            if x.ndim != 1 + (pools > 1) or x.shape != pairs[0].shape or x.shape[0] != pools > 1:
+                takes = f"[{pools}, n]" if pools > 1 else "[n]"
+                raise ValueError(f"{name} takes int {takes} like the other, got shape {x.shape}")
+        pairs = [x.reshape(pools, -1) for x in pairs]
+        return dataclasses.replace(self, cache=_copy_pages(self, *pairs))
+
+    def fork(self, rows: ArrayLike) -> ShardedCache:
+        """As `axattn.cache.Cache.fork`, where the batch is not shared out.
+
+        Args:
+          rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
+
+        Raises:
+          ValueError: another dtype or shape, or rows that this cache does not have.
+          TypeError: ``rows`` is no array.
+          NotImplementedError: the batch is shared out.
+        """
+        if self._ways("batch") > 1:
+            raise NotImplementedError("fork takes a cache whose rows are all on every device")
+        return dataclasses.replace(self, cache=self.cache.fork(rows))
+
+    def _ways(self, what: str) -> int:
+        return self.axes.size(self.mesh, what)
+
+    def _append(self, key, value, counts, overflowed):
+        cache = _append(self, key, value, jnp.asarray(counts), overflowed)
+        return dataclasses.replace(self, cache=cache)
+
+    def _attend(self, call, implementation):
+        ways = self._ways("heads")
+        if call.num_heads % ways:
+            raise ValueError(
+                f"heads takes axes whose size divides the {call.num_heads} query heads, got {ways}"
+            )
+        return _attend(self, call, implementation)
+
+
+def _static(sharded: ShardedCache) -> dict[str, Any]:
+    """What decides where numbers lie: on other devices they may, in other parts not."""
+    ways = {f"{what} shards": sharded._ways(what) for what in ("batch", "heads", "sequence")}
+    return {**ways, "num_kv_heads": sharded.num_kv_heads}
+
+
+def _encode(aux: tuple) -> list:
+    axes, mesh, num_kv_heads = aux
+    devices = None if isinstance(mesh, AbstractMesh) else [d.id for d in mesh.devices.flat]
+    kinds = [kind.name for kind in mesh.axis_types]
+    return [
+        dataclasses.astuple(axes),
+        [mesh.axis_sizes, mesh.axis_names, kinds],
+        devices,
+        num_kv_heads,
+    ]
+
+
+def _decode(plain: list) -> tuple:
+    axes, (sizes, names, kinds), ids, num_kv_heads = plain
+    options = {"axis_types": tuple(AxisType[kind] for kind in kinds)}
+    if ids is None:
+        return Axes(*axes), AbstractMesh(tuple(sizes), tuple(names), **options), num_kv_heads
+    devices = {device.id: device for device in jax.devices()}
+    if not devices.keys() >= set(ids):
+        raise ValueError(f"a ShardedCache was exported for devices {ids}, here are {list(devices)}")
+    mesh = Mesh(np.array([devices[i] for i in ids]).reshape(sizes), tuple(names), **options)
+    return Axes(*axes), mesh, num_kv_heads
+
+
+_serialization.register(ShardedCache, ("cache",), _static, encode=_encode, decode=_decode)
+
+
+@functools.cache
+def _maker(kind: Any, given: tuple, axes: Axes, mesh: Any, num_kv_heads: int):
+    """The same function for the same sizes: then layers that are alike compile one program."""
+
+    def make(center: jax.Array | None) -> ShardedCache:
+        cache = kind.create(**dict(given), key_center=center)
+        return ShardedCache(cache, axes, mesh, num_kv_heads)
+
+    return make
+
+
+def _check_sizes(kind: type[Cache], given: dict[str, Any], axes: Axes, mesh: Any) -> int:
+    """ValueError for what cannot be cut evenly; key/value heads of the arrays, of all devices."""
+    rows, slots = _SIZES[kind]
+    shards = axes.size(mesh, "sequence")
+    if shards > 1 and slots is None:
+        raise ValueError("axes takes sequence=None for a RingCache, which is short as it is")
+    for name, what in (("batch", "batch"), (rows, "batch"), (slots, "sequence")):
+        size = axes.size(mesh, what)
+        if name is not None and given[name] % size:
+            raise ValueError(
+                f"{name} takes a multiple of {size}, the size of the axes {getattr(axes, what)!r} "
+                f"of {what}, got {given[name]}"
+            )
+    ways, num_kv_heads = axes.size(mesh, "heads"), given["num_kv_heads"]
+    if ways % num_kv_heads and num_kv_heads % ways:
+        raise ValueError(
+            f"heads takes axes whose size divides the {num_kv_heads} key/value heads or is a "
+            f"multiple of them, got {ways}"
+        )
+    return max(ways, num_kv_heads)
+
+
+def _specs(cache: Cache, axes: Axes) -> Cache:
+    """``cache`` with PartitionSpecs for arrays."""
+    row = PartitionSpec(axes.batch)
+    stored = axes.batch, axes.heads, axes.sequence, None
+    changes: dict[str, Any] = {
+        "arrays": jax.tree.map(lambda x: PartitionSpec(*stored[: x.ndim]), cache.arrays),
+        "lengths": row,
+        "overflowed": row,
+    }
+    if cache.key_center is not None:
+        changes["key_center"] = PartitionSpec(axes.heads, None)
+    for name in ("block_table", "positions"):
+        if hasattr(cache, name):
+            changes[name] = PartitionSpec(axes.batch, None)
+    return dataclasses.replace(cache, **changes)
+
+
+@jax.jit
+def _append(
+    sharded: ShardedCache,
+    key: jax.Array,
+    value: jax.Array | None,
+    counts: jax.Array,
+    overflowed: jax.Array,
+) -> Cache:
+    axes, mesh, cache = sharded.axes, sharded.mesh, sharded.cache
+    stored_heads = cache.arrays.keys.shape[1]
+    taken = kv_heads.kv_axes(axes, mesh, stored_heads, sharded.num_kv_heads)
+    rest = names_of("heads", axes.heads)[len(taken) :]
+
+    def own_head(x: jax.Array) -> jax.Array:
+        """Of heads that several devices have, the one of this device."""
+        index = lax.axis_index(rest) * x.shape[2] // lax.axis_size(rest)
+        return lax.dynamic_slice_in_dim(x, index, 1, 2)
+
+    def local(cache, key, value, counts, overflowed):
+        if rest:
+            key, value = jax.tree.map(own_head, (key, value))
+        if axes.sequence is None:
+            cache = _whole_append(cache, key, value, counts)
+        else:
+            cache = _striped_cache.append(cache, axes.sequence, key, value, counts)
+        return dataclasses.replace(cache, overflowed=overflowed)
+
+    tokens = PartitionSpec(axes.batch, None, taken or None, None)
+    row = PartitionSpec(axes.batch)
+    given = cache, key, value, counts, overflowed
+    in_specs = _specs(cache, axes), tokens, None if value is None else tokens, row, row
+    program = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0])
+    return program(*resharded(given, in_specs, mesh))
+
+
+def _whole_append(cache: Cache, key, value, counts) -> Cache:
+    axes = varying_axes(*jax.tree.leaves((cache.arrays, key, value, counts)))
+    cache = dataclasses.replace(cache, arrays=vary_over(cache.arrays, axes))
+    return cache.append(key, value, lengths=counts)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _attend(
+    sharded: ShardedCache, call: AttentionCall, implementation: tuple[str, ...] | None
+) -> tuple[jax.Array, jax.Array | None]:
+    axes, mesh, cache = sharded.axes, sharded.mesh, sharded.cache
+    of_queries = dataclasses.replace(axes, sequence=None)
+
+    def local(cache, call):
+        if axes.sequence is not None:
+            return _striped_cache.attend(cache, axes.sequence, call, implementation)
+        call = dataclasses.replace(call, stored=cache.stored(), return_residual=True)
+        call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+        return registry.attend(call, registry.plan(call, implementation))
+
+    of_call = dataclasses.replace(specs.of_call(call, of_queries, None), key=None, value=None)
+    in_specs = _specs(cache, axes), of_call
+    program = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=specs.of_results(of_queries)
+    )
+    return program(*resharded((cache, call), in_specs, mesh))
+
+
+@jax.jit
+def _copy_pages(sharded: ShardedCache, sources: jax.Array, targets: jax.Array) -> Cache:
+    pool = PartitionSpec(sharded.axes.batch, None)
+    cache = _specs(sharded.cache, sharded.axes)
+    in_specs = cache, pool, pool
+
+    def local(cache, sources, targets):
+        return cache.copy_pages(sources[0], targets[0])
+
+    program = jax.shard_map(local, mesh=sharded.mesh, in_specs=in_specs, out_specs=cache)
+    return program(*resharded((sharded.cache, sources, targets), in_specs, sharded.mesh))

@@ -1,0 +1,167 @@
+"""What all pictures have: scales, ticks, grids and legends that can be read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from axattn.plotting import _style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+_POINT = 1 / 72  # inches
+_LABEL = 9  # points, of the text at ticks and in legends
+
+
+def rgb(color: str) -> np.ndarray:
+    """``"#RRGGBB"`` as ``[3]`` in 0 to 1."""
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
+    """Ticks on both axes at multiples of a power of two, as many as there is room for."""
+    width, height = _inches(ax)
+    letters = len(str(kv_len))
+    for axis, length, most in (
+        (ax.xaxis, kv_len, width / ((0.65 * letters + 1) * _LABEL * _POINT)),
+        (ax.yaxis, q_len, height / (2 * _LABEL * _POINT)),
+    ):
+        step = 1 << max(0, math.ceil(math.log2(length / max(1, min(8, int(0.9 * most))))))
+        axis.set_ticks(range(0, length, step))
+    ax.tick_params(labelsize=_LABEL)
+
+
+def _inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes, before a layout makes room for labels."""
+    box = ax.get_position()
+    width, height = _size(ax.figure)
+    return width * box.width, height * box.height
+
+
+def _size(figure: Figure | SubFigure) -> tuple[float, float]:
+    """Width and height in inches, also of what is part of a figure."""
+    return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
+
+
+def patches(colors: Iterable[str]) -> tuple[Any, ...]:
+    """A legend's handle: patches of these colours, side by side."""
+    from matplotlib.patches import Patch
+
+    return tuple(Patch(facecolor=color, edgecolor="#999999") for color in colors)
+
+
+def sample(face: str, dash: Literal["-", "none"]) -> Any:
+    """A legend's handle for markers of any implementation whose inside has this colour."""
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [], [], color=_style.GREY, marker="o", markerfacecolor=face, linestyle=dash, markersize=5
+    )
+
+
+def below(ax: Axes, transform: Any, points: float) -> Any:
+    """The transform, so many points further down."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return transform + ScaledTranslation(0, -points * _POINT, ax.figure.dpi_scale_trans)
+
+
+def legend_below(ax: Axes, handles: Mapping[str, Any]) -> None:
+    """A legend under the axes and their labels."""
+    from matplotlib.legend_handler import HandlerTuple
+
+    alone = len(ax.figure.axes) == 1
+    ax.legend(
+        list(handles.values()),
+        list(handles),
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        bbox_transform=below(ax, ax.transAxes, 36),
+        borderaxespad=0,
+        frameon=False,
+        fontsize=_LABEL,
+        ncols=_columns(handles, _size(ax.figure)[0] if alone else _inches(ax)[0]),
+    )
+
+
+def _columns(names: Iterable[str], width: float) -> int:
+    """How many columns a legend of these names may have in so many inches."""
+    # A letter is a bit more than half the size of its font wide; lines and gaps take five.
+    widths = [(len(name) * 0.56 + 5) * _LABEL * _POINT for name in names]
+    if sum(widths) <= width:
+        return len(widths)
+    return max(1, min(int(width / max(widths)), len(widths)))
+
+
+def readable(ax: Axes, base: int, text: Callable[[float], str], side: str = "y") -> None:
+    """A logarithmic axis with a handful of labels such as "20 ms", however short its range.
+
+    To be called when everything is drawn.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis = getattr(ax, f"{side}axis")
+    getattr(ax, f"set_{side}scale")("log", base=base)
+    low, high = getattr(ax, f"get_{side}lim")()
+    subs = (1, 2, 5) if base == 10 and high / low < 1000 else (1,)
+    axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=6))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: re.sub(r"\.0+(?= |$)", "", text(value)))
+    )
+    ax.minorticks_off()
+    ax.tick_params(labelsize=_LABEL)
+
+
+def grid(ax: Axes) -> None:
+    """A grid behind everything, and no frame."""
+    ax.margins(x=0.08, y=0.12)
+    ax.grid(True, color=_style.RULES, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
+    """A logarithmic horizontal axis with these sizes, less the names of those that have no room.
+
+    Args:
+      sizes: ascending and positive.
+      width: of the axes, in inches.
+    """
+    ax.set_xscale("log", base=2)
+    span = math.log2(sizes[-1] / sizes[0])
+    rim = 2 ** (0.08 * span or 0.5)
+    ax.set_xlim(sizes[0] / rim, sizes[-1] * rim)  # whatever is drawn of them
+    # From the largest down, which is the one that is looked for.
+    shown = [sizes[-1]]
+    for size in reversed(sizes[:-1]):
+        letters = max(len(str(size)), len(str(shown[-1])))
+        if math.log2(shown[-1] / size) / span * width > (0.65 * letters + 1) * _LABEL * _POINT:
+            shown.append(size)
+    ax.set_xticks(sizes, [str(size) if size in shown else "" for size in sizes])
+    ax.minorticks_off()
+    ax.tick_params(labelsize=_LABEL)
+
+
+def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """One legend for all axes, below them; the figure grows by its rows."""
+    if not handles:
+        return
+    ncols = _columns(handles, figure.get_figwidth())
+    rows = math.ceil(len(handles) / ncols)
+    figure.set_figheight(figure.get_figheight() + 0.2 + rows * 1.7 * _LABEL * _POINT)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=ncols,
+        frameon=False,
+        fontsize=_LABEL,
+    )
