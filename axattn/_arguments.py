@@ -22,7 +22,7 @@ from axattn._stored import Stored
 def normalize(
     query: Any, key: Any, value: Any, options: AttentionOptions
 ) -> tuple[AttentionCall, tuple[int, ...]]:
-    """Returns the call of arrays, and its leading dimensions ``(...)`` as the user gave them."""
+    """Return the call of arrays, and its leading dimensions ``(...)`` as the user gave them."""
     query, key, value = _arrays(query, key, value)
     lead, kv_len = query.shape[:-3], key.shape[-3]
     query, key, value = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value))
@@ -30,13 +30,13 @@ def normalize(
 
 
 def normalize_over_cache(query: Any, stored: Stored, options: AttentionOptions) -> AttentionCall:
-    """Returns the call of a query over what a cache stores."""
+    """Return the call of a query over what a cache stores."""
     query = _query_of_stored(query, stored)
     return _call(query, None, None, stored, options, query.shape[:1], stored.kv_len)
 
 
 def trace_shapes(function: Callable[..., None], arguments: Mapping[str, Any]) -> None:
-    """Calls ``function(**arguments)``, where shapes may stand for arrays; nothing is computed.
+    """Call ``function(**arguments)``, where shapes may stand for arrays; nothing is computed.
 
     What holds a ``jax.ShapeDtypeStruct`` is traced, all else is passed as it is.
     """
@@ -161,11 +161,11 @@ def _as_array(name: str, x: Any, takes: str) -> jax.Array:
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
-    """The factor that is known while tracing, and the one that is not (it has a gradient)."""
+    """Split the scale into a number known while tracing and a traced one, which has a gradient."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
     if isinstance(scale, jax.Array):
-        # An array (traced or not) is data: another value compiles nothing anew.
+        # An array, traced or not, is data: another value needs no new compilation.
         if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
             raise TypeError(f"scale takes a floating-point scalar, got {scale.dtype} {scale.shape}")
         if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
@@ -334,7 +334,7 @@ def _mask(
                 f"mask takes a boolean array (True = attend) or an axattn.Mask, got dtype "
                 f"{mask.dtype}; an additive mask is a bias"
             )
-        _scores_shaped("mask", mask, lead, heads, q_len, kv_len)  # the check, in these words
+        _scores_shaped("mask", mask, lead, heads, q_len, kv_len)  # only for its check
         total = Mask.dense(mask)
     if _flag("is_causal", options.is_causal):
         total = total & Mask.causal()

@@ -146,7 +146,7 @@ def dot_product_attention(
     kv_split_size: int | None = None,
     is_projected: bool = False,
 ) -> Array | tuple[Array, Array]:
-    r"""Attention in which query heads share key/value heads: MHA, GQA and MQA.
+    r"""Compute attention whose query heads share key/value heads: MHA, GQA and MQA.
 
     Computes, per query head n with its key/value head n // G::
 
@@ -271,7 +271,7 @@ def dot_product_attention(
 def attend_stored(
     query: ArrayLike, stored: Stored, options: AttentionOptions
 ) -> Array | tuple[Array, Array]:
-    """Computes attention over what a cache stores: the entry for caches.
+    """Compute attention over what a cache stores: the entry for caches.
 
     Args:
       query: ``[B, T, N, H]``, floating point.
@@ -299,7 +299,7 @@ def _dispatch(
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _attend(call: AttentionCall, plan: registry.Plan) -> tuple[Array, Array | None]:
-    # Compiled as one unit also when called eagerly: op by op, its loops would compile every time.
+    # Compiled as one unit even when called eagerly: its loops would compile at each call else.
     return registry.attend(call, plan)
 
 
@@ -344,7 +344,7 @@ def explain_implementations(
     target: str | None = None,
     **options: Any,
 ) -> Explanation:
-    """Which implementations take a call, why the others do not, and which one ``None`` would take.
+    """Say which implementations take a call, why others do not, and which one ``None`` takes.
 
     Nothing is computed.
 
@@ -389,7 +389,7 @@ def explain_implementations(
 def explain_call(
     make_call: Callable[..., AttentionCall], arguments: dict[str, Any], target: str | None
 ) -> Explanation:
-    """Explains the call that ``make_call(**arguments)`` returns; see `explain_implementations`."""
+    """Explain the call that ``make_call(**arguments)`` returns; see `explain_implementations`."""
     registry.check_names(arguments.get("implementation"))
     explanation = Explanation()
 

@@ -69,7 +69,7 @@ class AttentionCall:
     q_positions: jax.Array | None = None  # int32 [B or 1, T]
     kv_positions: jax.Array | None = None  # int32 [B or 1, S]
     dropout_key: jax.Array | None = None  # uint32 [2]
-    # Which batch row of the whole call row 0 is: dropout bits belong to rows, not to slices.
+    # The index of row 0 in the whole call: a slice of the batch draws the same dropout bits.
     first_row: Any = 0
     scale: float = 1.0
     logits_soft_cap: float | None = None
@@ -78,8 +78,8 @@ class AttentionCall:
     precision: Any = None
     return_residual: bool = False
     kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
-    # Projections make the query and take the output, and may write and read them as [B, N, T, H] at
-    # no cost: TPUs' matrix products prefer that. An array that is just there lies as [B, T, N, H].
+    # The query comes from a projection and the output goes into one. These can write and read
+    # [B, N, T, H] at no cost, which TPU kernels prefer. Other arrays lie as [B, T, N, H].
     heads_first: bool = False
 
     @property
@@ -94,7 +94,7 @@ class AttentionCall:
 
     @property
     def may_be_empty(self) -> bool:
-        """Whether that is so, or may be when sizes that are symbolic now are known."""
+        """Whether a size is 0, or may be when a symbolic size is known."""
 
         def is_positive(size: int) -> bool:
             return is_known(lambda: size >= 1, otherwise=False)
@@ -149,7 +149,7 @@ class AttentionCall:
         return accumulator(self.query.dtype)
 
     def spans(self) -> tuple[Span, Span]:
-        """All query slots and all key slots, with their positions."""
+        """Return all query slots and all key slots, with their positions."""
         layout = self.layout(self.q_len, self.kv_len)
         return (
             Span(0, self.q_len, layout.q_positions),
@@ -167,7 +167,7 @@ class AttentionCall:
         )
 
     def row(self, b: int | jax.Array) -> AttentionCall:
-        """Batch row ``b`` as a call with a batch of one."""
+        """Return batch row ``b`` as a call with a batch of one."""
 
         def take(array):
             if array is None or array.shape[0] == 1:

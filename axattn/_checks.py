@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_count(name: str, value: Any) -> int:
-    """Returns a positive integer as an int.
+    """Return a positive integer as an int.
 
     Raises:
       TypeError: ``value`` is no integer.

@@ -20,13 +20,13 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def dropout_key(rng: jax.Array) -> jax.Array:
-    """Any JAX key (typed or raw, any generator) as the uint32 ``[2]`` key of the counters."""
-    # Folded, so that a user's own draws from the same key share no bits with the counters' key.
+    """Make the uint32 ``[2]`` key of the counters from any JAX key (typed or raw)."""
+    # fold_in keeps these bits apart from what the user draws with the same key.
     return jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32)
 
 
 def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
-    """Scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
+    """Find the scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
     if call.broadcast_dropout:
         rows = q.slots.astype(jnp.uint32)[None, None, None, :]
     else:
@@ -43,7 +43,7 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
 
 
 def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
-    """Computes the first word at counter (x0, x1) in the arithmetic that kernels have.
+    """Compute the first word at counter (x0, x1) in the arithmetic that kernels have.
 
     That is int32, which wraps around; kernels have no primitive of JAX for it.
     """

@@ -10,7 +10,7 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def accumulator(dtype: Any) -> Any:
-    """What sums over numbers of ``dtype`` are kept in: float64 for float64, else float32.
+    """Return the dtype for sums over ``dtype``: float64 for float64, else float32.
 
     TypeError for what has no sums: anything but float32, bfloat16, float16 and float64.
     """
@@ -20,7 +20,7 @@ def accumulator(dtype: Any) -> Any:
 
 
 def common(a: Any, b: Any) -> Any:
-    """The narrowest dtype that holds all numbers of both."""
+    """Return the narrowest dtype that holds all numbers of both."""
     if jnp.dtype(a) == jnp.dtype(b):
         return jnp.dtype(a)
     return jnp.dtype(jnp.float64 if jnp.float64 in (jnp.dtype(a), jnp.dtype(b)) else jnp.float32)

@@ -22,7 +22,7 @@ from axattn._typing import present
 
 
 def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """First 32-bit word of Threefry-2x32-20 at counter ``(high, low)``; all uint32, broadcast.
+    """Compute the first word of Threefry-2x32-20 at counter ``(high, low)``; uint32, broadcast.
 
     ``jax.random`` gives no access to single counters, and blockwise dropout needs the bits of any
     block without those of the others.
@@ -33,7 +33,7 @@ def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
 
 
 def with_auto_axes(function, arrays, specs):
-    """``function`` with the mesh axes that are Explicit for ``arrays`` handed to the partitioner.
+    """Let the partitioner handle those mesh axes in ``function`` that are Explicit for ``arrays``.
 
     In JAX's Explicit sharding mode (the default of ``jax.make_mesh``) every operation must say how
     its result is sharded. ``specs`` is a function of the first array's PartitionSpec (a tuple, one
@@ -58,7 +58,7 @@ def with_auto_axes(function, arrays, specs):
 
 
 def explicit_sharding(array) -> tuple[object, tuple] | None:
-    """Mesh and PartitionSpec by which JAX types ``array``, or None without Explicit axes."""
+    """Return the mesh and PartitionSpec in the type of ``array``; None without Explicit axes."""
     sharding = jax.typeof(array).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return None
@@ -67,7 +67,7 @@ def explicit_sharding(array) -> tuple[object, tuple] | None:
 
 
 def resharded(tree, specs, mesh):
-    """``tree`` as ``specs`` say, where axes of the mesh are Explicit and JAX would not do it."""
+    """Reshard ``tree`` to ``specs``, where mesh axes are Explicit and JAX would not do it."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return tree
 
@@ -78,7 +78,7 @@ def resharded(tree, specs, mesh):
 
 
 def placed(tree, specs, mesh):
-    """``tree`` with those arrays that are there, not traced, put on the devices of ``mesh``."""
+    """Put those arrays of ``tree`` that are not traced on the devices of ``mesh``."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return tree
 
@@ -93,7 +93,7 @@ def placed(tree, specs, mesh):
 
 
 def platform_of_mesh(mesh) -> str | None:
-    """What programs over ``mesh`` are lowered for; None where its devices are not known."""
+    """Return the platform that programs over ``mesh`` are lowered for; None if not known."""
     abstract = mesh if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.abstract_mesh
     if abstract.abstract_device is None:
         return None
@@ -101,7 +101,7 @@ def platform_of_mesh(mesh) -> str | None:
 
 
 def lowering_platform(backend: str) -> str:
-    """The name by which JAX lowers for a backend: that of GPUs says whose they are."""
+    """Return the name by which JAX lowers for a backend: "cuda" or "rocm" for "gpu"."""
     if backend != "gpu":
         return backend
     rocm = jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version
@@ -109,7 +109,7 @@ def lowering_platform(backend: str) -> str:
 
 
 def automatic_axes(array) -> tuple[str, ...]:
-    """Axes of more than one device over which the partitioner may cut ``array`` as it likes."""
+    """Return the axes of more than one device that the partitioner may use for ``array``."""
     meshes = [jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()]
     mesh = next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -118,7 +118,7 @@ def automatic_axes(array) -> tuple[str, ...]:
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset:
-    """Manual mesh axes (of an enclosing ``shard_map``) over which any of the arrays varies."""
+    """Return the manual mesh axes (of a ``shard_map``) over which any of the arrays varies."""
     axes: frozenset = frozenset()
     for array in arrays:
         manual = getattr(jax.typeof(array), "manual_axis_type", None)
@@ -127,7 +127,7 @@ def varying_axes(*arrays: jax.Array) -> frozenset:
 
 
 def result_of(array: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """The shape of a kernel's result that varies over the same manual mesh axes as ``array``."""
+    """Return the shape of a kernel's result, which varies over the same mesh axes as ``array``."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 
@@ -142,7 +142,7 @@ def vary_over(tree, axes: frozenset):
 
 
 def cpu_moves_bfloat16() -> bool:
-    """Whether this process updates and slices bfloat16 arrays in place.
+    """Say whether this process updates and slices bfloat16 arrays in place.
 
     XLA:CPU before jax 0.11 converts the whole array to float32 and back, in every iteration.
     """
@@ -150,7 +150,7 @@ def cpu_moves_bfloat16() -> bool:
 
 
 def keep_layout(array: jax.Array) -> jax.Array:
-    """Has XLA lay out ``array`` in a loop as it is outside of it.
+    """Make XLA lay out ``array`` inside a loop as outside of it.
 
     That is with its last axis minor, where that fills the 128 lanes of a TPU; else TPUs have
     layouts of their own, and nothing is said.
@@ -163,7 +163,7 @@ def keep_layout(array: jax.Array) -> jax.Array:
 
 
 def is_known(compare: Callable[[], bool], *, otherwise: bool) -> bool:
-    """What ``compare`` says of sizes, or ``otherwise`` where symbolic ones leave it open."""
+    """Return what ``compare`` says of sizes, or ``otherwise`` where symbolic ones leave it open."""
     try:
         return bool(compare())
     except jax.errors.InconclusiveDimensionOperation:
@@ -171,14 +171,14 @@ def is_known(compare: Callable[[], bool], *, otherwise: bool) -> bool:
 
 
 def smaller_size(a: int, b: int) -> int:
-    """``min(a, b)`` of sizes, which may be symbolic (`jax.export.symbolic_shape`)."""
+    """Return ``min(a, b)`` of sizes, which may be symbolic (`jax.export.symbolic_shape`)."""
     import jax.core
 
     return jax.core.min_dim(a, b)
 
 
 def debug_check(ok: jax.Array, message: str) -> None:
-    """An error where ``ok`` is False under ``checkify.checkify``, nothing without it.
+    """Raise an error where ``ok`` is False under ``checkify.checkify``; do nothing without it.
 
     ``checkify.debug_check`` with an effect that `jax.export` can write down.
     """
@@ -198,7 +198,7 @@ def debug_check(ok: jax.Array, message: str) -> None:
 
 @functools.cache
 def debug_error() -> type:
-    """The error of `debug_check`. Programs with one can be read after the first call.
+    """Make the error of `debug_check`. Programs with one can be read after the first call.
 
     `jax.export` writes an effect down by its type's name, and finds it again among those that it
     knows: it takes none with arguments, as checkify's have.
@@ -223,28 +223,28 @@ def debug_error() -> type:
 
 
 def apply_primitive(primitive, *args, **params):
-    """Runs a primitive outside of any trace, as a program of its own."""
+    """Run a primitive outside of any trace, as a program of its own."""
     from jax._src import dispatch
 
     return dispatch.apply_primitive(primitive, *args, **params)
 
 
 def lowering_platforms(ctx) -> tuple[str, ...]:
-    """The platforms that a rule for lowering is asked to lower for."""
+    """Return the platforms that a lowering rule is asked for."""
     from jax._src.interpreters import mlir as jax_mlir
 
     return tuple(jax_mlir._platforms_for_eqn(ctx))
 
 
 def lower_per_platform(ctx, name: str, rules: dict[str, Any], *values):
-    """Lowers by the rule of each platform; more than one is a choice at run time."""
+    """Lower by the rule of each platform; more than one is a choice at run time."""
     from jax._src.interpreters import mlir as jax_mlir
 
     return jax_mlir.lower_per_platform(ctx, name, rules, None, frozenset(), *values)
 
 
 def lowering_device(backend, platform: str):
-    """The device that is lowered for, as meshes have it, if the context lacks it."""
+    """Return the device that is lowered for, if the context lacks it."""
     there = jax.sharding.get_abstract_mesh().abstract_device
     if there is not None and _is_of(there.platform, platform):
         return None
@@ -256,14 +256,14 @@ def lowering_device(backend, platform: str):
             device.device_kind, device.core_count, "gpu", device.compute_capability
         )
     if platform == "tpu":
-        # Pallas asks for the kind of TPU. What it makes for the oldest runs on the others.
+        # Pallas asks for the kind of TPU. Code for the oldest kind runs on all.
         kind, cores = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
         return _abstract_device(kind, cores, "tpu", None)
     return None
 
 
 def _is_of(name: str, platform: str) -> bool:
-    """Whether a device or a backend of that name is of the platform; both GPUs are "gpu", too."""
+    """Say whether a device or backend is of the platform; both kinds of GPUs are "gpu", too."""
     return name == platform or (name == "gpu" and platform in ("cuda", "rocm"))
 
 
@@ -271,19 +271,19 @@ def _is_of(name: str, platform: str) -> bool:
 
 
 def cpu_device() -> jax.Device:
-    """The first CPU device; RuntimeError where JAX_PLATFORMS leaves the CPU out."""
+    """Return the first CPU device. RuntimeError where JAX_PLATFORMS leaves the CPU out."""
     return jax.devices("cpu")[0]
 
 
 def has_tpu() -> bool:
-    """Whether TPU chips are plugged into this machine; initialises nothing."""
+    """Say whether TPU chips are plugged into this machine; initializes nothing."""
     from jax._src import hardware_utils
 
     return hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA GPU is visible on this machine; initialises nothing."""
+    """Say whether an NVIDIA GPU is visible on this machine; initializes nothing."""
     from jax._src import hardware_utils
 
     return hardware_utils.has_visible_nvidia_gpu()
@@ -291,7 +291,7 @@ def has_nvidia_gpu() -> bool:
 
 @functools.cache
 def aot_tpu_devices(topology: str, options: tuple[tuple[str, str], ...]) -> tuple[jax.Device, ...]:
-    """The devices of a TPU topology such as ``"v5p:2x2x1"``, from libtpu; the same every time."""
+    """Return libtpu's devices of a topology such as ``"v5p:2x2x1"``; the same every time."""
     from jax.experimental import topologies
 
     return tuple(
@@ -302,7 +302,7 @@ def aot_tpu_devices(topology: str, options: tuple[tuple[str, str], ...]) -> tupl
 
 
 def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
-    """The first device of a CUDA topology; ``config`` is a GpuTargetConfigProto as text."""
+    """Return the first device of a CUDA topology; ``config`` is a GpuTargetConfigProto as text."""
     from jax.experimental import topologies
 
     def describe():
@@ -313,8 +313,8 @@ def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
     try:
         return describe().devices[0]
     except NotImplementedError:
-        # JAX looked for plugins before JAX_SKIP_CUDA_CONSTRAINTS_CHECK was set, turned this one
-        # down for want of cuDNN and does not look again: register it by hand.
+        # JAX looked for plugins before JAX_SKIP_CUDA_CONSTRAINTS_CHECK was set, and refused this
+        # one because it found no cuDNN. It does not look again: register it by hand.
         try:
             from jax_plugins import xla_cuda13 as plugin
         except ImportError:
@@ -324,7 +324,7 @@ def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
 
 
 def optimized_hlo(compiled: jax.stages.Compiled):
-    """The compiled program as a jaxlib HloModule.
+    """Return the compiled program as a jaxlib HloModule.
 
     RuntimeError where this jaxlib cannot read what a newer compiler wrote.
     """
@@ -332,7 +332,7 @@ def optimized_hlo(compiled: jax.stages.Compiled):
 
 
 def hlo_cost_analysis(module) -> dict[str, float] | None:
-    """XLA's platform-independent cost analysis of an HloModule; None without a CPU backend."""
+    """Return XLA's platform-independent cost analysis of a module; None without a CPU backend."""
     from jaxlib import _jax
 
     try:
@@ -343,14 +343,14 @@ def hlo_cost_analysis(module) -> dict[str, float] | None:
 
 
 def hlo_module_from_proto(proto: bytes):
-    """An HloModule from a serialized HloModuleProto."""
+    """Make an HloModule from a serialized HloModuleProto."""
     from jaxlib import _hlo  # type: ignore[attr-defined]  # an extension without stubs
 
     return _hlo.HloModule.from_serialized_hlo_module_proto(proto)
 
 
 def compiler_cost_analysis(compiled: jax.stages.Compiled) -> dict[str, float] | None:
-    """The compiler's own cost analysis; None where it has none (CUDA)."""
+    """Return the compiler's own cost analysis; None where it has none (CUDA)."""
     try:
         return compiled.cost_analysis()
     except (TypeError, NotImplementedError):  # jax 0.10 to 0.12 trip over CUDA's None
@@ -368,7 +368,7 @@ def _abstract_device_with_capability() -> type:
 
 
 def use_abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
-    """A context in which code that is traced finds itself on a device of that kind.
+    """Return a context in which code is traced for a device of that kind.
 
     Where a mesh of such devices is set, this is it.
     """
@@ -386,7 +386,7 @@ def _abstract_device(kind: str, num_cores: int, platform: str, capability: str |
 
 
 def einsum_by(dot_general, *, precision=None):
-    """``jnp.einsum`` with another ``dot_general``, as Flax's ``einsum_dot_general`` asks for.
+    """Compute ``jnp.einsum`` with another ``dot_general``, as Flax's ``einsum_dot_general`` asks.
 
     The argument is an underscored one of ``jnp.einsum``; Flax passes it, too.
     """
@@ -394,7 +394,7 @@ def einsum_by(dot_general, *, precision=None):
 
 
 def traced_device(platform: str | None = None) -> str | None:
-    """The kind of the device that is traced for, if it is of ``platform`` ("tpu" or "gpu").
+    """Return the kind of the device that is traced for, if it is of ``platform``.
 
     That is the device of the context (`use_abstract_device`), else the first accelerator of this
     process. None without one: the program may be lowered for any device.
@@ -408,7 +408,7 @@ def traced_device(platform: str | None = None) -> str | None:
 
 
 def gpu_capability() -> str | None:
-    """Compute capability ("9.0") of the NVIDIA GPU that is traced for, or None if it is not known.
+    """Return the compute capability ("9.0") of the GPU that is traced for; None if not known.
 
     That is the device of the context (`use_abstract_device`), else the first one of this process.
     """
@@ -425,7 +425,7 @@ def gpu_capability() -> str | None:
 
 
 def gpu_cores() -> int:
-    """Multiprocessors of the GPU that is traced for; those of an H200 where it does not say."""
+    """Return the multiprocessors of the GPU that is traced for; an H200's where it does not say."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.num_cores or 132
@@ -433,7 +433,7 @@ def gpu_cores() -> int:
 
 
 def cuda_runtime_version() -> int | None:
-    """The CUDA runtime of this process as 12090 for 12.9, or None without one."""
+    """Return the CUDA runtime of this process, 12090 for 12.9, or None without one."""
     try:
         from jax._src.lib import cuda_versions
     except ImportError:
@@ -442,12 +442,12 @@ def cuda_runtime_version() -> int | None:
 
 
 def gpu_kernel_cost(estimate) -> dict[str, Any]:
-    """What gives a Mosaic GPU kernel its cost estimate: nothing does before jax 0.12."""
+    """Return the arguments that give a Mosaic GPU kernel its cost estimate; none before 0.12."""
     return {"cost_estimate": estimate} if jax.__version_info__ >= (0, 12) else {}
 
 
 def gpu_interpreter():
-    """Parameters with which a Mosaic GPU kernel runs on the CPU and its races are detected."""
+    """Return parameters that run a Mosaic GPU kernel on the CPU and detect its races."""
     from jax.experimental.pallas import mosaic_gpu
 
     if hasattr(mosaic_gpu, "InterpretGPUParams"):
@@ -457,7 +457,8 @@ def gpu_interpreter():
     return InterpretGPUParams(detect_races=True)
 
 
-# The kernels' TPU with the least VMEM, and no instruction that later ones have not.
+# Code for this TPU runs on all that the kernels take: it has the least VMEM, and no extra
+# instructions.
 LEAST_TPU = "TPU v4"
 
 
@@ -473,7 +474,7 @@ class TpuChip(NamedTuple):
 
 
 def tpu_chip() -> TpuChip | None:
-    """The TPU of the context (`use_abstract_device`), else of this process, or None without one."""
+    """Return the TPU of the context (`use_abstract_device`), else of this process, or None."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         if jax.default_backend() != "tpu":
@@ -502,14 +503,14 @@ def tpu_chip() -> TpuChip | None:
 
 
 def tpu_interpreter(cores: int):
-    """Parameters that run a Mosaic TPU kernel on a CPU as on `cores` cores, races detected."""
+    """Return parameters that run a TPU kernel on the CPU as on `cores` cores and detect races."""
     from jax.experimental.pallas import tpu as pltpu
 
     return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
 
 
 def tpu_races_found() -> bool:
-    """Whether that interpreter has seen a race in what it ran last."""
+    """Say whether that interpreter has seen a race in what it ran last."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     races = interpret_pallas_call.races

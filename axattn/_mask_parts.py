@@ -11,7 +11,7 @@ from jax import lax
 
 from axattn import _serialization
 
-# What a block of scores can be. The first and the last are promises, the middle is "look inside".
+# States of a block of scores. EMPTY and FULL are promises; PARTIAL means "look inside".
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
@@ -43,7 +43,7 @@ class Span:
         return self.start + jnp.arange(self.size, dtype=jnp.int32)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
-        """This span of ``array`` along ``axis``; a broadcast axis (size 1) stays as it is."""
+        """Slice this span of ``array`` along ``axis``; a broadcast axis (size 1) stays as it is."""
         if array.shape[axis] == 1 or array.shape[axis] == self.size:
             return array
         return lax.dynamic_slice_in_dim(array, self.start, self.size, axis)
@@ -51,7 +51,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one call is cut into blocks; positions are int32 ``[B or 1, T]`` and ``[B or 1, S]``."""
+    """The blocks of one call; positions are int32 ``[B or 1, T]`` and ``[B or 1, S]``."""
 
     q_len: int
     kv_len: int
@@ -69,7 +69,7 @@ class Layout:
         return -(-self.kv_len // self.block_kv)
 
     def q_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Least and greatest of ``values [B or 1, T]`` per query block: ``[B or 1, num_q]``."""
+        """Return min and max of ``values [B or 1, T]`` per query block, ``[B or 1, num_q]``."""
         return _range_per_block(values, self.block_q)
 
     def kv_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,19 +79,19 @@ class Layout:
 def _range_per_block(values: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     rows, length = values.shape
     count = -(-length // block)
-    # The last value fills the last block up, which changes neither extreme.
+    # Padding by the last value changes neither extreme.
     values = jnp.pad(values, ((0, 0), (0, count * block - length)), mode="edge")
     values = values.reshape(rows, count, block)
     return values.min(-1), values.max(-1)
 
 
 def _column(per_row: Any) -> Any:
-    """A scalar, or one number per batch row as ``[B, 1]``, to compare with ``[B or 1, n]``."""
+    """Shape a scalar, or ``[B]`` as ``[B, 1]``, to compare with ``[B or 1, n]``."""
     return per_row if jnp.ndim(per_row) == 0 else jnp.asarray(per_row)[:, None]
 
 
 def _at(array: jax.Array, i: int | jax.Array) -> jax.Array:
-    """Column ``i`` of ``[B or 1, n]``, kept as ``[B or 1, 1]``."""
+    """Take column ``i`` of ``[B or 1, n]``, kept as ``[B or 1, 1]``."""
     return lax.dynamic_slice_in_dim(array, i, 1, axis=1)
 
 
@@ -104,7 +104,7 @@ class Static(int):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """One conjunct. As a pytree, ``Static`` fields are its structure and the others children."""
+    """One conjunct of a mask. As a pytree, ``Static`` fields are structure, others children."""
 
     def __init_subclass__(cls) -> None:
         names = tuple(cls.__annotations__)
@@ -130,11 +130,11 @@ class Part:
         )
 
     def allowed(self, q: Slots, kv: Slots) -> jax.Array:
-        """Boolean tile, broadcastable to ``[B, N, q.size, kv.size]``."""
+        """Compute the mask of a tile, bool, broadcastable to ``[B, N, q.size, kv.size]``."""
         raise NotImplementedError
 
     def block_rows(self, layout: Layout):
-        """A function of a query block index giving ``(some, every)``, bool ``[B or 1, num_kv]``.
+        """Return a function from a query block to ``(some, every)``, bool ``[B or 1, num_kv]``.
 
         ``some`` False: no pair of the block is allowed. ``every`` True: all pairs are. When it is
         not known, ``some=True, every=False`` is always a safe answer.
@@ -142,7 +142,7 @@ class Part:
         raise NotImplementedError
 
     def batched_arrays(self) -> dict[str, int]:
-        """Rank without the batch dimension of each array field, for broadcasting over batches."""
+        """Return the rank without the batch dimension of each array field."""
         raise NotImplementedError
 
 
@@ -151,7 +151,7 @@ class _Leaf:
 
 
 def _pairwise(q: jax.Array, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[B, q]`` and ``[B, kv]`` as ``[B, 1, q, 1]`` and ``[B, 1, 1, kv]``."""
+    """Shape ``[B, q]`` and ``[B, kv]`` as ``[B, 1, q, 1]`` and ``[B, 1, 1, kv]``."""
     return q[:, None, :, None], kv[:, None, None, :]
 
 
@@ -281,8 +281,8 @@ class Segments(Part):
         return q_ids == kv_ids
 
     def block_rows(self, layout):
-        # Ids need not be sorted: disjoint ranges prove a block empty, one single id proves it full,
-        # and whatever is between counts as partial.
+        # Ids need not be sorted. Disjoint ranges prove a block empty, one common id proves it full,
+        # all else counts as partial.
         q_min, q_max = layout.q_range(
             jnp.broadcast_to(self.q_ids, (self.q_ids.shape[0], layout.q_len))
         )

@@ -83,7 +83,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def causal(offset: int | jax.Array = 0) -> Mask:
-        """Key position <= query position + ``offset``.
+        """Allow keys at positions up to the query's, plus ``offset``.
 
         Args:
           offset: int, known while tracing, or an int array ``[]`` or ``[B]``, one per batch row.
@@ -102,7 +102,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def window(left: int | None, right: int | None) -> Mask:
-        """Keys from ``left`` positions before the query to ``right`` after it, both inclusive.
+        """Allow keys from ``left`` positions before the query to ``right`` after it, inclusive.
 
         The token itself is always inside, and ``window(L, 0)`` never sees the future.
 
@@ -125,7 +125,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def segments(q_ids: jax.Array, kv_ids: jax.Array | None = None) -> Mask:
-        """Packed sequences: a query attends to keys with its own segment id.
+        """Allow keys with the query's own segment id: packed sequences.
 
         Args:
           q_ids: int ``[..., T]``.
@@ -152,7 +152,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def lengths(q: int | jax.Array | None = None, kv: int | jax.Array | None = None) -> Mask:
-        """Only the first ``q`` query slots and the first ``kv`` key slots are real.
+        """Allow only the first ``q`` query slots and the first ``kv`` key slots.
 
         Key slots behind them may hold anything, NaN included.
 
@@ -169,7 +169,7 @@ class Mask(_serialization.Serializable):
           >>> from axattn import Mask
           >>> Mask.lengths(q=2, kv=1).materialize(3, 3)[0, 0].astype(int).tolist()
           [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
-          >>> ragged = Mask.lengths(kv=jnp.array([1, 3]))  # of a batch of two
+          >>> ragged = Mask.lengths(kv=jnp.array([1, 3]))  # a batch of two
         """
         return Mask(
             (
@@ -182,7 +182,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def prefix(length: int | jax.Array) -> Mask:
-        """Prefix-LM: the first ``length`` positions see each other, the rest is causal.
+        """Allow the first ``length`` positions to see each other; the rest is causal (prefix-LM).
 
         The rule is that of https://arxiv.org/abs/1910.10683, section 3.2.
 
@@ -202,7 +202,7 @@ class Mask(_serialization.Serializable):
 
     @staticmethod
     def dense(array: jax.Array) -> Mask:
-        """Any boolean array: the part without a structure, which costs T x S memory.
+        """Take any boolean array: a mask without structure, which costs T x S memory.
 
         Args:
           array: bool, broadcastable to ``[..., N, T, S]``; True means attend.
@@ -230,7 +230,7 @@ class Mask(_serialization.Serializable):
         return Mask(self.parts + other.parts)
 
     def __eq__(self, other: object) -> bool:
-        """Same parts in the same order, with equal numbers and arrays (traced: the same ones)."""
+        """Compare parts in order, with equal numbers and arrays (traced: the same ones)."""
         if not isinstance(other, Mask):
             return NotImplemented
         mine, theirs = map(jax.tree.leaves, (self, other))
@@ -243,7 +243,7 @@ class Mask(_serialization.Serializable):
     # ---- answers ------------------------------------------------------------------------------
 
     def tile(self, q: Slots, kv: Slots) -> jax.Array | None:
-        """The mask of one tile of scores, as an implementation asks for it.
+        """Compute the mask of one tile of scores.
 
         Args:
           q: the ``axattn._mask_parts.Span`` of its query slots.
@@ -259,7 +259,7 @@ class Mask(_serialization.Serializable):
         return ok
 
     def block_rows(self, layout: Layout):
-        """A function of a query block index giving its row of block states.
+        """Return a function from a query block to its row of block states.
 
         Args:
           layout: the ``axattn._mask_parts.Layout`` of a call, cut into blocks.
@@ -290,7 +290,7 @@ class Mask(_serialization.Serializable):
         q_positions: jax.Array | None = None,
         kv_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The state of every block of queries and keys: what lets implementations skip work.
+        """Compute the state of every block of queries and keys, by which kernels skip work.
 
         Args:
           q_len: T, query slots.
@@ -335,7 +335,7 @@ class Mask(_serialization.Serializable):
         q_positions: jax.Array | None = None,
         kv_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The mask as an array, for tests and pictures.
+        """Compute the mask as an array, for tests and pictures.
 
         Args:
           q_len: T, query slots.
@@ -366,7 +366,7 @@ class Mask(_serialization.Serializable):
     # ---- batches ------------------------------------------------------------------------------
 
     def normalized(self, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
-        """The same mask with every array in canonical form: one batch dimension of B or 1.
+        """Return the mask with every array in canonical form: one batch dimension of B or 1.
 
         Args:
           lead: the call's leading dimensions; None: not known, take the arrays' own.
@@ -379,7 +379,7 @@ class Mask(_serialization.Serializable):
         return Mask(tuple(_normalize_part(part, lead, q_len, kv_len) for part in self.parts))
 
     def row(self, b: int | jax.Array) -> Mask:
-        """Batch row ``b`` of a normalized mask, as a mask for a batch of one.
+        """Return batch row ``b`` of a normalized mask, as a mask for a batch of one.
 
         Args:
           b: int, or an int array ``[]``; clipped to the rows that there are.
@@ -401,14 +401,14 @@ class Mask(_serialization.Serializable):
         return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(self))
 
     def kv_lengths(self) -> Any:
-        """Number of leading key slots that are real: int, int32 ``[B]``, or None for all.
+        """Return how many leading key slots are real: int, int32 ``[B]``, or None for all.
 
         Slots behind it may hold anything, NaN included: implementations must not let them through.
         """
         return _least(part.kv for part in self.parts if isinstance(part, Lengths))
 
     def q_lengths(self) -> Any:
-        """Number of leading query slots that are real: int, int32 ``[B]``, or None for all."""
+        """Return how many leading query slots are real, likewise."""
         return _least(part.q for part in self.parts if isinstance(part, Lengths))
 
 
@@ -429,7 +429,7 @@ def _least(lengths) -> Any:
 
 
 def checked_positions(name: str, positions: jax.Array | None, length: int) -> jax.Array:
-    """As `positions_or_default`; ValueError for another number of positions."""
+    """Return positions as `positions_or_default` does. ValueError for a wrong number of them."""
     if positions is not None and jnp.shape(positions)[-1:] != (length,):
         raise ValueError(
             f"{name} takes int [{length}] or [B, {length}], got shape {jnp.shape(positions)}"
@@ -438,7 +438,7 @@ def checked_positions(name: str, positions: jax.Array | None, length: int) -> ja
 
 
 def positions_or_default(positions: jax.Array | None, length: int) -> jax.Array:
-    """int32 ``[B or 1, length]``: the given positions, or 0, 1, 2..."""
+    """Return the given positions, or 0, 1, 2..., as int32 ``[B or 1, length]``."""
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
     positions = jnp.asarray(positions, jnp.int32)
@@ -446,7 +446,7 @@ def positions_or_default(positions: jax.Array | None, length: int) -> jax.Array:
 
 
 def zero_unused(array: jax.Array, slots: jax.Array, length) -> jax.Array:
-    """``array [B, n, heads, size]`` with the slots at and after ``length`` set to zero.
+    """Set the slots of ``array [B, n, heads, size]`` at and after ``length`` to zero.
 
     A slot behind a sequence's length may hold anything; 0 * NaN in a matrix product would let it
     through. ``length`` is None, an int, or int32 ``[B]``.
@@ -466,7 +466,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _bound(value: int | None) -> Static | None:
-    # Farther than any int32 position reaches is no bound, and would overflow as one.
+    # No int32 position is that far: it bounds nothing, and sums with it would overflow.
     return None if value is None or value >= _FAR else Static(value)
 
 
@@ -475,14 +475,14 @@ _FAR = 2**30
 
 
 def _integer(name: str, value: Any) -> Any:
-    """A Python int (static), or an int32 array; anything else is refused by name."""
+    """Return a Python int (static) or an int32 array; refuse anything else by name."""
     if _is_int(value):
         return Static(max(-_FAR, min(_FAR, int(value))))
     return int32_array(name, value, "an int or an integer array")
 
 
 def int32_array(name: str, value: Any, takes: str) -> jax.Array:
-    """``value`` as an int32 array; what is not integer, or does not fit, is refused by name."""
+    """Return ``value`` as an int32 array; refuse by name what is no integer or does not fit."""
     host = np.asarray(value) if isinstance(value, (int, list, tuple, np.ndarray)) else None
     if host is not None and host.dtype.kind in "iu" and host.size:
         least, most = host.min(), host.max()
@@ -526,7 +526,7 @@ def flatten_lead(
     rank: int,
     tail: tuple[int | None, ...],
 ) -> jax.Array:
-    """``value [lead..., tail...]`` as ``[B or 1, tail...]``, checked against the call's shape."""
+    """Flatten ``value [lead..., tail...]`` to ``[B or 1, tail...]``, checked against the call."""
     given = value.shape
     value = value.reshape((1,) * (rank - value.ndim) + value.shape)
     own_lead, own_tail = value.shape[: value.ndim - rank], value.shape[value.ndim - rank :]

@@ -13,7 +13,7 @@ from axattn._typing import ArrayLike, Implementation, Precision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Holds what `axattn.dot_product_attention` takes besides query, key and value.
+    """What `axattn.dot_product_attention` takes besides query, key and value.
 
     Names, order and defaults are those of that function, whose documentation says more of each; a
     test compares them. Nothing is checked here: `axattn._arguments` does that, where it knows the
@@ -46,7 +46,7 @@ class AttentionOptions:
 
     @classmethod
     def parse(cls, function: str, **options: Any) -> AttentionOptions:
-        """Returns options that a user gave to ``function`` by name.
+        """Return the options that a user gave to ``function`` by name.
 
         Raises:
           TypeError: there is no option of such a name.
@@ -60,7 +60,7 @@ class AttentionOptions:
         return cls(**options)
 
     def as_keywords(self) -> dict[str, Any]:
-        """Returns the options that are not at their defaults, by name, for a function of a user."""
+        """Return the options that are not at their defaults, by name, for a user's own function."""
         given = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

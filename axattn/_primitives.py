@@ -27,7 +27,7 @@ from axattn._jax_compat import (
 
 
 def staged(branches, results, *args, refusal: str):
-    """``function(*args)`` of the platform that the program is lowered for.
+    """Call the function of the platform that the program is lowered for.
 
     ``lax.platform_dependent`` traces the functions of all platforms; here the one that is needed is
     traced, when it is lowered, and finds itself on the device that it is lowered for if JAX knows
@@ -54,7 +54,7 @@ def staged(branches, results, *args, refusal: str):
 def linear(
     forward: Callable, transpose: Callable | None, results, residuals, tangents, *, refusal: str
 ):
-    """Tangents like ``results``: ``forward(residuals, tangents)``, linear in the ``tangents``.
+    """Return tangents like ``results``: ``forward(residuals, tangents)``, linear in ``tangents``.
 
     Both are trees of arrays. In reverse mode, ``transpose(residuals, cotangents)`` gives the
     cotangents of ``tangents``; where it is None, that is a NotImplementedError with ``refusal``,
@@ -80,7 +80,7 @@ def linear(
 
 @dataclasses.dataclass(frozen=True)
 class _Flat:
-    """A function of trees as one of their leaves."""
+    """A function of trees, as a function of their leaves."""
 
     function: Callable
     structure: Any
@@ -91,7 +91,7 @@ class _Flat:
 
 @dataclasses.dataclass(frozen=True)
 class _Transpose:
-    """``function(residuals, cotangents)`` as a function of the leaves of both."""
+    """The function ``function(residuals, cotangents)`` of the leaves of both."""
 
     function: Callable
     residuals: Any
@@ -117,7 +117,7 @@ class _Batched:
 
 @dataclasses.dataclass(frozen=True)
 class _Tangents:
-    """Tangents of ``function``, whose arguments are followed by those of the ``varied`` ones."""
+    """The tangents of ``function``; its arguments are followed by those of the ``varied`` ones."""
 
     function: Callable
     varied: tuple[int, ...]
@@ -160,21 +160,21 @@ def _lower_staged(ctx, *values, branches, results, refusal):
     functions = dict(branches)
     rules: dict[str, Any] = {}
     for platform in lowering_platforms(ctx):
-        # A platform of a plugin takes what a CPU does, where all that we know have something.
+        # A plugin's platform takes the CPU's function, if all known platforms have one.
         function = functions.get(platform, functions.get("cpu") if len(functions) > 1 else None)
         if function is None:
             raise NotImplementedError(f"{refusal} (lowered for {platform})")
         device = lowering_device(ctx.module_context.backend, platform)
         rules[platform] = functools.partial(_lower_for, device, function)
-    # Not lax.platform_dependent, in whose branches kernels would be lowered for all platforms.
+    # lax.platform_dependent would lower the kernels of all platforms.
     return lower_per_platform(ctx, "axattn_staged", rules, *values)
 
 
 def _lower_for(device, function: Callable, ctx, *values):
-    """Lowers ``function``, traced in the context of a device (or None)."""
+    """Lower ``function``, traced in the context of a device (or None)."""
     if device is None:
         return mlir.lower_fun(function, multiple_results=True)(ctx, *values)
-    # Inside of shard_map the axes of the mesh stay.
+    # Inside shard_map the mesh keeps its axes.
     there = jax.sharding.get_abstract_mesh()
     mesh = there.update(abstract_device=device)
 
@@ -207,7 +207,7 @@ batching.primitive_batchers[_staged] = _batch_staged
 
 
 def _transpose_staged(*_, **__):
-    # Attention is linear in its values. Who wants that (`jax.linear_transpose`) is rare enough.
+    # Attention is linear in its values, but `jax.linear_transpose` of it is rare.
     raise NotImplementedError(
         "no linear transpose where an implementation is chosen per platform: ask for "
         'implementation="xla"'

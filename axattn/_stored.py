@@ -33,7 +33,7 @@ class KeyValueArrays(NamedTuple):
 
 _serialization.register_named_tuple(KeyValueArrays)
 
-# The position of a slot that holds nothing: later than every query, so a causal mask excludes it.
+# The position of an unused slot: later than every query, so that a causal mask excludes it.
 NEVER = 2**30
 
 
@@ -53,10 +53,10 @@ class Stored(_serialization.Serializable):
     arrays: KeyValueArrays
     key_center: jax.Array | None = None  # float32 [K, H], subtracted from the stored keys
     block_table: jax.Array | None = None  # int32 [B, pages]
-    # Which row of the arrays is row 0 of the batch: a batch row is a view, not a copy.
+    # The row of the arrays that is row 0 of the batch: taking a batch row copies nothing.
     first_row: Any = 0
     batch: int = 0
-    dtype: str = "bfloat16"  # of the numbers, where the arrays may hold their bytes
+    dtype: str = "bfloat16"  # of the stored numbers; the arrays may hold their bytes
     head_dim: int = 0
     value_head_dim: int = 0
 
@@ -75,24 +75,24 @@ class Stored(_serialization.Serializable):
         return pages * self.page_size
 
     def row(self, b: int | jax.Array) -> Stored:
-        """Batch row ``b`` alone."""
+        """Return batch row ``b`` alone."""
         if self.block_table is None:
             return dataclasses.replace(self, first_row=self.first_row + b, batch=1)
         table = lax.dynamic_slice_in_dim(self.block_table, b, 1, 0)
         return dataclasses.replace(self, block_table=table, batch=1)
 
     def keys(self, kv: Span, dtype: Any) -> jax.Array:
-        """Slots ``kv`` of the keys, ``[B, K, s, H]`` in ``dtype``: without scale and center."""
+        """Read slots ``kv`` of the keys, ``[B, K, s, H]`` in ``dtype``, without scale or center."""
         return _quantization.codes_as(self._tile(self.arrays.keys, kv), self.dtype, dtype)
 
     def values(self, kv: Span, dtype: Any) -> jax.Array:
-        """Slots ``kv`` of the values, ``[B, K, s, h]`` in ``dtype``, without scale."""
+        """Read slots ``kv`` of the values, ``[B, K, s, h]`` in ``dtype``, without scale."""
         if self.arrays.values is None:
             return self.keys(kv, dtype)[..., : self.value_head_dim]
         return _quantization.codes_as(self._tile(self.arrays.values, kv), self.dtype, dtype)
 
     def key_scales(self, kv: Span) -> jax.Array | None:
-        """float32 ``[B, K, s]``, or None."""
+        """Read the scales of the keys, float32 ``[B, K, s]``, or None."""
         scales = self.arrays.key_scales
         return None if scales is None else self._tile(scales, kv)
 
@@ -103,7 +103,7 @@ class Stored(_serialization.Serializable):
         return None if scales is None else self._tile(scales, kv)
 
     def center_dots(self, query: jax.Array, dtype: Any) -> jax.Array | None:
-        """Products of queries ``[B, T, N, H]`` with the center of the keys, ``[B, K, G, T]``.
+        """Multiply queries ``[B, T, N, H]`` by the center of the keys: ``[B, K, G, T]``, or None.
 
         With the center c, q . k = q . (k - c) + q . c: what a query's scores lack.
         """
@@ -111,7 +111,7 @@ class Stored(_serialization.Serializable):
             return None
         batch, rows, heads, size = query.shape
         query = query.reshape(batch, rows, self.num_kv_heads, heads // self.num_kv_heads, size)
-        # Few products, which shift whole rows of scores: in full precision.
+        # These few products shift whole rows of scores: full precision.
         return jnp.einsum(
             "btkgh,kh->bkgt",
             query.astype(dtype),
@@ -125,7 +125,7 @@ class Stored(_serialization.Serializable):
             start = (self.first_row, 0, kv.start, *(0 for _ in rest))
             start = tuple(jnp.asarray(first, jnp.int32) for first in start)
             return lax.dynamic_slice(array, start, (self.batch, heads, kv.size, *rest))
-        # Spans begin and end with pages. Entries that no slot in use needs may be garbage.
+        # Spans begin and end with pages. Table entries without used slots may be garbage.
         pages = lax.dynamic_slice_in_dim(
             self.block_table, kv.start // page_size, kv.size // page_size, 1
         )

@@ -59,10 +59,10 @@ class AnyCache(Protocol):
     def extend(self, query: Any, key: Any, value: Any = None, **options: Any) -> Any: ...
 
 
-# What a call gets as ``cache`` it returns, with the same type.
+# A call returns a cache of the type that it was given.
 CacheType = TypeVar("CacheType", bound=AnyCache)
 
-# What is named by a string, for type checkers; values are checked where they are read.
+# Names as strings, for type checkers; values are checked where they are read.
 Implementation = Literal["xla", "xla_chunked", "mosaic_gpu", "mosaic_tpu", "cudnn", "mosaic"]
 Strategy = Literal["ring", "gather", "ulysses"]
 Layout = Literal["contiguous", "zigzag"]

@@ -16,7 +16,7 @@ from axattn._typing import present
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to cuDNN, or None."""
+    """Say why this call cannot go to cuDNN, or None."""
     for what, asked in (
         ("a cache", call.stored is not None),
         ("logits_soft_cap", call.logits_soft_cap is not None),
@@ -124,7 +124,7 @@ def _per_row(length, default: int, call: AttentionCall) -> jax.Array:
 
 
 def _rows_with_keys(call: AttentionCall, options: dict, mask) -> jax.Array | None:
-    """Rows ``[B, T, N or 1, 1]`` that attend to something; cuDNN leaves the others undefined."""
+    """Find the rows ``[B, T, N or 1, 1]`` with keys; cuDNN leaves the others undefined."""
     if mask is not None:
         q, kv = call.spans()
         tile = present(call.mask.tile(q, kv))

@@ -35,13 +35,13 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 _KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
-# What has a gradient: the fields of the call that the derivative answers for.
+# The fields of a call that have a gradient.
 _INPUTS = Gradients._fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to compute both passes: an implementation, and what its code depends on.
+    """A backend of both passes: an implementation, and what its code depends on.
 
     ``otherwise`` is the way where the device, which may be known only when the program is lowered
     for it, does not take the kernels.
@@ -50,7 +50,7 @@ class Way:
     name: str
     blocks: block_sizes.Blocks | None = None
     interpret: bool = False
-    whole: bool = True  # the backward pass is given the output of all keys that the call has
+    whole: bool = True  # the backward pass gets the output over all keys of the call
     otherwise: Way | None = None
 
     def forward(self, call: AttentionCall):
@@ -73,7 +73,7 @@ class Way:
         return backward.backward(call, present(way.blocks), *arrays, whole=way.whole)
 
     def _on_device(self, call: AttentionCall) -> Way:
-        """This way, or the other one; refused where there is none."""
+        """Return this backend or its fallback, by the device; NotImplementedError without one."""
         if self.name not in _KERNELS or self.interpret:
             return self
         reason = _KERNELS[self.name].device_refusal(call, strict=self.otherwise is not None)
@@ -85,19 +85,19 @@ class Way:
 
 
 def _xla_backward(call: AttentionCall, out, lse, dout, dlse) -> Gradients:
-    """For a call that may take a kernel, whose residuals are those of kernels."""
+    """Compute gradients of a call that may take a kernel, from the residuals of kernels."""
     inputs = Gradients(*(getattr(call, name) for name in _INPUTS))
     _, pull = jax.vjp(lambda inputs: xla.attend(_with_inputs(call, inputs)), inputs)
     return pull((dout.astype(out.dtype), dlse.astype(jnp.float32)))[0]
 
 
-# The implementations that are ways of this function.
+# The implementations that are backends of this function.
 NAMES = ("xla_chunked", *_KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ways:
-    """The way of each platform that the call may be lowered for, and why of no other; hashable."""
+    """The backend of each platform that the call may be lowered for; hashable."""
 
     per_platform: tuple[tuple[str, Way], ...]
     refusal: str = ""
@@ -110,7 +110,7 @@ def ways(
     *,
     whole: bool = True,
 ) -> Ways:
-    """How ``names``, the implementations that a platform may take, are carried out."""
+    """Make the backends of ``names``, the implementations that each platform may take."""
 
     def way(platform, name, *others):
         cut = block_sizes.choose(call, platform) if name == "xla_chunked" else None
@@ -120,9 +120,9 @@ def ways(
 
 
 def attend(call: AttentionCall, ways: Ways) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
-    # Inside shard_map all inputs of the derivative must vary alike: marking them here, outside,
-    # lets JAX sum the gradients of those that are shared.
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
+    # Inside shard_map all inputs of the derivative must vary over the same axes. They are marked
+    # here, outside of it, so that JAX sums the gradients of shared inputs.
     call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
     if call.stored is not None:
         out, lse = _over_cache(ways, call)
@@ -168,7 +168,7 @@ def _flash_tangents(ways: Ways, primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """From tangents of the inputs that are named to those of the results, in the chunked path."""
+    """Maps tangents of the named inputs to those of the results, by the chunked path."""
 
     names: tuple[str, ...]
 
@@ -185,7 +185,7 @@ class _Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _Transpose:
-    """From cotangents of the results to those of the inputs that are named."""
+    """Maps cotangents of the results to those of the named inputs."""
 
     ways: Ways
     names: tuple[str, ...]
@@ -197,7 +197,7 @@ class _Transpose:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def gradients(ways: Ways, call: AttentionCall, *arrays: jax.Array) -> Gradients:
-    """Of a call with the output, LSE and their cotangents ``arrays``.
+    """Compute the gradients of a call from ``arrays``: output, LSE and their cotangents.
 
     The output and the LSE may be those of more keys than the call has: these keys' share is found.
     """
@@ -217,7 +217,7 @@ def _second_tangents(ways: Ways, primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class _ForwardOfGradients:
-    """From tangents of the leaves that are named to those of the gradients, in the chunked path."""
+    """Maps tangents of the named leaves to those of the gradients, by the chunked path."""
 
     varied: tuple[int, ...]
     whole: bool
@@ -247,7 +247,7 @@ def _names(ways: Ways) -> str:
 
 
 def _per_platform(ways: Ways, method: str, call: AttentionCall, *arrays: jax.Array):
-    """``way.method(call, *arrays)`` with the way of the platform that this is lowered for."""
+    """Call a method of the backend of the platform that this is lowered for."""
     different = {way for _, way in ways.per_platform}
     if len(ways.per_platform) == len(PLATFORMS) and len(different) == 1:
         return getattr(different.pop(), method)(call, *arrays)
@@ -262,7 +262,7 @@ def _per_platform(ways: Ways, method: str, call: AttentionCall, *arrays: jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """A method of a way as a function that can be compared."""
+    """A method of a backend, as a function that can be compared."""
 
     way: Way
     method: str

@@ -22,27 +22,27 @@ from axattn._typing import present
 
 class Reader(Protocol):
     def dots(self, kv: Span) -> jax.Array:
-        """Query times keys, in the accumulator's dtype. Unused slots give anything, NaN too."""
+        """Multiply queries and keys, in the accumulator's dtype. Unused slots may give NaN."""
         ...
 
     def outputs(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
-        """Weights times values, ``[B, K, G, t, h]``; ``clean`` where ``kv`` has unused slots."""
+        """Multiply weights and values, ``[B, K, G, t, h]``; ``clean``: ``kv`` has unused slots."""
         ...
 
     def mean(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
-        """The outputs of clean values over the sums ``total [B, K, G, t, 1]``, differentiable."""
+        """Divide the outputs of clean values by ``total [B, K, G, t, 1]``, differentiably."""
         ...
 
 
 def reader(call: AttentionCall, query: jax.Array, *, folded: bool) -> Reader:
-    """The reader of ``call`` for the rows ``query [B, t, N, H]``."""
+    """Make the products of ``call`` for the rows ``query [B, t, N, H]``."""
     if call.stored is None:
         return _OfArrays(call, query, folded=folded)
     return _OfCache(call, query)
 
 
 class _OfArrays:
-    """Keys and values ``[B, S, K, size]``."""
+    """Products with keys and values ``[B, S, K, size]``."""
 
     def __init__(self, call: AttentionCall, query: jax.Array, *, folded: bool):
         self.call, self.key, self.value = call, present(call.key), present(call.value)
@@ -63,13 +63,13 @@ class _OfArrays:
 
 
 def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
-    """Slots ``kv`` of the keys or values; ``clean`` zeroes the slots behind the length."""
+    """Slice slots ``kv`` of keys or values; ``clean`` zeroes those at and after the length."""
     rows = kv.take(array, 1)
     return zero_unused(rows, kv.slots, call.mask.kv_lengths()) if clean else rows
 
 
 class _OfCache:
-    """Keys and values ``[B, K, s, size]``, whose scales are folded into scores and weights.
+    """Products with a cache ``[B, K, s, size]``, whose scales are folded into scores and weights.
 
     Where keys are stored without their center, the scores are those of the keys with it.
     """
@@ -96,8 +96,8 @@ class _OfCache:
         batch, kv_heads, group, rows, size = self.query.shape
         if not is_known(lambda: group * rows <= DECODE_ROWS, otherwise=False):
             return jnp.einsum("bkgth,bksh->bkgts", self.query, key, **self.options)
-        # For a few rows the keys come first: XLA:CPU would else transpose them (3 to 10 times
-        # slower), and what is transposed after is small.
+        # With few rows, keys come first in the product: else XLA:CPU would transpose them (3 to 10
+        # times slower). The result that is transposed instead is small.
         query = self.query.reshape(batch, kv_heads, group * rows, size)
         dots = jnp.einsum("bksh,bkrh->bksr", key, query, **self.options).swapaxes(2, 3)
         return dots.reshape(batch, kv_heads, group, rows, key.shape[2])
@@ -114,7 +114,7 @@ class _OfCache:
         return jnp.einsum("bkgts,bksh->bkgth", weights, value, **self.options)
 
     def _weights_and_values(self, weights: jax.Array, kv: Span, *, clean: bool):
-        """The weights with the values' scales, and the values without."""
+        """Return the weights times the values' scales, and the values without scales."""
         value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
         used = self._used(kv) if clean else None
         if scales is not None:
@@ -126,7 +126,7 @@ class _OfCache:
         return weights, value
 
     def _used(self, kv: Span) -> jax.Array | None:
-        """Which slots hold a token, bool ``[B or 1, s]``, or None for all."""
+        """Find the slots that hold a token, bool ``[B or 1, s]``, or None for all."""
         used = None
         length = self.call.mask.kv_lengths()
         if length is not None:

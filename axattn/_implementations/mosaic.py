@@ -14,7 +14,7 @@ from axattn._mask_parts import Dense, Segments
 
 
 def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
-    """Why no kernel takes the call, whatever its sizes; queries are of ``dtypes``."""
+    """Say why no kernel takes the call, whatever its sizes; queries are of ``dtypes``."""
     if call.query.dtype.name not in dtypes:
         return f"needs {' or '.join(dtypes)}, got {call.query.dtype}"
     sizes = (call.batch, call.q_len, call.kv_len)
@@ -41,7 +41,7 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
 
 
 def lacks_device(needed: str) -> str:
-    """Why a call cannot run where the device is another one, or none is known."""
+    """Say why a call cannot run where the device is another one, or none is known."""
     there = _jax_compat.traced_device()
     return f"needs {needed}, " + ("and none is attached" if there is None else f"got {there}")
 
@@ -49,7 +49,7 @@ def lacks_device(needed: str) -> str:
 def bias_gradient(
     call: AttentionCall, platform: str, given: tuple, whole: bool
 ) -> jax.Array | None:
-    """From the chunked sweep, which XLA drops if unused; ``given``: out, lse, dout, dlse."""
+    """Compute a bias's gradient by the chunked sweep; ``given`` is out, lse, dout, dlse."""
     if call.bias is None:
         return None
     cut = block_sizes.choose(call, platform)

@@ -18,29 +18,29 @@ MAX_HEAD_DIM = 256
 # Latent attention: 512 features and 64 for positions.
 MAX_LATENT_DIM = 576
 
-# 16 tokens of 128 heads. All tiles of rows visit all blocks, and partial results have all rows.
+# 16 tokens of 128 heads. All row tiles read all blocks, and partial results have all rows.
 MAX_LATENT_ROWS = 2048
 
-# Up to this many query tokens a call is a read of its keys, and goes to the decode kernels.
+# Calls of up to this many query tokens go to the decode kernels.
 DECODE_TOKENS = 16
 
 
-# What it needs of a device, for errors.
+# The device that it needs, for errors.
 NEEDS = "a Hopper GPU (H100, H200)"
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels, though the program may be lowered for any GPU."""
+    """Say why this call cannot go to the kernels on any GPU that the program may be lowered for."""
     return call_refusal(call) or device_refusal(call)
 
 
 def lacks() -> str | None:
-    """What is needed and not here, or None."""
+    """Say what is needed and not here, or None."""
     return None if device_known() else mosaic.lacks_device(NEEDS)
 
 
 def call_refusal(call: AttentionCall) -> str | None:
-    """Why no device takes the call, or None."""
+    """Say why no device takes the call, or None."""
     return (
         mosaic.refusal(call, ("float16", "bfloat16")) or _head_refusal(call) or _cache_refusal(call)
     )
@@ -92,12 +92,12 @@ def _cache_refusal(call: AttentionCall) -> str | None:
 
 
 def _latent(call: AttentionCall) -> bool:
-    """Whether the values are the first features of the keys."""
+    """Say whether the values are the first features of the keys."""
     return call.stored is not None and call.stored.arrays.values is None
 
 
 def kernel(call: AttentionCall) -> str:
-    """Which forward kernel takes the call: "latent", "decode" or "forward"."""
+    """Choose the forward kernel of the call: "latent", "decode" or "forward"."""
     if _latent(call):
         return "latent"
     few = call.q_len <= DECODE_TOKENS and call.dropout_key is None
@@ -105,12 +105,12 @@ def kernel(call: AttentionCall) -> str:
 
 
 def device_known() -> bool:
-    """Whether code that is traced now is for a GPU of which the compute capability is known."""
+    """Say whether code is traced for a GPU whose compute capability is known."""
     return _jax_compat.gpu_capability() is not None
 
 
 def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
-    """Why the GPU that is traced for does not take the kernels, or None.
+    """Say why the GPU that is traced for does not take the kernels, or None.
 
     One that is not known does, as Mosaic GPU has it, unless ``strict``: it need not be a Hopper.
     """
@@ -128,7 +128,7 @@ def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
 
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     name = kernel(call)
     if name == "forward":
         results = _forward(call, interpret)
@@ -166,7 +166,7 @@ def backward(
     interpret: bool = False,
     whole: bool = True,
 ) -> Gradients:
-    """Gradients from kernels; that of a bias from the chunked sweep."""
+    """Compute gradients by kernels; that of a bias by the chunked sweep."""
     from axattn.kernels._hopper import block_sizes
     from axattn.kernels._hopper.flash.backward import backward as kernels
 

@@ -20,23 +20,23 @@ MAX_HEAD_DIM = 256
 FIRST_GENERATION = 4
 
 
-# What it needs of a device, for errors.
+# The device that it needs, for errors.
 NEEDS = "a TPU (v4 or later)"
 
 
 def refuses(call: AttentionCall) -> str | None:
-    """Why this call cannot go to the kernels, though the program may be lowered for any TPU."""
-    # Whether the memory of that TPU will do is asked when its kind is known.
+    """Say why this call cannot go to the kernels on any TPU that the program may be lowered for."""
+    # VMEM is checked when the kind of TPU is known.
     return call_refusal(call) or (device_refusal(call) if device_known() else None)
 
 
 def lacks() -> str | None:
-    """What is needed and not here, or None."""
+    """Say what is needed and not here, or None."""
     return None if device_known() else mosaic.lacks_device(NEEDS)
 
 
 def call_refusal(call: AttentionCall) -> str | None:
-    """Why no device takes the call, or None."""
+    """Say why no device takes the call, or None."""
     return _plain_refusal(call) or _cache_refusal(call)
 
 
@@ -61,12 +61,12 @@ def _cache_refusal(call: AttentionCall) -> str | None:
 
 
 def device_known() -> bool:
-    """Whether code that is traced now is for a TPU, and JAX may or may not know its kind."""
+    """Say whether code is traced for a TPU, whose kind may not be known."""
     return _jax_compat.traced_device("tpu") is not None
 
 
 def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
-    """Why the TPU that is traced for does not take the call, or None. ``strict`` says nothing."""
+    """Say why the TPU that is traced for refuses the call, or None; ``strict`` is for GPUs."""
     chip = _jax_compat.tpu_chip()
     if chip is None or chip.generation < FIRST_GENERATION:
         return f"needs a TPU v4 or later, got {_jax_compat.traced_device('tpu')}"
@@ -74,7 +74,7 @@ def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
 
 
 def _memory_refusal(call: AttentionCall) -> str | None:
-    """Blocks of the smallest size still have all heads of a group."""
+    """Say why VMEM does not hold the smallest blocks, which still have all heads of a group."""
     if call.stored is not None:
         return None
     from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
@@ -94,7 +94,7 @@ def _chip() -> TpuChip:
 
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype, LSE ``[B, T, N]`` float32."""
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     results = in_one_batch(functools.partial(_forward, interpret=interpret))(call)
     return vary_over(results, varying_axes(*jax.tree.leaves(call)))
 
@@ -124,7 +124,7 @@ def backward(
     interpret: bool = False,
     whole: bool = True,
 ) -> Gradients:
-    """Gradients from kernels; that of a bias from the chunked sweep."""
+    """Compute gradients by kernels; that of a bias by the chunked sweep."""
     given = (out, lse, dout, dlse)
     delta = _backward_inputs.row_deltas(out, dout, dlse)
     kernels = in_one_batch(functools.partial(_backward, interpret=interpret))

@@ -21,18 +21,17 @@ from axattn._typing import present
 # bound keeps the einsum's float32 logits under 8 MiB.
 CHUNKED_FROM_SCORES = 2**21
 
-# A decode step (few query rows) is a read of the cache, and one einsum reads it best (the chunked
-# path adds a copy of each block), until its logits would take this many bytes.
+# In a decode step (few query rows) one einsum reads the cache fastest: the chunked path copies each
+# block. Beyond this many bytes of logits the chunked path is taken all the same.
 DECODE_LOGITS_BYTES = 2**27
 
-# With key/value lengths the einsum cleans K and V behind them, in a copy of both; the chunked path
-# skips them. (CPU, float32, B=4 N=96 K=8 T=1 S=4096: 4x at full length, 28x at an eighth.)
+# With key/value lengths the einsum copies K and V to zero their unused slots; the chunked path
+# skips these. (CPU, float32, B=4 N=96 K=8 T=1 S=4096: 4x at full length, 28x at an eighth.)
 RAGGED_FROM_KEYS = 1024
 
 
-# The Hopper kernels come first wherever they take a call: its bytes and its work say so, since no
-# kernel is measured yet. All but a decode step over few keys, where the several small programs that
-# plan it cost more than XLA's reading everything.
+# The Hopper kernels are preferred by arithmetic (bytes and FLOPs): none has been measured yet. The
+# exception is decode over few keys, where the small programs that plan it cost more than they save.
 HOPPER_DECODE_FROM_KEYS = 1024
 
 
@@ -41,7 +40,7 @@ ASKED = ("xla_chunked", "mosaic_gpu", "mosaic_tpu")
 
 
 def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
-    """The name that ``None`` means for ``call`` lowered on ``platform``."""
+    """Return the name that ``None`` means for ``call`` lowered on ``platform``."""
     if reasons["xla_chunked"] is not None:
         return "xla"
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
@@ -51,17 +50,17 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     if reasons["mosaic_gpu"] is None and (
         long or _exceeds(call.kv_len, HOPPER_DECODE_FROM_KEYS - 1)
     ):
-        # A Hopper GPU is at hand. Elsewhere the other flash path, so that both share residuals.
+        # A Hopper GPU is here. Other platforms take a flash path, too, to share its residuals.
         return "mosaic_gpu" if platform == "cuda" else "xla_chunked"
     if reasons["mosaic_tpu"] is None and long:
-        # Likewise a TPU. (A decode step over arrays would have them copied, head by head.)
+        # A TPU is here, likewise. (For decode over arrays the kernel would copy each head.)
         return "mosaic_tpu" if platform == "tpu" else "xla_chunked"
     if call.mask.kv_lengths() is not None and _exceeds(call.kv_len, RAGGED_FROM_KEYS - 1):
         return "xla_chunked"
     if call.is_decode_step:
-        # On CPU the chunked path skips what the mask empties, and XLA copies a cache that was just
-        # updated for the einsum (8 times slower in a layer at S=8192). In bfloat16 XLA before jax
-        # 0.11 widens the whole cache for the loop, and on TPU it copies it into another layout.
+        # On CPU the chunked path skips empty blocks, while for the einsum XLA copies a cache that
+        # was just updated (8 times slower in a layer at S=8192). Not in bfloat16, where XLA before
+        # jax 0.11 widens the whole cache for the loop, nor on TPU, where it copies the cache.
         skips = platform == "cpu" and call.mask.parts and call.query.dtype == jnp.float32
         return "xla_chunked" if skips or _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"
     return "xla_chunked" if _exceeds(scores, CHUNKED_FROM_SCORES - 1) else "xla"
@@ -70,16 +69,16 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
 def _over_cache(
     call: AttentionCall, platform: str, scores: int, reasons: dict[str, str | None]
 ) -> str:
-    """A cache is longer than what it holds, and these end where that ends."""
+    """Choose for a call over a cache, which is longer than what it holds."""
     for kernels, there in (("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")):
         if platform == there and reasons[kernels] is None:
             return kernels
     if present(call.stored).block_table is not None or platform != "tpu":
         return "xla_chunked"
-    # TPUs fuse the cleaning of unused slots into the products; the chunked path copies each block.
+    # TPUs fuse the zeroing of unused slots into the products; the chunked path copies each block.
     return "xla_chunked" if _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"
 
 
 def _exceeds(size: int, bound: int) -> bool:
-    """Whether a size is larger; a symbolic one, which may be, counts as large."""
+    """Say whether a size is larger; a symbolic one, which may be, counts as large."""
     return is_known(lambda: size > bound, otherwise=True)

@@ -29,7 +29,7 @@ def weighted_mean(
     total: jax.Array,
     value: jax.Array,
 ) -> jax.Array:
-    """``outputs(weights, value) / total``, whose derivatives are those of unrounded weights.
+    """Compute ``outputs(weights, value) / total`` with the derivatives of unrounded weights.
 
     ``outputs`` is the product of weights and values, of either form. ``weights`` and ``total`` are
     in the accumulator's dtype and enter the product in the dtype of the values. Differentiated as
@@ -80,7 +80,7 @@ class Grouped:
         return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)
 
     def pulled(self, weights: jax.Array) -> jax.Array:
-        """Weights transposed times this query tile, summed over the group: ``[B, K, s, H]``."""
+        """Multiply transposed weights by the query tile, summed over G: ``[B, K, s, H]``."""
         query = self.query.astype(weights.dtype)
         return jnp.einsum("bkgts,bkgth->bksh", weights, query, **self.options)
 

@@ -20,7 +20,7 @@ from axattn._typing import present
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to attend.
+    """One implementation: how it attends, and what it refuses.
 
     ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
     ``refuses(call)`` is why the call cannot be lowered for any device of its platforms, or None;
@@ -66,7 +66,7 @@ NAMES = (*IMPLEMENTATIONS, "mosaic")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is taken where; hashable.
+    """Which implementation each platform takes; hashable.
 
     ``names`` has pairs of a platform and names: the first of them that the device takes, which may
     be known only when the program is lowered for it. ``refusal`` is why other platforms are left
@@ -78,12 +78,12 @@ class Plan:
 
 
 def refusals(call: AttentionCall) -> dict[str, str | None]:
-    """For every name: None where it takes the call here, else the reason why not."""
+    """Return for every name None where it takes the call here, else the reason why not."""
     return _with_mosaic(_add_lacks(_refusals_anywhere(call, tuple(IMPLEMENTATIONS))))
 
 
 def _refusals_anywhere(call: AttentionCall, names: Sequence[str]) -> dict[str, str | None]:
-    """Likewise, where the program may be lowered for devices that are not here."""
+    """Return reasons where the program may be lowered for devices that are not here."""
     return {name: IMPLEMENTATIONS[name].refuses(call) for name in names}
 
 
@@ -99,7 +99,7 @@ def _with_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
 
 
 def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The preference as a tuple of known names, or None."""
+    """Return the preference as a tuple of known names, or None."""
     if implementation is None:
         return None
     takes = f"implementation takes None, one of {', '.join(NAMES)}, or a sequence of them"
@@ -112,13 +112,13 @@ def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] |
 
 
 def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Plan:
-    """The implementations for every platform that the call may be lowered for.
+    """Choose the implementations for every platform that the call may be lowered for.
 
     Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
     """
     names = check_names(implementation)
     if call.is_empty:
-        # There is nothing to compute, and so no kernel to ask for: zeros, and an LSE of -inf.
+        # Nothing to compute: zeros, and an LSE of -inf. No kernel takes part.
         return Plan(tuple((platform, ("xla",)) for platform in PLATFORMS))
     if names is None:
         anywhere = _refusals_anywhere(call, preference.ASKED)
@@ -143,7 +143,7 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
 
 
 def _choice(call: AttentionCall, platform: str, reasons: dict, anywhere: dict) -> tuple[str, ...]:
-    """What ``None`` means: the kernels of the platform may be for a device that is not here."""
+    """Choose what ``None`` means: kernels may be for a device that is not here."""
     kernels = MOSAIC.get(platform)
     here = preference.choose(call, platform, reasons)
     if kernels is None or anywhere[kernels] is not None or reasons[kernels] is None:
@@ -153,7 +153,7 @@ def _choice(call: AttentionCall, platform: str, reasons: dict, anywhere: dict) -
 
 
 def _until_sure(names: list[str]) -> tuple[str, ...]:
-    """Up to the first that any device of the platform takes; all are XLA's or kernels."""
+    """Take names up to the first that any device of the platform takes."""
     for i, name in enumerate(names):
         if name not in MOSAIC.values() or name == names[-1]:
             return tuple(names[: i + 1])
@@ -161,8 +161,8 @@ def _until_sure(names: list[str]) -> tuple[str, ...]:
 
 
 def by_platform(plan: Plan) -> dict[str, str]:
-    """The name that is taken on each platform, as far as its device is known."""
-    # An NVIDIA GPU that is not known need not be a Hopper, while all TPUs take the kernels.
+    """Return the name that each platform takes, as far as its device is known."""
+    # An unknown NVIDIA GPU need not be a Hopper; all TPUs take the kernels.
     return {
         platform: names[-1] if platform == "cuda" else names[0] for platform, names in plan.names
     }
@@ -179,7 +179,7 @@ def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
         return _flash(call, plan)
     if len(set(own.values())) == 1 and len(own) == len(PLATFORMS):
         return _attend_with(own["cpu"], call)
-    # What derivatives of XLA's own paths need is saved next to what those of the kernels need.
+    # Both sets of residuals are saved: those of XLA's own derivative and those of the kernels.
     attends = {name: functools.partial(_attend_with, name) for name in own.values()}
     kernels = functools.partial(_flash, plan=plan)
     return jax.lax.platform_dependent(
@@ -197,5 +197,5 @@ def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array |
 
 
 def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:
-    # Not every implementation has an LSE, and branches must agree on what they return.
+    # Not every implementation has an LSE, and all branches must return the same.
     return out, lse if call.return_residual else None

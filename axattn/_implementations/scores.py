@@ -18,7 +18,7 @@ from axattn._mask_parts import Span
 
 
 def heads_apart(array: jax.Array, call: AttentionCall) -> jax.Array:
-    """``[B or 1, N or 1, ...]`` as ``[B or 1, K or 1, G or 1, ...]``, query head n = k * G + g."""
+    """Reshape ``[B or 1, N or 1, ...]`` to ``[B or 1, K or 1, G or 1, ...]``, n = k * G + g."""
     batch, heads, *rest = array.shape
     if heads == 1:
         return array[:, :, None]
@@ -26,7 +26,7 @@ def heads_apart(array: jax.Array, call: AttentionCall) -> jax.Array:
 
 
 def bias_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
-    """Additive part of the scores: bias and ALiBi, broadcastable to the tile, or None."""
+    """Compute what is added to the scores, bias and ALiBi, broadcastable to the tile, or None."""
     dtype = call.accumulator_dtype
     total = None
     if call.bias is not None:
@@ -41,7 +41,7 @@ def bias_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
 
 
 def capped_tile(call: AttentionCall, dots: jax.Array) -> jax.Array:
-    """``soft_cap(scale * dots)``."""
+    """Compute ``soft_cap(scale * dots)``."""
     scores = dots * jnp.asarray(call.scale, dots.dtype)
     if call.traced_scale is not None:
         scores = scores * call.traced_scale.astype(dots.dtype)
@@ -51,13 +51,13 @@ def capped_tile(call: AttentionCall, dots: jax.Array) -> jax.Array:
 
 
 def score_tile(call: AttentionCall, dots: jax.Array, q: Span, kv: Span) -> jax.Array:
-    """Scores before the mask from ``dots [B, K, G, q, kv]``."""
+    """Compute the scores before the mask from ``dots [B, K, G, q, kv]``."""
     scores = capped_tile(call, dots)
     bias = bias_tile(call, q, kv)
     return scores if bias is None else scores + bias
 
 
 def mask_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
-    """The mask of the tile, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
+    """Compute the mask, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
     allowed = call.mask.tile(q, kv)
     return None if allowed is None else heads_apart(allowed, call)

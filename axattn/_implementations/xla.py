@@ -22,9 +22,9 @@ from axattn._masks import zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]`` float32."""
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     if call.stored is None and call.is_decode_step:
-        # TPUs tile the two minor dimensions: merging heads and head size would copy the cache.
+        # TPUs tile the two minor dimensions: merging heads and features would copy the cache.
         return lax.platform_dependent(
             call,
             tpu=functools.partial(_attend, folded=False),
@@ -46,7 +46,7 @@ def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def without_unused(call: AttentionCall) -> AttentionCall:
-    """The call with the queries and keys behind its lengths set to zero, whatever they held.
+    """Set queries and keys at and after the call's lengths to zero, whatever they held.
 
     Values are cleaned where they are read, and so is all of a cache.
     """
@@ -59,7 +59,7 @@ def without_unused(call: AttentionCall) -> AttentionCall:
 
 
 def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalized weights ``[B, K, G, T, S]``, their sums ``[..., T, 1]`` and LSE ``[..., T]``.
+    """Return unnormalized weights ``[B, K, G, T, S]``, sums ``[..., T, 1]`` and LSE ``[..., T]``.
 
     Dropout is in the weights and not in the sums. An empty row has weights 0, sum 1, LSE -inf.
     """
@@ -68,12 +68,12 @@ def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, ja
     allowed = mask_tile(call, q, kv)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
-    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # also of no keys
+    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # initial: for no keys
     sinks = None
     if call.sinks is not None:
         sinks = heads_apart(call.sinks[None, :, None, None].astype(scores.dtype), call)
         top = jnp.maximum(top, sinks)
-    # The top only shifts: it has no derivative, and -inf (nothing to attend to) must not shift.
+    # The maximum only shifts: it has no derivative. An empty row's -inf must not shift.
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)

@@ -13,24 +13,22 @@ from axattn.kernels._problem import LOG2E
 
 
 class Given(NamedTuple):
-    """Per query row; rows with nothing to attend to have weights, and gradients, of zero."""
+    """What a backward kernel reads per query row."""
 
     dout: jax.Array  # [B, T, N, h], in the query's dtype
-    lse2: (
-        jax.Array
-    )  # float32 [B, T, N]: LSE in units of log2, infinite where nothing is attended to
+    lse2: jax.Array  # float32 [B, T, N]: LSE in units of log2; infinite for empty rows
     delta: jax.Array  # float32 [B, T, N]
 
 
 def row_deltas(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
-    """rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``."""
+    """Compute rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``."""
     return (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
 
 
 def given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array) -> Given:
-    """From the LSE ``[B, T, N]``, the cotangent of the output, and `row_deltas`."""
-    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
-    # partial results are merged by their LSE). An infinite LSE gives weights of 0.
+    """Make the inputs from the LSE ``[B, T, N]``, the output's cotangent, and delta."""
+    # Empty rows have no gradient, even where their cotangents are NaN (from combining partial
+    # results by LSE). An infinite LSE gives weights of 0.
     empty = lse == -jnp.inf
     dout = dout.astype(call.query.dtype)
     if may_have_empty_rows(call):
@@ -39,7 +37,7 @@ def given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array
 
 
 def of_sinks(call: AttentionCall, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
-    """Gradient of the sinks ``[N]``, or None where the call has none."""
+    """Compute the gradient of the sinks ``[N]``, or None where the call has none."""
     if call.sinks is None:
         return None
     empty = lse == -jnp.inf

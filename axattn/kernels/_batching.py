@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._stored import Stored
 
-# What has a row for each row of the batch, or one for all of them.
+# Fields with a row for each row of the batch, or one for all.
 _OF_ROWS = ("query", "key", "value", "bias", "alibi_slopes", "q_positions", "kv_positions")
 
-# What is the same for all rows: calls that differ in these are made one after another.
+# Fields without batch rows: calls that differ in these run one after another.
 _OF_ALL = ("sinks", "traced_scale", "dropout_key", "first_row")
 
 
 def in_one_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(call, *arrays)``, arrays and results of which all have the batch first."""
+    """Make ``vmap`` of ``function(call, *arrays)`` one call with a larger batch."""
     function = jax.custom_batching.custom_vmap(function)
 
     @function.def_vmap
@@ -44,8 +44,8 @@ def in_one_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mergeable(call: AttentionCall, batched: Any) -> bool:
-    """``batched`` is the call with bools in the place of arrays."""
-    if call.dropout_key is not None:  # whose bits belong to the rows of each call
+    """Say whether calls can be one; ``batched`` is the call with bools in place of arrays."""
+    if call.dropout_key is not None:  # bits depend on the rows of each call
         return False
     if any(jax.tree.leaves([getattr(batched, name) for name in _OF_ALL])):
         return False
@@ -55,7 +55,7 @@ def _mergeable(call: AttentionCall, batched: Any) -> bool:
     if batched.stored.key_center or jax.tree.leaves(batched.stored.first_row) == [True]:
         return False
     if call.stored.block_table is None:
-        # Rows of one array that several calls read would have to be copied.
+        # Several calls read the rows of one array: merging would copy them.
         return arrays and isinstance(call.stored.first_row, int)
     return arrays or not any(jax.tree.leaves(batched.stored.arrays))
 
@@ -73,13 +73,13 @@ def _one_by_one(function, size: int, batched, arguments):
 
 @dataclasses.dataclass(frozen=True)
 class _Merge:
-    """Puts ``size`` batches of ``batch`` rows into one."""
+    """Merges ``size`` batches of ``batch`` rows into one."""
 
     size: int
     batch: int
 
     def rows(self, array: jax.Array, batched: bool) -> jax.Array:
-        """An array with all rows of the batch."""
+        """Return an array with all rows of the batch."""
         if not batched:
             array = jnp.broadcast_to(array, (self.size, *array.shape))
         if array.ndim == 1:
@@ -88,7 +88,7 @@ class _Merge:
         return array.reshape(self.size * self.batch, *array.shape[2:])
 
     def perhaps_rows(self, array: Any, batched: bool) -> Any:
-        """An array with all rows or one for all, or a number."""
+        """Return an array with all rows, or one that serves all rows, or a number."""
         if array is None or (not batched and jnp.ndim(array) == 0):
             return array
         if not batched and array.ndim > 1 and array.shape[0] == 1:
@@ -112,7 +112,7 @@ def _merged(merge: _Merge, call: AttentionCall, batched: Any) -> AttentionCall:
 
 
 def _merged_cache(merge: _Merge, stored: Stored, batched: Any) -> Stored:
-    """Caches end to end; their pages are counted through."""
+    """Put caches end to end; their pages are numbered through."""
     changes: dict[str, Any] = {"batch": merge.size * merge.batch}
     together = any(jax.tree.leaves(batched.arrays))
     if together:
@@ -121,7 +121,7 @@ def _merged_cache(merge: _Merge, stored: Stored, batched: Any) -> Stored:
         table = merge.rows(stored.block_table, batched.block_table)
         if together:
             pages = stored.arrays.keys.shape[1]
-            # Garbage stays within the pages of its own cache.
+            # Garbage entries stay within the pages of their own cache.
             first = jnp.repeat(jnp.arange(merge.size, dtype=jnp.int32) * pages, merge.batch)
             table = jnp.clip(table, 0, pages - 1) + first[:, None]
         changes["block_table"] = table

@@ -10,7 +10,7 @@ from axattn.kernels._problem import cdiv
 
 
 def blocks_per_tile(call: AttentionCall, block_q: int, block_kv: int, major: str) -> np.ndarray:
-    """For each tile of the outer loop (``major``: "q" or "kv") the blocks of the other.
+    """Bound the blocks that each tile of the outer loop (``major``: "q" or "kv") needs.
 
     An upper bound: structure in arrays (lengths, segments, offsets) excludes nothing.
     """
@@ -28,7 +28,7 @@ def blocks_per_tile(call: AttentionCall, block_q: int, block_kv: int, major: str
 
 
 def _reach(call: AttentionCall) -> tuple[int | None, int | None]:
-    """How far before and after itself a query sees; None: no bound is known."""
+    """Find how far before and after itself a query sees; None: no bound is known."""
     before = after = None
     if call.q_positions is not None or call.kv_positions is not None:
         return before, after

@@ -19,29 +19,29 @@ from axattn.kernels._masks import Bounds
 
 
 class Plan(NamedTuple):
-    """Arrays that a kernel reads to find its blocks."""
+    """The blocks of each tile, as arrays that a kernel reads."""
 
     # int32 [B or 1, tiles, 4]: first block, partial blocks before the full ones, full blocks, all.
     spans: jax.Array
-    # int32 [B or 1, tiles, blocks]: the blocks in the order of their visits, or None.
+    # int32 [B or 1, tiles, blocks]: the blocks in the order of computing, or None.
     order: jax.Array | None
 
     def arrays(self) -> dict[str, jax.Array]:
-        """What a kernel takes, by name."""
+        """Return what a kernel takes, by name."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
 
 def of_queries(
     call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
 ) -> Plan:
-    """Key blocks for each tile of ``block_q`` query slots.
+    """Map each tile of ``block_q`` query slots to its key blocks.
 
     Where a list would have more than ``longest_list`` entries, all blocks from the first to the
     last of a tile are visited, as partial ones.
     """
     states = _states(call, block_q, block_kv)
     if call.kv_len % block_kv:
-        # Slots behind the end of the last block are no keys.
+        # The last block has slots that are no keys.
         states = states.at[:, :, -1].min(PARTIAL)
     return _plan(call, states, longest_list)
 
@@ -49,12 +49,12 @@ def of_queries(
 def of_keys(
     call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
 ) -> Plan:
-    """Query blocks for each tile of ``block_kv`` key slots."""
+    """Map each tile of ``block_kv`` key slots to its query blocks."""
     return _plan(call, _states(call, block_q, block_kv).swapaxes(1, 2), longest_list)
 
 
 def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array:
-    """``Plan.spans`` of one tile with all query rows, from what each row attends to.
+    """Find the key blocks of one tile with all query rows, as spans ``[B or 1, 1, 4]``.
 
     Without a list: blocks that a mask with holes would leave out are visited, as partial ones.
     """
@@ -62,7 +62,7 @@ def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array
     count = -(-call.kv_len // block_kv)
     zero = jnp.zeros((), jnp.int32)
     if call.kv_positions is not None:
-        # Positions may be in any order (a ring's are): all blocks up to the last slot in use.
+        # Positions may be in any order, as in a ring: take all blocks up to the last used slot.
         slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         used = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
         total = jnp.where(high.max(1) > -NEVER, -(-used // block_kv), 0)
@@ -79,7 +79,7 @@ def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array
 
 
 def _spans(*numbers: jax.Array) -> jax.Array:
-    """Four numbers, each of them ``[B or 1]`` or a scalar, as ``[B or 1, 1, 4]``."""
+    """Join four numbers, each ``[B or 1]`` or a scalar, to ``[B or 1, 1, 4]``."""
     return _stack(*jnp.broadcast_arrays(*numbers)).reshape(-1, 1, 4)
 
 
@@ -88,7 +88,7 @@ def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
     rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
     states = jnp.moveaxis(rows, 0, 1)
     if call.kv_positions is not None:
-        # Keys that no query may attend to are far away, which parts of the mask may not know.
+        # Masked keys have far positions. Parts of the mask may not know that.
         nearest, farthest = layout.kv_range(call.kv_positions)
         most = jnp.where(nearest >= NEVER, EMPTY, jnp.where(farthest >= NEVER, PARTIAL, FULL))
         states = jnp.minimum(states, most[:, None].astype(states.dtype))
@@ -96,12 +96,12 @@ def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
 
 
 def _plan(call: AttentionCall, states: jax.Array, longest_list: int | None) -> Plan:
-    """A plan from block states ``[B or 1, tiles, blocks]``."""
+    """Make the map from block states ``[B or 1, tiles, blocks]``."""
     some, full = states != EMPTY, states == FULL
     if _has_holes(call) and longest_list is not None and states.size > longest_list:
         full = jnp.zeros_like(full)
     elif _has_holes(call):
-        # A stable sort keeps the blocks of one kind in their own order.
+        # A stable sort keeps the order among blocks of one state.
         order = jnp.argsort(-states.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
         zero = jnp.zeros(states.shape[:2], jnp.int32)
         return Plan(_stack(zero, zero, full.sum(-1), some.sum(-1)), order)
@@ -110,7 +110,7 @@ def _plan(call: AttentionCall, states: jax.Array, longest_list: int | None) -> P
     first = jnp.argmax(some, -1)
     last = count - jnp.argmax(some[..., ::-1], -1)
     first_full = jnp.argmax(full, -1)
-    # The run of full blocks that starts at the first one.
+    # Count the full blocks that follow the first full one without a gap.
     behind = jnp.where((index >= first_full[..., None]) & ~full, index, count).min(-1)
     num_full = jnp.where(full.any(-1), behind - first_full, 0)
     before = jnp.where(num_full > 0, first_full - first, 0)
@@ -127,7 +127,7 @@ def _has_holes(call: AttentionCall) -> bool:
 
 
 class Visits(NamedTuple):
-    """The same inside a kernel, for one tile: scalars, and the row of the order in HBM."""
+    """The blocks of one tile inside a kernel: scalars, and the row of the order in HBM."""
 
     first: jax.Array
     before: jax.Array
@@ -144,7 +144,7 @@ class Visits(NamedTuple):
         return cls(first, before, full, total, order)
 
     def block(self, n: jax.Array) -> jax.Array:
-        """The block of visit ``n``: full ones for n < ``full``, partial ones after them."""
+        """Return the ``n``-th block: full ones for n < ``full``, partial ones after them."""
         if self.order is not None:
             return self.order[n]
         left = n - self.full

@@ -10,7 +10,7 @@ from axattn._typing import present
 
 
 def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
-    """The two products over all slots, and the bytes of the slots of the batch, read once.
+    """Estimate both products over all slots, and the bytes of the batch's slots, read once.
 
     How many slots are in use is data: an upper bound.
     """
@@ -25,12 +25,12 @@ def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
 
 
 def per_score(call: AttentionCall) -> int:
-    """Transcendental functions of one score: the softmax's, and the soft cap's."""
+    """Count transcendental functions per score: the softmax's, and the soft cap's."""
     return 1 if call.logits_soft_cap is None else 2
 
 
 def key_bytes(call: AttentionCall) -> int:
-    """Bytes of the keys and values of the batch, with their scales."""
+    """Count the bytes of the batch's keys and values, with their scales."""
     slots = call.batch * call.num_kv_heads * call.kv_len
     if call.stored is None:
         sizes = call.head_dim + call.value_head_dim

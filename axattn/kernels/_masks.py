@@ -19,12 +19,12 @@ from axattn._call import AttentionCall
 from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window
 from axattn._stored import NEVER
 
-# What each query row attends to, int32 ``[B or 1, T]``: positions in [low, high).
+# Each query row attends to positions in [low, high); int32 ``[B or 1, T]`` both.
 Bounds = tuple[jax.Array | None, jax.Array]
 
 
 def fold_key_masks(call: AttentionCall) -> AttentionCall:
-    """Key masks, and lengths of given positions, as keys that are far away from every query."""
+    """Turn key masks, and lengths of given positions, into key positions far from every query."""
     folded = [part for part in call.mask.parts if key_mask(part)]
     if not folded and call.kv_positions is None:
         return call
@@ -45,7 +45,7 @@ def fold_key_masks(call: AttentionCall) -> AttentionCall:
 
 
 def bounds(call: AttentionCall) -> Bounds:
-    """``(low, high)``, int32 ``[B or 1, T]``: each row attends to key positions in [low, high).
+    """Return ``(low, high)``, int32 ``[B or 1, T]``: a row attends to positions in [low, high).
 
     ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).
     """
@@ -75,7 +75,7 @@ def bounds(call: AttentionCall) -> Bounds:
 
 
 def may_have_empty_rows(call: AttentionCall) -> bool:
-    """Whether a row may have no keys; False, where the mask's structure rules it out.
+    """Say whether a row may have no keys; False where the mask's structure rules it out.
 
     What cannot be ruled out costs a copy of ``dout``.
     """
@@ -94,13 +94,13 @@ def may_have_empty_rows(call: AttentionCall) -> bool:
 
 
 def dense_mask(call: AttentionCall) -> jax.Array | None:
-    """The mask arrays of a call over queries and keys as one, or None."""
+    """Join the call's mask arrays over queries and keys to one, or None."""
     arrays = [part.array for part in call.mask.parts if _is_dense(part)]
     return functools.reduce(operator.and_, arrays) if arrays else None
 
 
 def has_dense_mask(call: AttentionCall) -> bool:
-    """Whether there is one, for who does not need it."""
+    """Say whether there is such an array, without making it."""
     return any(map(_is_dense, call.mask.parts))
 
 
@@ -109,12 +109,12 @@ def _is_dense(part: object) -> TypeGuard[Dense]:
 
 
 def key_mask(part: object) -> TypeGuard[Dense]:
-    """Whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
+    """Say whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
     return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
 
 
 def row_mask(part: object) -> TypeGuard[Dense]:
-    """Whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
+    """Say whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
     return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
 
 

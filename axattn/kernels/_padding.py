@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def padded(array: jax.Array, length: int, fill: float = 0, *, axis: int = 1) -> jax.Array:
-    """``array`` with one axis filled up to ``length``."""
+    """Fill one axis of ``array`` up to ``length``."""
     missing = length - array.shape[axis]
     if not missing:
         return array

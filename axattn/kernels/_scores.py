@@ -96,7 +96,7 @@ class Scores:
             return None
         rows, slots = jnp.broadcast_arrays(self.block.of_rows("dropout_rows"), self.block.slots())
         bits = threefry(*self.block.dropout_words(), rows, slots)
-        # Unsigned bits >= rate * 2^32, as a signed comparison.
+        # bits >= rate * 2^32 of unsigned numbers, compared as signed ones.
         threshold = min(round(self.problem.dropout_rate * 2**32), 2**32 - 1) - 2**31
         return (bits ^ jnp.int32(-(2**31))) >= jnp.int32(threshold)
 
@@ -121,14 +121,14 @@ class State(NamedTuple):
 
 class Weights(NamedTuple):
     weights: jax.Array
-    decay: jax.Array  # of what has been summed before, per row
+    decay: jax.Array  # of earlier sums, per row
     state: State
 
 
 def softmax(scores: jax.Array, state: State, key_axis: int) -> Weights:
     """Weights of one more block (Milakov & Gimelshein, arXiv 1805.02867)."""
     top = jnp.maximum(state.top, scores.max(key_axis, keepdims=True))
-    # While a row has seen nothing, its maximum is -inf and must not shift.
+    # An empty row's maximum is -inf and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp2(scores - shift)
     decay = jnp.exp2(state.top - shift)

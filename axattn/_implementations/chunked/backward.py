@@ -44,7 +44,7 @@ class _Shared(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the forward pass and the caller gave, per query row: ``[B, T, N, ...]``."""
+    """What the forward pass and the caller gave for each query row, ``[B, T, N, ...]``."""
 
     dout: jax.Array
     lse: jax.Array
@@ -61,19 +61,18 @@ def backward(
     *,
     whole: bool = True,
 ) -> Gradients:
-    """Gradients from the forward pass's ``out`` and ``lse`` and from their cotangents.
+    """Compute gradients from the forward pass's ``out`` and ``lse`` and their cotangents.
 
     ``whole`` says that ``out`` and ``lse`` are those of this call, not of more keys than it has.
     """
     dtype = call.accumulator_dtype
     if whole and call.bias is not None and out.dtype != dtype:
-        # A rounded output or weight moves delta, and so all scores of a row together. In gradients
-        # of queries and keys this drowns in other roundings; a bias that broadcasts along the keys
-        # sums it up.
+        # Rounding the output shifts delta, and by it all score gradients of a row in one direction.
+        # Other roundings hide that in dQ and dK, but a bias that broadcasts along the keys sums it.
         out, _ = forward(call, blocks, rounded=False)
     delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1) - dlse.astype(dtype)
-    # Rows with nothing to attend to have no gradient, whatever their cotangents are (NaN, where
-    # partial results are merged by their LSE): any finite shift leaves their weights at exp(-inf).
+    # Empty rows have no gradient, even where their cotangents are NaN (from combining partial
+    # results by LSE). Any finite shift keeps their weights at exp(-inf) = 0.
     empty = lse == -jnp.inf
     lse, delta = (jnp.where(empty, 0.0, x) for x in (lse, delta))
     dout = jnp.where(empty[..., None], jnp.zeros((), dout.dtype), dout)
@@ -100,8 +99,8 @@ def backward(
 
 
 def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
-    """Batch rows one at a time; what they share is summed on the way."""
-    own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # which may be symbolic
+    """Compute gradients of batch rows one at a time; what rows share is summed on the way."""
+    own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # B may be symbolic
     start = shared._replace(bias=None) if own_bias else shared
     dtypes = present(call.key).dtype, present(call.value).dtype
 
@@ -161,7 +160,7 @@ def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
 
 
 class _QueryTile(NamedTuple):
-    """A query block and what was given for it, heads apart."""
+    """A query block with its residuals, heads split."""
 
     i: int | jax.Array
     q: Span
@@ -221,7 +220,7 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
         shared = shared._replace(scale=shared.scale + (dscores * dots).sum())
         dscores = dscores * call.traced_scale.astype(dscores.dtype)
     if key.dtype == jnp.float16:
-        # It need not hold these where it holds the gradients: small keys bring them down again.
+        # dscores may overflow float16 where their product with small keys does not.
         key = key.astype(dscores.dtype)
     dscores = dscores.astype(key.dtype)
 
@@ -246,7 +245,7 @@ def _add_bias_tile(
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
     tile = tile.sum(summed, keepdims=True)
     first = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
-    start = tuple(jnp.asarray(n, jnp.int32) for n in first)  # alike under x64, too
+    start = tuple(jnp.asarray(n, jnp.int32) for n in first)  # one dtype, under x64, too
     return lax.dynamic_update_slice(
         total, tile + lax.dynamic_slice(total, start, tile.shape), start
     )

@@ -14,7 +14,7 @@ from axattn._mask_parts import EMPTY, FULL
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Block sizes in slots, whether batch rows go one at a time, and the form of the products."""
+    """Block sizes in slots, whether batch rows run one at a time, and the form of products."""
 
     q: int
     kv: int
@@ -23,24 +23,24 @@ class Blocks:
 
 
 def choose(call: AttentionCall, platform: str) -> Blocks:
-    """Block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
+    """Choose block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
     cpu, cached = platform == "cpu", call.stored is not None
     decode = call.is_decode_step
     folded = decode and platform != "tpu" and not cached
-    # CPU, measured (2 cores, 1 MiB of L2 each; G = 1, 8, 16; forward and backward): smaller tiles
-    # make poor products, larger ones fall out of the cache. Decode reads longer runs of the cache.
+    # CPU, measured (2 cores, 1 MiB of L2 each; G = 1, 8, 16; forward and backward): products of
+    # smaller blocks are slow, larger ones leave L2. Decode reads longer runs of the cache.
     q = 128 if cpu else 512
     kv = (512 if decode else 256) if cpu else 1024
-    # Rows whose masks differ would all visit the union of their blocks; done one at a time, each
-    # visits its own. Too few query rows make poor products, so decode steps stay together.
+    # Batch rows with different masks would all compute the union of their blocks; one at a time,
+    # each computes its own. Decode steps stay together: products of few rows are slow.
     rows = is_known(lambda: call.batch > 1, otherwise=True)
     many = is_known(lambda: smaller_size(call.q_len, q) * call.group >= 128, otherwise=True)
     by_row = rows and many and (cpu or call.mask.varies_by_row)
     if cached and cpu and rows:
-        # Head-major keys make good products of one row; rows of many lengths each end at their own.
+        # Head-major keys are fast one row at a time, and each row ends at its own length.
         by_row = True
     if not cpu:
-        # Accelerators have the room; the tile of scores is bounded to keep memory O(T + S).
+        # The tile of scores is bounded, so that memory stays O(T + S).
         batch = 1 if by_row else call.batch
 
         def too_large():
@@ -51,7 +51,7 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
             q //= 2
         while kv > 128 and too_large():
             kv //= 2
-    # Of symbolic lengths these are symbolic, too: a block is never longer than its array.
+    # A block is never longer than its array; symbolic lengths give symbolic blocks.
     q, kv = smaller_size(call.q_len, q), smaller_size(call.kv_len, kv)
     if call.stored is not None and call.stored.block_table is not None:
         kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
@@ -60,14 +60,14 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """The key/value blocks to visit: the first ``count`` of ``order``."""
+    """The key/value blocks to compute: the first ``count`` of ``order``."""
 
     order: jax.Array  # int32 [num_kv]
     count: jax.Array  # int32
 
 
 def visits(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[Visits, Visits]:
-    """Full and partial blocks from a row of block states ``[B or 1, num_kv]``.
+    """List full and partial blocks from a row of block states ``[B or 1, num_kv]``.
 
     A block is full when it is full in every batch row, and visited when it is not empty in all.
     With ``has_tail`` the last block shares slots with the one before: partial at best.
@@ -80,5 +80,5 @@ def visits(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[Visits, Visits]
 
 
 def _in_order(chosen: jax.Array) -> Visits:
-    # A stable sort puts the chosen blocks first, in their own order.
+    # A stable sort puts chosen blocks first and keeps their order.
     return Visits(jnp.argsort(~chosen, stable=True).astype(jnp.int32), chosen.sum(dtype=jnp.int32))

@@ -26,7 +26,7 @@ from axattn._typing import present
 def forward(
     call: AttentionCall, blocks: Blocks, *, rounded: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and LSE ``[B, T, N]``.
+    """Return the output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and the LSE.
 
     The LSE is in the accumulator's dtype. So are an output that is not rounded, and the weights and
     values that it is made of.
@@ -100,16 +100,16 @@ def _over_keys(cut: Cut, i, q: Span, row: jax.Array, state: _State) -> _State:
 
 
 def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool) -> _State:
-    """One key/value block; the mask is evaluated in partial blocks only."""
+    """Add one key/value block; the mask is evaluated in partial blocks only."""
     call, kv = cut.call, cut.kv_span(j)
     scores, _ = cut.scores(read.dots(kv), q, kv)
     if partial:
         allowed = cut.allowed(i, j, q, kv, fresh_rows=False)
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
-    # The top only shifts: in forward mode it has no derivative.
+    # The maximum only shifts: in forward mode it has no derivative.
     top = lax.stop_gradient(jnp.maximum(state.top, scores.max(-1, keepdims=True)))
-    # While a row has seen nothing, its maximum is -inf and must not shift.
+    # An empty row's maximum is -inf and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(scores - shift)
     decay = jnp.exp(state.top - shift)
@@ -121,7 +121,7 @@ def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool
 
 
 def _finished(state: _State, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
+    """Return output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
     empty = state.total == 0
     total = jnp.where(empty, 1.0, state.total)
     lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
@@ -130,7 +130,7 @@ def _finished(state: _State, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def heads_together(tile: jax.Array) -> jax.Array:
-    """``[B, K, G, q, size]`` as ``[B, q, N, size]``."""
+    """Merge the heads of ``[B, K, G, q, size]``: ``[B, q, N, size]``."""
     batch, kv_heads, group, rows, size = tile.shape
     return tile.transpose(0, 3, 1, 2, 4).reshape(batch, rows, kv_heads * group, size)
 

@@ -24,7 +24,7 @@ from axattn._masks import zero_unused
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A call together with how it is cut."""
+    """A call and its blocks."""
 
     call: AttentionCall
     blocks: Blocks
@@ -49,18 +49,18 @@ class Cut:
         return _span(j, self.blocks.kv, self.call.kv_len, self.layout.kv_positions)
 
     def fresh_q(self, i: int | jax.Array, q: Span) -> jax.Array:
-        """Rows ``[q]`` of block ``i`` that belong to no earlier block."""
+        """Find the rows ``[q]`` of block ``i`` that belong to no earlier block."""
         return q.slots >= i * self.blocks.q
 
     def query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
-        """Slots ``q`` of an array ``[B, T, N, ...]``; ``clean`` zeroes those behind the length."""
+        """Slice slots ``q`` of ``[B, T, N, ...]``; ``clean`` zeroes those from the length on."""
         rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
         return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
 
     def allowed(
         self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool
     ) -> jax.Array | None:
-        """Mask of a partial block, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
+        """Compute the mask of a partial block, like ``[B, K, G, q, kv]``, or None for all True."""
         ok = mask_tile(self.call, q, kv)
         if self.kv_has_tail:
             fresh = (kv.slots >= j * self.blocks.kv)[None, None, None, None]
@@ -71,7 +71,7 @@ class Cut:
         return ok
 
     def scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
-        """Scores before the mask, and the capped products among them (for the cap's derivative)."""
+        """Return the scores before the mask, and the capped products (for the cap's derivative)."""
         capped = capped_tile(self.call, dots)
         bias = bias_tile(self.call, q, kv)
         return (capped if bias is None else capped + bias), capped
@@ -79,7 +79,7 @@ class Cut:
     def sweep(
         self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
     ) -> Any:
-        """``state = step(j, state, partial)`` over the blocks that query block ``i`` needs.
+        """Run ``state = step(j, state, partial)`` over the blocks that query block ``i`` needs.
 
         ``row`` has the block states of ``i``. ``partial`` (static) says that the mask must be
         evaluated. With ``fresh_rows`` the rows that a tail block shares are masked too, so all of
@@ -90,15 +90,15 @@ class Cut:
             return step(0, state, True)
         tail_rows = fresh_rows and self.q_has_tail
         if not self.call.mask.parts and not tail_rows:
-            # Static trip counts, which tell XLA (and its cost analysis) the work.
+            # With static trip counts XLA, and its cost analysis, know the work.
             whole = num_kv - self.kv_has_tail
             state = lax.fori_loop(0, whole, lambda j, state: step(j, state, False), state)
             return step(num_kv - 1, state, True) if self.kv_has_tail else state
         if tail_rows:
             row = jnp.where(i == self.layout.num_q - 1, jnp.minimum(row, PARTIAL), row)
         if is_known(lambda: self.blocks.q * self.call.group < 128, otherwise=False):
-            # A few rows: their mask costs nothing next to the keys, and one loop over all visited
-            # blocks lets XLA pick one layout for the cache, where two loops had it copied.
+            # For few rows the mask costs nothing. One loop over all blocks lets XLA choose one
+            # layout for the cache; with two loops it copied the cache.
             row = jnp.minimum(row, PARTIAL)
             _, visited = visits(row, num_kv, self.kv_has_tail)
             return lax.fori_loop(
