@@ -293,14 +293,14 @@ def _dispatch(
     call: AttentionCall, implementation: Implementation | Sequence[Implementation] | None
 ) -> tuple[Array, Any]:
     if explicit_sharding(call.query) is None:
-        return _attend(call, plan=registry.plan(call, implementation))
+        return _attend(call, plan=registry.make_plan(call, implementation))
     return explicit.attend(call, registry.check_names(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _attend(call: AttentionCall, plan: registry.Plan) -> tuple[Array, Array | None]:
+def _attend(call: AttentionCall, plan: registry.ImplementationPlan) -> tuple[Array, Array | None]:
     # Compiled as one unit even when called eagerly: its loops would compile at each call else.
-    return registry.attend(call, plan)
+    return registry.run_plan(call, plan)
 
 
 class Explanation(dict[str, "str | None"]):
@@ -395,8 +395,8 @@ def explain_call(
 
     def explain(**arguments):
         call = make_call(**arguments)
-        explanation.update(registry.refusals(call))
-        explanation.by_platform = registry.by_platform(registry.plan(call, None))
+        explanation.update(registry.find_refusals(call))
+        explanation.by_platform = registry.choose_per_platform(registry.make_plan(call, None))
 
     explanation.platform = _jax_compat.lowering_platform(jax.default_backend())
     if target is None:

@@ -86,7 +86,7 @@ def _forget_programs():
 @pytest.fixture
 def force_blocks(monkeypatch):
     """``force_blocks(q, kv, **fields)``: "xla_chunked" cuts into blocks of these sizes."""
-    choose = block_sizes.choose
+    choose = block_sizes.choose_chunk_sizes
 
     def force(q: int, kv: int, **fields) -> None:
         def forced(call, platform):
@@ -95,9 +95,9 @@ def force_blocks(monkeypatch):
 
         # The sizes are no part of the key under which jit caches: a function of our own has no cache.
         def attend(call, plan):
-            return registry.attend(call, plan)
+            return registry.run_plan(call, plan)
 
-        monkeypatch.setattr(block_sizes, "choose", forced)
+        monkeypatch.setattr(block_sizes, "choose_chunk_sizes", forced)
         monkeypatch.setattr(_attention, "_attend", jax.jit(attend, static_argnames="plan"))
 
     return force

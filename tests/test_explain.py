@@ -55,12 +55,12 @@ class TestExplanation:
         )
         flash_attend = flash.attend
 
-        def attend_flash(call, ways):
-            calls.extend(way.name for _, way in ways.per_platform)
-            return flash_attend(call, ways)
+        def attend_flash(call, backends):
+            calls.extend(backend.name for _, backend in backends.per_platform)
+            return flash_attend(call, backends)
 
         monkeypatch.setattr(flash, "attend", attend_flash)
-        monkeypatch.setattr(_attention, "_attend", lambda call, plan: registry.attend(call, plan))
+        monkeypatch.setattr(_attention, "_attend", lambda call, plan: registry.run_plan(call, plan))
         long = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
         for shapes in ((jnp.asarray(Q), jnp.asarray(KV)), (long, long)):
             calls.clear()
@@ -246,7 +246,7 @@ class TestPlatforms:
         monkeypatch.setattr(
             _attention,
             "_attend",
-            jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan"),
+            jax.jit(lambda call, plan: registry.run_plan(call, plan), static_argnames="plan"),
         )
 
     def lowered(self, platform, **kwargs):
@@ -273,7 +273,7 @@ class TestPlatforms:
     def test_none_by_platform(self, fake_tpu_kernel, monkeypatch):
         monkeypatch.setattr(
             preference,
-            "choose",
+            "choose_implementation",
             lambda call, platform, reasons: "mosaic_tpu" if platform == "tpu" else "xla",
         )
         why = explain()
@@ -285,7 +285,7 @@ class TestPlatforms:
     def test_none_may_differ_between_platforms_under_grad_and_vmap(self, monkeypatch):
         monkeypatch.setattr(
             preference,
-            "choose",
+            "choose_implementation",
             lambda call, platform, reasons: "xla_chunked" if platform == "tpu" else "xla",
         )
 

@@ -15,7 +15,7 @@ from axattn._mask_parts import Causal, Dense, Lengths, Window
 from axattn._typing import present
 
 
-def refuses(call: AttentionCall) -> str | None:
+def find_refusal(call: AttentionCall) -> str | None:
     """Say why this call cannot go to cuDNN, or None."""
     for what, asked in (
         ("a cache", call.stored is not None),
@@ -39,10 +39,10 @@ def refuses(call: AttentionCall) -> str | None:
         return f"needs h == H, got H={call.head_dim} and h={call.value_head_dim}"
     if call.head_dim % 8 or call.head_dim > 256:
         return f"needs a head size that is a multiple of 8 and at most 256, got {call.head_dim}"
-    return _mask_refusal(call) or _device_refusal(call)
+    return _find_mask_refusal(call) or _find_device_refusal(call)
 
 
-def _mask_refusal(call: AttentionCall) -> str | None:
+def _find_mask_refusal(call: AttentionCall) -> str | None:
     kinds = [type(part) for part in call.mask.parts]
     arrays = [("mask", part.array) for part in call.mask.parts if isinstance(part, Dense)]
     if call.bias is not None:
@@ -72,7 +72,7 @@ def _mask_refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def _device_refusal(call: AttentionCall) -> str | None:
+def _find_device_refusal(call: AttentionCall) -> str | None:
     if jax.default_backend() != "gpu":
         return "needs an attached NVIDIA GPU: jax.nn reads its compute capability while tracing"
     capability = getattr(jax.devices()[0], "compute_capability", None)
@@ -96,8 +96,8 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
             options["is_causal"] = True
             options["local_window_size"] = (int(present(part.left)), 0)
         elif isinstance(part, Lengths):
-            options["query_seq_lengths"] = _per_row(part.q, call.q_len, call)
-            options["key_value_seq_lengths"] = _per_row(part.kv, call.kv_len, call)
+            options["query_seq_lengths"] = _broadcast_lengths(part.q, call.q_len, call)
+            options["key_value_seq_lengths"] = _broadcast_lengths(part.kv, call.kv_len, call)
         elif isinstance(part, Dense):
             mask = part.array
     try:
@@ -114,16 +114,16 @@ def attend(call: AttentionCall) -> tuple[jax.Array, None]:
     except RuntimeError as error:
         # No cuDNN, or one too old: jax.nn finds out while tracing.
         raise NotImplementedError(f'implementation "cudnn": jax.nn refuses: {error}') from error
-    filled = _rows_with_keys(call, options, mask)
+    filled = _find_rows_with_keys(call, options, mask)
     return out if filled is None else jnp.where(filled, out, 0), None
 
 
-def _per_row(length, default: int, call: AttentionCall) -> jax.Array:
+def _broadcast_lengths(length, default: int, call: AttentionCall) -> jax.Array:
     length = default if length is None else jnp.clip(jnp.asarray(length, jnp.int32), 0, default)
     return jnp.broadcast_to(jnp.asarray(length, jnp.int32), (call.batch,))
 
 
-def _rows_with_keys(call: AttentionCall, options: dict, mask) -> jax.Array | None:
+def _find_rows_with_keys(call: AttentionCall, options: dict, mask) -> jax.Array | None:
     """Find the rows ``[B, T, N or 1, 1]`` with keys; cuDNN leaves the others undefined."""
     if mask is not None:
         q, kv = call.spans()

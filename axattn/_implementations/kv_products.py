@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import DECODE_ROWS, AttentionCall
-from axattn._implementations.products import Folded, Grouped, weighted_mean
+from axattn._implementations.products import FoldedProducts, GroupedProducts, compute_weighted_mean
 from axattn._jax_compat import is_known
 from axattn._mask_parts import Span
 from axattn._masks import zero_unused
@@ -20,55 +20,55 @@ from axattn._stored import NEVER
 from axattn._typing import present
 
 
-class Reader(Protocol):
-    def dots(self, kv: Span) -> jax.Array:
+class KVProducts(Protocol):
+    def multiply_keys(self, kv: Span) -> jax.Array:
         """Multiply queries and keys, in the accumulator's dtype. Unused slots may give NaN."""
         ...
 
-    def outputs(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+    def multiply_values(self, weights: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
         """Multiply weights and values, ``[B, K, G, t, h]``; ``clean``: ``kv`` has unused slots."""
         ...
 
-    def mean(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
+    def average_values(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
         """Divide the outputs of clean values by ``total [B, K, G, t, 1]``, differentiably."""
         ...
 
 
-def reader(call: AttentionCall, query: jax.Array, *, folded: bool) -> Reader:
+def make_kv_products(call: AttentionCall, query: jax.Array, *, folded: bool) -> KVProducts:
     """Make the products of ``call`` for the rows ``query [B, t, N, H]``."""
     if call.stored is None:
-        return _OfArrays(call, query, folded=folded)
-    return _OfCache(call, query)
+        return _ArrayProducts(call, query, folded=folded)
+    return _CacheProducts(call, query)
 
 
-class _OfArrays:
+class _ArrayProducts:
     """Products with keys and values ``[B, S, K, size]``."""
 
     def __init__(self, call: AttentionCall, query: jax.Array, *, folded: bool):
         self.call, self.key, self.value = call, present(call.key), present(call.value)
-        self.product = (Folded if folded else Grouped)(
+        self.product = (FoldedProducts if folded else GroupedProducts)(
             query, call.num_kv_heads, call.precision, call.accumulator_dtype
         )
 
-    def dots(self, kv):
-        return self.product.scores(kv_rows(self.call, self.key, kv, clean=False))
+    def multiply_keys(self, kv):
+        return self.product.multiply_keys(take_kv_rows(self.call, self.key, kv, clean=False))
 
-    def outputs(self, weights, kv, *, clean):
-        value = kv_rows(self.call, self.value, kv, clean=clean)
-        return self.product.outputs(weights.astype(value.dtype), value)
+    def multiply_values(self, weights, kv, *, clean):
+        value = take_kv_rows(self.call, self.value, kv, clean=clean)
+        return self.product.multiply_values(weights.astype(value.dtype), value)
 
-    def mean(self, weights, total, kv):
-        value = kv_rows(self.call, self.value, kv, clean=True)
-        return weighted_mean(self.product.outputs, weights, total, value)
+    def average_values(self, weights, total, kv):
+        value = take_kv_rows(self.call, self.value, kv, clean=True)
+        return compute_weighted_mean(self.product.multiply_values, weights, total, value)
 
 
-def kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
+def take_kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
     """Slice slots ``kv`` of keys or values; ``clean`` zeroes those at and after the length."""
     rows = kv.take(array, 1)
     return zero_unused(rows, kv.slots, call.mask.kv_lengths()) if clean else rows
 
 
-class _OfCache:
+class _CacheProducts:
     """Products with a cache ``[B, K, s, size]``, whose scales are folded into scores and weights.
 
     Where keys are stored without their center, the scores are those of the keys with it.
@@ -85,14 +85,14 @@ class _OfCache:
         query = query.reshape(batch, rows, call.num_kv_heads, heads // call.num_kv_heads, size)
         self.query = query.transpose(0, 2, 3, 1, 4).astype(self.dtype)
 
-    def dots(self, kv):
-        dots = self._products(self.stored.keys(kv, self.dtype))
+    def multiply_keys(self, kv):
+        dots = self._multiply_stored_keys(self.stored.keys(kv, self.dtype))
         scales = self.stored.key_scales(kv)
         if scales is not None:
             dots = dots * scales[:, :, None, None].astype(dots.dtype)
         return dots if self.from_center is None else dots + self.from_center[..., None]
 
-    def _products(self, key: jax.Array) -> jax.Array:
+    def _multiply_stored_keys(self, key: jax.Array) -> jax.Array:
         batch, kv_heads, group, rows, size = self.query.shape
         if not is_known(lambda: group * rows <= DECODE_ROWS, otherwise=False):
             return jnp.einsum("bkgth,bksh->bkgts", self.query, key, **self.options)
@@ -102,21 +102,21 @@ class _OfCache:
         dots = jnp.einsum("bksh,bkrh->bksr", key, query, **self.options).swapaxes(2, 3)
         return dots.reshape(batch, kv_heads, group, rows, key.shape[2])
 
-    def outputs(self, weights, kv, *, clean):
-        weights, value = self._weights_and_values(weights, kv, clean=clean)
-        return self._outputs(weights.astype(self.dtype), value)
+    def multiply_values(self, weights, kv, *, clean):
+        weights, value = self._scale_weights(weights, kv, clean=clean)
+        return self._multiply_stored_values(weights.astype(self.dtype), value)
 
-    def mean(self, weights, total, kv):
-        weights, value = self._weights_and_values(weights, kv, clean=True)
-        return weighted_mean(self._outputs, weights, total, value)
+    def average_values(self, weights, total, kv):
+        weights, value = self._scale_weights(weights, kv, clean=True)
+        return compute_weighted_mean(self._multiply_stored_values, weights, total, value)
 
-    def _outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+    def _multiply_stored_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bksh->bkgth", weights, value, **self.options)
 
-    def _weights_and_values(self, weights: jax.Array, kv: Span, *, clean: bool):
+    def _scale_weights(self, weights: jax.Array, kv: Span, *, clean: bool):
         """Return the weights times the values' scales, and the values without scales."""
         value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
-        used = self._used(kv) if clean else None
+        used = self._find_used_slots(kv) if clean else None
         if scales is not None:
             if used is not None:
                 scales = jnp.where(used[:, None], scales, 0.0)
@@ -125,7 +125,7 @@ class _OfCache:
             value = jnp.where(used[:, None, :, None], value, jnp.zeros((), value.dtype))
         return weights, value
 
-    def _used(self, kv: Span) -> jax.Array | None:
+    def _find_used_slots(self, kv: Span) -> jax.Array | None:
         """Find the slots that hold a token, bool ``[B or 1, s]``, or None for all."""
         used = None
         length = self.call.mask.kv_lengths()

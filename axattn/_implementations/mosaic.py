@@ -13,7 +13,7 @@ from axattn._jax_compat import automatic_axes
 from axattn._mask_parts import Dense, Segments
 
 
-def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
+def find_refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
     """Say why no kernel takes the call, whatever its sizes; queries are of ``dtypes``."""
     if call.query.dtype.name not in dtypes:
         return f"needs {' or '.join(dtypes)}, got {call.query.dtype}"
@@ -40,17 +40,17 @@ def refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
     return None
 
 
-def lacks_device(needed: str) -> str:
+def describe_missing_device(needed: str) -> str:
     """Say why a call cannot run where the device is another one, or none is known."""
     there = _jax_compat.traced_device()
     return f"needs {needed}, " + ("and none is attached" if there is None else f"got {there}")
 
 
-def bias_gradient(
+def compute_bias_gradient(
     call: AttentionCall, platform: str, given: tuple, whole: bool
 ) -> jax.Array | None:
     """Compute a bias's gradient by the chunked sweep; ``given`` is out, lse, dout, dlse."""
     if call.bias is None:
         return None
-    cut = block_sizes.choose(call, platform)
-    return backward.backward(call, cut, *given, whole=whole).bias
+    sizes = block_sizes.choose_chunk_sizes(call, platform)
+    return backward.backward(call, sizes, *given, whole=whole).bias

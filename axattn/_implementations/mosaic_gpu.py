@@ -29,25 +29,27 @@ DECODE_TOKENS = 16
 NEEDS = "a Hopper GPU (H100, H200)"
 
 
-def refuses(call: AttentionCall) -> str | None:
+def find_refusal(call: AttentionCall) -> str | None:
     """Say why this call cannot go to the kernels on any GPU that the program may be lowered for."""
-    return call_refusal(call) or device_refusal(call)
+    return find_call_refusal(call) or find_device_refusal(call)
 
 
-def lacks() -> str | None:
+def find_missing_device() -> str | None:
     """Say what is needed and not here, or None."""
-    return None if device_known() else mosaic.lacks_device(NEEDS)
+    return None if is_device_known() else mosaic.describe_missing_device(NEEDS)
 
 
-def call_refusal(call: AttentionCall) -> str | None:
+def find_call_refusal(call: AttentionCall) -> str | None:
     """Say why no device takes the call, or None."""
     return (
-        mosaic.refusal(call, ("float16", "bfloat16")) or _head_refusal(call) or _cache_refusal(call)
+        mosaic.find_refusal(call, ("float16", "bfloat16"))
+        or _find_head_refusal(call)
+        or _find_cache_refusal(call)
     )
 
 
-def _head_refusal(call: AttentionCall) -> str | None:
-    if _latent(call):
+def _find_head_refusal(call: AttentionCall) -> str | None:
+    if _is_latent(call):
         if call.head_dim % 64 or call.head_dim > MAX_LATENT_DIM or call.value_head_dim % 128:
             return (
                 "where keys hold the values needs a head size that is a multiple of 64 and at most "
@@ -67,7 +69,7 @@ def _head_refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def _cache_refusal(call: AttentionCall) -> str | None:
+def _find_cache_refusal(call: AttentionCall) -> str | None:
     stored = call.stored
     if stored is None:
         return None
@@ -86,30 +88,30 @@ def _cache_refusal(call: AttentionCall) -> str | None:
     if stored.page_size % 8:
         where = "a row" if stored.block_table is None else "a page"
         return f"needs slots of {where} in a multiple of 8, got {stored.page_size}"
-    if call.dropout_key is not None and (_latent(call) or call.q_len <= DECODE_TOKENS):
+    if call.dropout_key is not None and (_is_latent(call) or call.q_len <= DECODE_TOKENS):
         return "does not support dropout over a cache"
     return None
 
 
-def _latent(call: AttentionCall) -> bool:
+def _is_latent(call: AttentionCall) -> bool:
     """Say whether the values are the first features of the keys."""
     return call.stored is not None and call.stored.arrays.values is None
 
 
-def kernel(call: AttentionCall) -> str:
+def choose_kernel(call: AttentionCall) -> str:
     """Choose the forward kernel of the call: "latent", "decode" or "forward"."""
-    if _latent(call):
+    if _is_latent(call):
         return "latent"
     few = call.q_len <= DECODE_TOKENS and call.dropout_key is None
     return "decode" if few else "forward"
 
 
-def device_known() -> bool:
+def is_device_known() -> bool:
     """Say whether code is traced for a GPU whose compute capability is known."""
     return _jax_compat.gpu_capability() is not None
 
 
-def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
     """Say why the GPU that is traced for does not take the kernels, or None.
 
     One that is not known does, as Mosaic GPU has it, unless ``strict``: it need not be a Hopper.
@@ -129,15 +131,15 @@ def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
-    name = kernel(call)
+    name = choose_kernel(call)
     if name == "forward":
-        results = _forward(call, interpret)
+        results = _forward_flash(call, interpret)
     else:
-        results = _decode(call, name, interpret)
+        results = _forward_split_kv(call, name, interpret)
     return vary_over(results, varying_axes(*jax.tree.leaves(call)))
 
 
-def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _forward_flash(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
     from axattn.kernels._hopper import block_sizes, operands
     from axattn.kernels._hopper.flash.forward import forward as kernel
     from axattn.kernels._problem import Problem
@@ -146,7 +148,9 @@ def _forward(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array
     return kernel(problem, operands.of(call), block_sizes.forward_tiles(call))
 
 
-def _decode(call: AttentionCall, name: str, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _forward_split_kv(
+    call: AttentionCall, name: str, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     from axattn.kernels._hopper.split_kv import block_sizes as split_kv_block_sizes
     from axattn.kernels._hopper.split_kv import decode, mla
 
@@ -174,5 +178,5 @@ def backward(
     results = kernels(call, block_sizes.backward_tiles(call), *given, interpret=interpret)
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue, dsinks = vary_over(results, axes)
-    dbias = mosaic.bias_gradient(call, "cuda", given, whole)
+    dbias = mosaic.compute_bias_gradient(call, "cuda", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)

@@ -24,24 +24,24 @@ FIRST_GENERATION = 4
 NEEDS = "a TPU (v4 or later)"
 
 
-def refuses(call: AttentionCall) -> str | None:
+def find_refusal(call: AttentionCall) -> str | None:
     """Say why this call cannot go to the kernels on any TPU that the program may be lowered for."""
     # VMEM is checked when the kind of TPU is known.
-    return call_refusal(call) or (device_refusal(call) if device_known() else None)
+    return find_call_refusal(call) or (find_device_refusal(call) if is_device_known() else None)
 
 
-def lacks() -> str | None:
+def find_missing_device() -> str | None:
     """Say what is needed and not here, or None."""
-    return None if device_known() else mosaic.lacks_device(NEEDS)
+    return None if is_device_known() else mosaic.describe_missing_device(NEEDS)
 
 
-def call_refusal(call: AttentionCall) -> str | None:
+def find_call_refusal(call: AttentionCall) -> str | None:
     """Say why no device takes the call, or None."""
-    return _plain_refusal(call) or _cache_refusal(call)
+    return _find_array_refusal(call) or _find_cache_refusal(call)
 
 
-def _plain_refusal(call: AttentionCall) -> str | None:
-    refusal = mosaic.refusal(call, ("bfloat16", "float32"))
+def _find_array_refusal(call: AttentionCall) -> str | None:
+    refusal = mosaic.find_refusal(call, ("bfloat16", "float32"))
     if refusal is not None:
         return refusal
     if call.stored is not None:
@@ -52,7 +52,7 @@ def _plain_refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def _cache_refusal(call: AttentionCall) -> str | None:
+def _find_cache_refusal(call: AttentionCall) -> str | None:
     if call.stored is None:
         return None
     from axattn.kernels._tpu.cached import block_sizes
@@ -60,33 +60,33 @@ def _cache_refusal(call: AttentionCall) -> str | None:
     return block_sizes.refuses(call)
 
 
-def device_known() -> bool:
+def is_device_known() -> bool:
     """Say whether code is traced for a TPU, whose kind may not be known."""
     return _jax_compat.traced_device("tpu") is not None
 
 
-def device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
+def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
     """Say why the TPU that is traced for refuses the call, or None; ``strict`` is for GPUs."""
     chip = _jax_compat.tpu_chip()
     if chip is None or chip.generation < FIRST_GENERATION:
         return f"needs a TPU v4 or later, got {_jax_compat.traced_device('tpu')}"
-    return _memory_refusal(call)
+    return _find_memory_refusal(call)
 
 
-def _memory_refusal(call: AttentionCall) -> str | None:
+def _find_memory_refusal(call: AttentionCall) -> str | None:
     """Say why VMEM does not hold the smallest blocks, which still have all heads of a group."""
     if call.stored is not None:
         return None
     from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
 
-    chip = _chip()
+    chip = _require_chip()
     needed = flash_block_sizes.least_bytes(call)
     if needed <= chip.vmem_bytes:
         return None
     return f"needs {needed >> 20} MiB of VMEM for its smallest blocks, and {chip.kind} has less"
 
 
-def _chip() -> TpuChip:
+def _require_chip() -> TpuChip:
     chip = _jax_compat.tpu_chip()
     if chip is None:
         raise NotImplementedError(f'implementation "mosaic_tpu" needs {NEEDS}')
@@ -95,12 +95,12 @@ def _chip() -> TpuChip:
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
-    results = in_one_batch(functools.partial(_forward, interpret=interpret))(call)
+    results = in_one_batch(functools.partial(_forward_batch, interpret=interpret))(call)
     return vary_over(results, varying_axes(*jax.tree.leaves(call)))
 
 
-def _forward(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    chip = _chip()
+def _forward_batch(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    chip = _require_chip()
     mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
     if call.stored is None:
         from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
@@ -110,8 +110,8 @@ def _forward(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Ar
     from axattn.kernels._tpu.cached import block_sizes
     from axattn.kernels._tpu.cached import kernel as cached
 
-    cut = block_sizes.cached_tiles(call, chip.vmem_bytes)
-    return cached.attend(call, cut, cores=chip.cores, interpret=mode)
+    sizes = block_sizes.cached_tiles(call, chip.vmem_bytes)
+    return cached.attend(call, sizes, cores=chip.cores, interpret=mode)
 
 
 def backward(
@@ -127,20 +127,20 @@ def backward(
     """Compute gradients by kernels; that of a bias by the chunked sweep."""
     given = (out, lse, dout, dlse)
     delta = _backward_inputs.row_deltas(out, dout, dlse)
-    kernels = in_one_batch(functools.partial(_backward, interpret=interpret))
+    kernels = in_one_batch(functools.partial(_backward_batch, interpret=interpret))
     results = kernels(call, lse, dout, delta)
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue = vary_over(results, axes)
     dsinks = _backward_inputs.of_sinks(call, lse, delta)
-    dbias = mosaic.bias_gradient(call, "tpu", given, whole)
+    dbias = mosaic.compute_bias_gradient(call, "tpu", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
 
 
-def _backward(call: AttentionCall, lse, dout, delta, *, interpret: bool):
+def _backward_batch(call: AttentionCall, lse, dout, delta, *, interpret: bool):
     from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
     from axattn.kernels._tpu.flash.backward import backward as kernels
 
-    chip = _chip()
+    chip = _require_chip()
     mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
     given = _backward_inputs.given(call, lse, dout, delta)
     return kernels(call, flash_block_sizes.backward_tiles(call, chip), given, interpret=mode)

@@ -35,17 +35,19 @@ RAGGED_FROM_KEYS = 1024
 HOPPER_DECODE_FROM_KEYS = 1024
 
 
-# The implementations whose refusals `choose` reads.
+# The implementations whose refusals `choose_implementation` reads.
 ASKED = ("xla_chunked", "mosaic_gpu", "mosaic_tpu")
 
 
-def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -> str:
+def choose_implementation(
+    call: AttentionCall, platform: str, reasons: dict[str, str | None]
+) -> str:
     """Return the name that ``None`` means for ``call`` lowered on ``platform``."""
     if reasons["xla_chunked"] is not None:
         return "xla"
     scores = call.batch * call.num_heads * call.q_len * call.kv_len
     if call.stored is not None:
-        return _over_cache(call, platform, scores, reasons)
+        return _choose_over_cache(call, platform, scores, reasons)
     long = _exceeds(call.q_len, mosaic_gpu.DECODE_TOKENS)
     if reasons["mosaic_gpu"] is None and (
         long or _exceeds(call.kv_len, HOPPER_DECODE_FROM_KEYS - 1)
@@ -66,7 +68,7 @@ def choose(call: AttentionCall, platform: str, reasons: dict[str, str | None]) -
     return "xla_chunked" if _exceeds(scores, CHUNKED_FROM_SCORES - 1) else "xla"
 
 
-def _over_cache(
+def _choose_over_cache(
     call: AttentionCall, platform: str, scores: int, reasons: dict[str, str | None]
 ) -> str:
     """Choose for a call over a cache, which is longer than what it holds."""

@@ -23,69 +23,69 @@ from jax.custom_derivatives import SymbolicZero
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def weighted_mean(
+def compute_weighted_mean(
     outputs: Callable[[jax.Array, jax.Array], jax.Array],
     weights: jax.Array,
     total: jax.Array,
     value: jax.Array,
 ) -> jax.Array:
-    """Compute ``outputs(weights, value) / total`` with the derivatives of unrounded weights.
+    """Divide the weighted sum of values by ``total``, with the derivatives of unrounded weights.
 
-    ``outputs`` is the product of weights and values, of either form. ``weights`` and ``total`` are
-    in the accumulator's dtype and enter the product in the dtype of the values. Differentiated as
-    it is written, the gradient of a 16-bit weight is rounded to 16 bits (in float16 it overflows)
-    while that of ``total`` is not, and where one weight is near 1 the two no longer cancel.
+    ``multiply_values`` is the product of weights and values, in either form. ``weights`` and
+    ``total`` are in the accumulator's dtype; the product is in the dtype of the values.
+    Differentiated as written, the gradient of a 16-bit weight is rounded to 16 bits (in float16 it
+    overflows) while that of ``total`` is not: where one weight is near 1, they no longer cancel.
     """
     return outputs(weights.astype(value.dtype), value) / total
 
 
-@functools.partial(weighted_mean.defjvp, symbolic_zeros=True)
-def _weighted_mean_jvp(outputs, primals, tangents):
+@functools.partial(compute_weighted_mean.defjvp, symbolic_zeros=True)
+def _compute_weighted_mean_jvp(outputs, primals, tangents):
     weights, total, value = primals
     dweights, dtotal, dvalue = tangents
     dout = jnp.zeros((), total.dtype)
     if not (isinstance(dweights, SymbolicZero) and isinstance(dtotal, SymbolicZero)):
-        dweights, dtotal = map(_instantiated, (dweights, dtotal), (weights, total))
+        dweights, dtotal = map(_make_tangent, (dweights, dtotal), (weights, total))
         dshares = (dweights - weights / total * dtotal) / total
         dout = outputs(dshares, value.astype(dshares.dtype))
     if not isinstance(dvalue, SymbolicZero):
         dout = dout + outputs(weights.astype(value.dtype), dvalue) / total
-    out = weighted_mean(outputs, weights, total, value)
+    out = compute_weighted_mean(outputs, weights, total, value)
     return out, jnp.broadcast_to(dout, out.shape)
 
 
-def _instantiated(tangent: Any, primal: jax.Array) -> jax.Array:
+def _make_tangent(tangent: Any, primal: jax.Array) -> jax.Array:
     return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
 
 
-class Products(Protocol):
+class QueryProducts(Protocol):
     """Both products for one query tile."""
 
-    def scores(self, key: jax.Array) -> jax.Array: ...
+    def multiply_keys(self, key: jax.Array) -> jax.Array: ...
 
-    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array: ...
+    def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array: ...
 
 
-class Grouped:
+class GroupedProducts:
     def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):
         batch, rows, heads, size = query.shape
         self.query = query.reshape(batch, rows, num_kv_heads, heads // num_kv_heads, size)
         self.query = self.query.transpose(0, 2, 3, 1, 4)
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
-    def scores(self, key: jax.Array) -> jax.Array:
+    def multiply_keys(self, key: jax.Array) -> jax.Array:
         return jnp.einsum("bkgth,bskh->bkgts", self.query, key, **self.options)
 
-    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+    def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)
 
-    def pulled(self, weights: jax.Array) -> jax.Array:
+    def multiply_transposed(self, weights: jax.Array) -> jax.Array:
         """Multiply transposed weights by the query tile, summed over G: ``[B, K, s, H]``."""
         query = self.query.astype(weights.dtype)
         return jnp.einsum("bkgts,bkgth->bksh", weights, query, **self.options)
 
 
-class Folded:
+class FoldedProducts:
     def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):
         batch, rows, heads, size = query.shape
         group = heads // num_kv_heads
@@ -97,12 +97,12 @@ class Folded:
         self.query = query.reshape(batch, heads * rows, num_kv_heads * size)
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
-    def scores(self, key: jax.Array) -> jax.Array:
+    def multiply_keys(self, key: jax.Array) -> jax.Array:
         key = key.reshape(*key.shape[:2], math.prod(key.shape[2:]))
         dots = jnp.einsum("brc,bsc->brs", self.query, key, **self.options)
         return dots.reshape(*self.tile, dots.shape[-1])
 
-    def outputs(self, weights: jax.Array, value: jax.Array) -> jax.Array:
+    def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         batch, kv_heads, group, rows = self.tile
         size = value.shape[-1]
         out = jnp.einsum(

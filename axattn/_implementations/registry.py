@@ -22,23 +22,23 @@ from axattn._typing import present
 class Implementation:
     """One implementation: how it attends, and what it refuses.
 
-    ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
-    ``refuses(call)`` is why the call cannot be lowered for any device of its platforms, or None;
-    ``lacks()`` is what it needs besides to run here, or None.
+    ``run_plan(call) -> (out, lse)``; None for those that `flash` joins into one function.
+    ``find_refusal(call)`` says why the call cannot be lowered for any device of its platforms, or
+    None; ``find_missing()`` says what else it needs to run here, or None.
     """
 
     name: str
     attend: Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]] | None
-    refuses: Callable[[AttentionCall], str | None]
+    find_refusal: Callable[[AttentionCall], str | None]
     platforms: tuple[str, ...]
-    lacks: Callable[[], str | None] = lambda: None
+    find_missing: Callable[[], str | None] = lambda: None
 
 
-def _takes_all(_: AttentionCall) -> None:
+def _refuse_nothing(_: AttentionCall) -> None:
     return None
 
 
-def _takes_blocks(call: AttentionCall) -> str | None:
+def _refuse_empty(call: AttentionCall) -> str | None:
     if call.is_empty or not call.may_be_empty:
         return None
     return (
@@ -50,11 +50,15 @@ def _takes_blocks(call: AttentionCall) -> str | None:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
-        Implementation("xla", xla.attend, _takes_all, PLATFORMS),
-        Implementation("xla_chunked", None, _takes_blocks, PLATFORMS),
-        Implementation("mosaic_gpu", None, mosaic_gpu.refuses, ("cuda",), mosaic_gpu.lacks),
-        Implementation("mosaic_tpu", None, mosaic_tpu.refuses, ("tpu",), mosaic_tpu.lacks),
-        Implementation("cudnn", cudnn.attend, cudnn.refuses, ("cuda",)),
+        Implementation("xla", xla.attend, _refuse_nothing, PLATFORMS),
+        Implementation("xla_chunked", None, _refuse_empty, PLATFORMS),
+        Implementation(
+            "mosaic_gpu", None, mosaic_gpu.find_refusal, ("cuda",), mosaic_gpu.find_missing_device
+        ),
+        Implementation(
+            "mosaic_tpu", None, mosaic_tpu.find_refusal, ("tpu",), mosaic_tpu.find_missing_device
+        ),
+        Implementation("cudnn", cudnn.attend, cudnn.find_refusal, ("cuda",)),
     )
 }
 
@@ -65,7 +69,7 @@ NAMES = (*IMPLEMENTATIONS, "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ImplementationPlan:
     """Which implementation each platform takes; hashable.
 
     ``names`` has pairs of a platform and names: the first of them that the device takes, which may
@@ -77,21 +81,23 @@ class Plan:
     refusal: str = ""
 
 
-def refusals(call: AttentionCall) -> dict[str, str | None]:
+def find_refusals(call: AttentionCall) -> dict[str, str | None]:
     """Return for every name None where it takes the call here, else the reason why not."""
-    return _with_mosaic(_add_lacks(_refusals_anywhere(call, tuple(IMPLEMENTATIONS))))
+    return _add_mosaic(_add_missing_devices(_find_refusals_anywhere(call, tuple(IMPLEMENTATIONS))))
 
 
-def _refusals_anywhere(call: AttentionCall, names: Sequence[str]) -> dict[str, str | None]:
+def _find_refusals_anywhere(call: AttentionCall, names: Sequence[str]) -> dict[str, str | None]:
     """Return reasons where the program may be lowered for devices that are not here."""
-    return {name: IMPLEMENTATIONS[name].refuses(call) for name in names}
+    return {name: IMPLEMENTATIONS[name].find_refusal(call) for name in names}
 
 
-def _add_lacks(reasons: dict[str, str | None]) -> dict[str, str | None]:
-    return {name: reason or IMPLEMENTATIONS[name].lacks() for name, reason in reasons.items()}
+def _add_missing_devices(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    return {
+        name: reason or IMPLEMENTATIONS[name].find_missing() for name, reason in reasons.items()
+    }
 
 
-def _with_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
+def _add_mosaic(reasons: dict[str, str | None]) -> dict[str, str | None]:
     fitting = {name: reasons[name] for name in MOSAIC.values()}
     taken = any(reason is None for reason in fitting.values())
     reasons["mosaic"] = None if taken else "; ".join(f"{n} {r}" for n, r in fitting.items())
@@ -111,7 +117,9 @@ def check_names(implementation: str | Sequence[str] | None) -> tuple[str, ...] |
     return names
 
 
-def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Plan:
+def make_plan(
+    call: AttentionCall, implementation: str | Sequence[str] | None
+) -> ImplementationPlan:
     """Choose the implementations for every platform that the call may be lowered for.
 
     Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
@@ -119,40 +127,44 @@ def plan(call: AttentionCall, implementation: str | Sequence[str] | None) -> Pla
     names = check_names(implementation)
     if call.is_empty:
         # Nothing to compute: zeros, and an LSE of -inf. No kernel takes part.
-        return Plan(tuple((platform, ("xla",)) for platform in PLATFORMS))
+        return ImplementationPlan(tuple((platform, ("xla",)) for platform in PLATFORMS))
     if names is None:
-        anywhere = _refusals_anywhere(call, preference.ASKED)
-        here = _add_lacks(anywhere)
-        return Plan(tuple((p, _choice(call, p, here, anywhere)) for p in PLATFORMS))
+        anywhere = _find_refusals_anywhere(call, preference.ASKED)
+        here = _add_missing_devices(anywhere)
+        return ImplementationPlan(
+            tuple((p, _choose_default(call, p, here, anywhere)) for p in PLATFORMS)
+        )
     asked = [n for name in names for n in (MOSAIC.values() if name == "mosaic" else (name,))]
-    anywhere, chosen = _refusals_anywhere(call, asked), {}
+    anywhere, chosen = _find_refusals_anywhere(call, asked), {}
     for platform in PLATFORMS:
         own = [MOSAIC.get(platform) if name == "mosaic" else name for name in names]
         there = [name for name in own if name and platform in IMPLEMENTATIONS[name].platforms]
-        if found := _until_sure([name for name in there if anywhere[name] is None]):
+        if found := _take_until_sure([name for name in there if anywhere[name] is None]):
             chosen[platform] = found
-    reasons = _add_lacks(anywhere)
+    reasons = _add_missing_devices(anywhere)
     if "mosaic" in names:
-        reasons = _with_mosaic(reasons)
+        reasons = _add_mosaic(reasons)
     refusal = "; ".join(
         f'implementation "{name}" {reasons[name] or "is for other platforms"}' for name in names
     )
     if not chosen:
         raise NotImplementedError(refusal)
-    return Plan(tuple(chosen.items()), refusal)
+    return ImplementationPlan(tuple(chosen.items()), refusal)
 
 
-def _choice(call: AttentionCall, platform: str, reasons: dict, anywhere: dict) -> tuple[str, ...]:
+def _choose_default(
+    call: AttentionCall, platform: str, reasons: dict, anywhere: dict
+) -> tuple[str, ...]:
     """Choose what ``None`` means: kernels may be for a device that is not here."""
     kernels = MOSAIC.get(platform)
-    here = preference.choose(call, platform, reasons)
+    here = preference.choose_implementation(call, platform, reasons)
     if kernels is None or anywhere[kernels] is not None or reasons[kernels] is None:
         return (here,)
-    there = preference.choose(call, platform, {**reasons, kernels: None})
+    there = preference.choose_implementation(call, platform, {**reasons, kernels: None})
     return tuple(dict.fromkeys((there, here)))
 
 
-def _until_sure(names: list[str]) -> tuple[str, ...]:
+def _take_until_sure(names: list[str]) -> tuple[str, ...]:
     """Take names up to the first that any device of the platform takes."""
     for i, name in enumerate(names):
         if name not in MOSAIC.values() or name == names[-1]:
@@ -160,7 +172,7 @@ def _until_sure(names: list[str]) -> tuple[str, ...]:
     return ()
 
 
-def by_platform(plan: Plan) -> dict[str, str]:
+def choose_per_platform(plan: ImplementationPlan) -> dict[str, str]:
     """Return the name that each platform takes, as far as its device is known."""
     # An unknown NVIDIA GPU need not be a Hopper; all TPUs take the kernels.
     return {
@@ -168,7 +180,7 @@ def by_platform(plan: Plan) -> dict[str, str]:
     }
 
 
-def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+def run_plan(call: AttentionCall, plan: ImplementationPlan) -> tuple[jax.Array, jax.Array | None]:
     """Run the plan: one implementation everywhere, or one per platform, resolved when lowered.
 
     Lowering for a platform that the plan leaves out is an error: a named implementation never
@@ -176,26 +188,30 @@ def attend(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None
     """
     own = {platform: names[0] for platform, names in plan.names if names[0] not in flash.NAMES}
     if not own:
-        return _flash(call, plan)
+        return _attend_flash(call, plan)
     if len(set(own.values())) == 1 and len(own) == len(PLATFORMS):
         return _attend_with(own["cpu"], call)
     # Both sets of residuals are saved: those of XLA's own derivative and those of the kernels.
     attends = {name: functools.partial(_attend_with, name) for name in own.values()}
-    kernels = functools.partial(_flash, plan=plan)
+    kernels = functools.partial(_attend_flash, plan=plan)
     return jax.lax.platform_dependent(
         call, **{platform: attends[name] for platform, name in own.items()}, default=kernels
     )
 
 
-def _flash(call: AttentionCall, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
-    return _with_lse(call, *flash.attend(call, flash.ways(call, plan.names, plan.refusal)))
+def _attend_flash(
+    call: AttentionCall, plan: ImplementationPlan
+) -> tuple[jax.Array, jax.Array | None]:
+    return _select_results(
+        call, *flash.attend(call, flash.make_backends(call, plan.names, plan.refusal))
+    )
 
 
 def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
     axes = varying_axes(*jax.tree.leaves(call))
-    return vary_over(_with_lse(call, *present(IMPLEMENTATIONS[name].attend)(call)), axes)
+    return vary_over(_select_results(call, *present(IMPLEMENTATIONS[name].attend)(call)), axes)
 
 
-def _with_lse(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:
+def _select_results(call: AttentionCall, out: jax.Array, lse) -> tuple[jax.Array, jax.Array | None]:
     # Not every implementation has an LSE, and all branches must return the same.
     return out, lse if call.return_residual else None

@@ -17,7 +17,7 @@ from axattn._call import AttentionCall
 from axattn._mask_parts import Span
 
 
-def heads_apart(array: jax.Array, call: AttentionCall) -> jax.Array:
+def split_heads(array: jax.Array, call: AttentionCall) -> jax.Array:
     """Reshape ``[B or 1, N or 1, ...]`` to ``[B or 1, K or 1, G or 1, ...]``, n = k * G + g."""
     batch, heads, *rest = array.shape
     if heads == 1:
@@ -25,22 +25,22 @@ def heads_apart(array: jax.Array, call: AttentionCall) -> jax.Array:
     return array.reshape(batch, call.num_kv_heads, call.group, *rest)
 
 
-def bias_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
+def compute_bias(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
     """Compute what is added to the scores, bias and ALiBi, broadcastable to the tile, or None."""
     dtype = call.accumulator_dtype
     total = None
     if call.bias is not None:
-        total = heads_apart(kv.take(q.take(call.bias, 2), 3), call).astype(dtype)
+        total = split_heads(kv.take(q.take(call.bias, 2), 3), call).astype(dtype)
     if call.alibi_slopes is not None:
         # Press et al., arXiv 2108.12409, symmetric for non-causal use: -slope * |i - j|.
         distance = jnp.abs(q.positions[:, :, None] - kv.positions[:, None, :]).astype(dtype)
-        slopes = heads_apart(call.alibi_slopes[:, :, None, None].astype(dtype), call)
+        slopes = split_heads(call.alibi_slopes[:, :, None, None].astype(dtype), call)
         alibi = -slopes * distance[:, None, None]
         total = alibi if total is None else total + alibi
     return total
 
 
-def capped_tile(call: AttentionCall, dots: jax.Array) -> jax.Array:
+def cap_scores(call: AttentionCall, dots: jax.Array) -> jax.Array:
     """Compute ``soft_cap(scale * dots)``."""
     scores = dots * jnp.asarray(call.scale, dots.dtype)
     if call.traced_scale is not None:
@@ -50,14 +50,14 @@ def capped_tile(call: AttentionCall, dots: jax.Array) -> jax.Array:
     return scores
 
 
-def score_tile(call: AttentionCall, dots: jax.Array, q: Span, kv: Span) -> jax.Array:
+def compute_scores(call: AttentionCall, dots: jax.Array, q: Span, kv: Span) -> jax.Array:
     """Compute the scores before the mask from ``dots [B, K, G, q, kv]``."""
-    scores = capped_tile(call, dots)
-    bias = bias_tile(call, q, kv)
+    scores = cap_scores(call, dots)
+    bias = compute_bias(call, q, kv)
     return scores if bias is None else scores + bias
 
 
-def mask_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
+def compute_mask(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
     """Compute the mask, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
     allowed = call.mask.tile(q, kv)
-    return None if allowed is None else heads_apart(allowed, call)
+    return None if allowed is None else split_heads(allowed, call)

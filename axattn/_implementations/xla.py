@@ -16,8 +16,8 @@ from jax import lax
 
 from axattn._call import AttentionCall
 from axattn._dropout import keep_tile
-from axattn._implementations.kv_products import reader
-from axattn._implementations.scores import heads_apart, mask_tile, score_tile
+from axattn._implementations.kv_products import make_kv_products
+from axattn._implementations.scores import compute_mask, compute_scores, split_heads
 from axattn._masks import zero_unused
 
 
@@ -27,17 +27,17 @@ def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
         # TPUs tile the two minor dimensions: merging heads and features would copy the cache.
         return lax.platform_dependent(
             call,
-            tpu=functools.partial(_attend, folded=False),
-            default=functools.partial(_attend, folded=True),
+            tpu=functools.partial(_attend_einsum, folded=False),
+            default=functools.partial(_attend_einsum, folded=True),
         )
-    return _attend(call, folded=False)
+    return _attend_einsum(call, folded=False)
 
 
-def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
-    call = without_unused(call)
-    read, (_, kv) = reader(call, call.query, folded=folded), call.spans()
-    weights, total, lse = softmax_weights(call, read.dots(kv))
-    out = read.mean(weights, total, kv)
+def _attend_einsum(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
+    call = zero_unused_inputs(call)
+    read, (_, kv) = make_kv_products(call, call.query, folded=folded), call.spans()
+    weights, total, lse = compute_softmax(call, read.multiply_keys(kv))
+    out = read.average_values(weights, total, kv)
     out = out.transpose(0, 3, 1, 2, 4).reshape(
         call.batch, call.q_len, call.num_heads, call.value_head_dim
     )
@@ -45,7 +45,7 @@ def _attend(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
     return out.astype(call.query.dtype), lse.astype(jnp.float32)
 
 
-def without_unused(call: AttentionCall) -> AttentionCall:
+def zero_unused_inputs(call: AttentionCall) -> AttentionCall:
     """Set queries and keys at and after the call's lengths to zero, whatever they held.
 
     Values are cleaned where they are read, and so is all of a cache.
@@ -58,20 +58,20 @@ def without_unused(call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, query=query, key=key)
 
 
-def softmax_weights(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def compute_softmax(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return unnormalized weights ``[B, K, G, T, S]``, sums ``[..., T, 1]`` and LSE ``[..., T]``.
 
     Dropout is in the weights and not in the sums. An empty row has weights 0, sum 1, LSE -inf.
     """
     q, kv = call.spans()
-    scores = score_tile(call, dots, q, kv)
-    allowed = mask_tile(call, q, kv)
+    scores = compute_scores(call, dots, q, kv)
+    allowed = compute_mask(call, q, kv)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # initial: for no keys
     sinks = None
     if call.sinks is not None:
-        sinks = heads_apart(call.sinks[None, :, None, None].astype(scores.dtype), call)
+        sinks = split_heads(call.sinks[None, :, None, None].astype(scores.dtype), call)
         top = jnp.maximum(top, sinks)
     # The maximum only shifts: it has no derivative. An empty row's -inf must not shift.
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from axattn._arguments import normalize
-from axattn._implementations.xla import softmax_weights
+from axattn._implementations.xla import compute_softmax
 from axattn._options import AttentionOptions
 from axattn._typing import Array, Float
 
@@ -46,7 +46,7 @@ def attention_weights(
         query = query.reshape(*query.shape[:-2], call.num_kv_heads, call.group, call.head_dim)
         dots = einsum("...qhgd,...khd->...hgqk", query, key)
     scores_shape = (call.batch, call.num_kv_heads, call.group, call.q_len, call.kv_len)
-    weights, total, _ = softmax_weights(
+    weights, total, _ = compute_softmax(
         call, dots.reshape(scores_shape).astype(call.accumulator_dtype)
     )
     return (weights / total).reshape(*lead, call.num_heads, call.q_len, call.kv_len)

@@ -57,7 +57,7 @@ def _shares_out_slots(array: jax.Array) -> bool:
 @functools.partial(jax.jit, static_argnames="implementation")
 def _by_partitioner(call: AttentionCall, implementation) -> tuple[jax.Array, jax.Array | None]:
     def attend(call):
-        return registry.attend(call, registry.plan(call, implementation))
+        return registry.run_plan(call, registry.make_plan(call, implementation))
 
     arrays = (call.query, call.key, call.value) if call.stored is None else (call.query,)
     out_specs = functools.partial(_out_specs, return_residual=call.return_residual)

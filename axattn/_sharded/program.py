@@ -208,9 +208,9 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     call = kv_heads.own(call, axes, plan.mesh, plan.kv_axes)
 
     def attend(call: AttentionCall) -> Results:
-        chosen = registry.plan(call, plan.implementation)
+        chosen = registry.make_plan(call, plan.implementation)
         _check_platform(chosen, plan.platform)
-        out, lse = registry.attend(call, chosen)
+        out, lse = registry.run_plan(call, chosen)
         return out, present(lse)
 
     if plan.strategy is None:
@@ -225,8 +225,8 @@ def local(plan: Plan, call: AttentionCall) -> Results:
     hop_call = ring_step.call_of(call, ring_step.moving(call), here, here, first=True)
     chosen = _flash_plan(hop_call, plan.implementation)
     _check_platform(chosen, plan.platform)
-    ways = flash.ways(hop_call, chosen.names, chosen.refusal, whole=False)
-    return ring.attend(ring.Ring(sequence, plan.shards, plan.hops, ways), call)
+    backends = flash.make_backends(hop_call, chosen.names, chosen.refusal, whole=False)
+    return ring.attend(ring.Ring(sequence, plan.shards, plan.hops, backends), call)
 
 
 def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
@@ -251,20 +251,20 @@ def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, **changes)
 
 
-def _flash_plan(call: AttentionCall, implementation) -> registry.Plan:
+def _flash_plan(call: AttentionCall, implementation) -> registry.ImplementationPlan:
     """The ring needs forward and backward passes that it can merge itself: those of `flash`."""
     if implementation is None:
-        return registry.Plan(
+        return registry.ImplementationPlan(
             tuple(
                 (platform, tuple(n if n in flash.NAMES else "xla_chunked" for n in chosen))
-                for platform, chosen in registry.plan(call, None).names
+                for platform, chosen in registry.make_plan(call, None).names
             )
         )
     names = tuple(n for n in implementation if n in ("mosaic", *flash.NAMES))
-    return registry.plan(call, names)
+    return registry.make_plan(call, names)
 
 
-def _check_platform(chosen: registry.Plan, platform: str | None) -> None:
+def _check_platform(chosen: registry.ImplementationPlan, platform: str | None) -> None:
     if platform is not None and platform not in dict(chosen.names):
         raise NotImplementedError(chosen.refusal)
 

@@ -32,7 +32,7 @@ class Ring(NamedTuple):
     axis: str
     shards: int
     hops: tuple[int, ...]  # distances, 0 first
-    ways: flash.Ways
+    backends: flash.Backends
 
     @property
     def uniform(self) -> bool:
@@ -53,13 +53,13 @@ def attend(ring: Ring, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
     call = dataclasses.replace(rest, **inputs._asdict())
-    out, lse = _merged_hops(ring, call, lambda hop_call: flash.attend(hop_call, ring.ways))
+    out, lse = _merged_hops(ring, call, lambda hop_call: flash.attend(hop_call, ring.backends))
     return out.astype(call.query.dtype), lse
 
 
 def _exact(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """A hop with weights and output that are not rounded to 16 bits."""
-    return forward.forward(call, block_sizes.choose(call, "cpu"), rounded=False)
+    return forward.forward(call, block_sizes.choose_chunk_sizes(call, "cpu"), rounded=False)
 
 
 def _merged_hops(ring: Ring, call: AttentionCall, attend: Callable) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +130,7 @@ def _backward(ring: Ring, residuals, cotangents):
     def one(keys: ring_step.Moving, sums: _Sums, distance, first: bool):
         source = (here - distance) % ring.shards
         local = ring_step.call_of(call, keys, here, source, first=first)
-        found = flash.gradients(ring.ways, local, out, lse, dout, dlse)
+        found = flash.compute_gradients(ring.backends, local, out, lse, dout, dlse)
         return _added(sums, found, source * keys.key.shape[1]), found.sinks
 
     key, value = present(call.key), present(call.value)

@@ -431,7 +431,7 @@ def _attend(
             return _striped_cache.attend(cache, axes.sequence, call, implementation)
         call = dataclasses.replace(call, stored=cache.stored(), return_residual=True)
         call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
-        return registry.attend(call, registry.plan(call, implementation))
+        return registry.run_plan(call, registry.make_plan(call, implementation))
 
     of_call = dataclasses.replace(specs.of_call(call, of_queries, None), key=None, value=None)
     in_specs = _specs(cache, axes), of_call

@@ -167,7 +167,7 @@ def attend(
     """Output and LSE of a call over the whole cache, on all shards the same."""
     local = _of_shard(call, cache, lax.axis_index(axis), lax.axis_size(axis))
     local = vary_over(local, varying_axes(*jax.tree.leaves(local)))
-    out, lse = registry.attend(local, registry.plan(local, implementation))
+    out, lse = registry.run_plan(local, registry.make_plan(local, implementation))
     out, lse = with_sinks(merged_over(axis, (out, present(lse))), call.sinks)
     return out.astype(call.query.dtype), lse
 

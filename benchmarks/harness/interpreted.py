@@ -39,7 +39,7 @@ def attend(query: Any, key: Any, value: Any, **options: Any) -> Result:
     arrays = jax.device_put((query, key, value), cpu)
     with jax.default_device(cpu), traced_on("v5p"):
         call = make_call(*arrays, **options)
-        refusal = mosaic_tpu.call_refusal(call)
+        refusal = mosaic_tpu.find_call_refusal(call)
         if refusal is not None:
             raise NotImplementedError(f'implementation "mosaic_tpu" {refusal}')
         out, lse = jax.jit(lambda call: mosaic_tpu.forward(call, interpret=True))(call)

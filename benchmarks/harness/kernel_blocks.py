@@ -67,7 +67,7 @@ def forward(where: str, *shapes: Any, **options: Any) -> Blocks:
       ValueError: there are no kernels for it.
     """
     if where == "cpu":
-        found = asked(lambda call: chunks.choose(call, "cpu"), *shapes, **options)
+        found = asked(lambda call: chunks.choose_chunk_sizes(call, "cpu"), *shapes, **options)
         return Blocks(found.q, found.kv)
     if where in DEVICES:
         chip = tpu_chip(where)

@@ -64,7 +64,7 @@ def test_own_block_sizes_are_used():
     shape = cases.Shape(2, 300, 700, 4, 1, 8, 8)
     arrays = cases.arrays(np.random.default_rng(0), shape, jnp.float32)
     call = precision.Call(arrays, dict(is_causal=True, local_window_size=(300, None), q_offset=400))
-    chosen = block_sizes.choose(_call(2, 300, 700, 4, 1), "cpu")
+    chosen = block_sizes.choose_chunk_sizes(_call(2, 300, 700, 4, 1), "cpu")
     assert 300 > chosen.q and 700 > chosen.kv and 300 % chosen.q and 700 % chosen.kv
     precision.check(call, ("xla_chunked",))
 
@@ -78,25 +78,25 @@ def test_own_block_sizes_are_used():
 def test_choice_fits(platform, shape):
     B, T, S, N, K = shape
     call = _call(B, T, S, N, K)
-    chosen = block_sizes.choose(call, platform)
+    chosen = block_sizes.choose_chunk_sizes(call, platform)
     assert 1 <= chosen.q <= T and 1 <= chosen.kv <= S
     # The float32 tile of scores is bounded: 32 MiB, or 64 x 128 per row and head.
     rows = (1 if chosen.by_row else B) * N
     assert 4 * rows * chosen.q * chosen.kv <= max(2**25, 4 * rows * 64 * 128)
-    assert chosen == block_sizes.choose(call, platform)
+    assert chosen == block_sizes.choose_chunk_sizes(call, platform)
 
 
 def test_choice_for_steps_of_a_batch():
     step, prompt = (_call(8, T, 8192, 32, 4) for T in (1, 512))
-    on = {name: block_sizes.choose(step, name) for name in ("cpu", "cuda", "tpu")}
+    on = {name: block_sizes.choose_chunk_sizes(step, name) for name in ("cpu", "cuda", "tpu")}
     # On a CPU they read longer runs of keys, and together: one row's step is a poor product.
-    alone = block_sizes.choose(prompt, "cpu")
+    alone = block_sizes.choose_chunk_sizes(prompt, "cpu")
     assert alone.by_row and not on["cpu"].by_row and alone.kv < on["cpu"].kv
     # Where XLA would copy the keys head by head: on CPU and GPU, and not a cache, which lies so.
     assert [on[name].folded for name in on] == [True, True, False]
     query = jnp.zeros((2, 1, 4, 64), jnp.bfloat16)
     cached = call_of_cache(PagedCache.create(2, 4, 1024, 2, 2, 64), query)
-    found = block_sizes.choose(cached, "cpu")
+    found = block_sizes.choose_chunk_sizes(cached, "cpu")
     assert not found.folded and not alone.folded
     # A block has whole pages, and one where that is longer than blocks are.
     assert found.kv == 1024 > on["cpu"].kv
@@ -113,15 +113,15 @@ def test_visits():
     row = np.array(
         [[FULL, EMPTY, PARTIAL, FULL, EMPTY, FULL], [FULL, EMPTY, EMPTY, PARTIAL, EMPTY, FULL]]
     )
-    full, partial = block_sizes.visits(jnp.asarray(row, jnp.int8), 6, False)
+    full, partial = block_sizes.list_chunks(jnp.asarray(row, jnp.int8), 6, False)
     assert full.order[: full.count].tolist() == [0, 5]
     assert partial.order[: partial.count].tolist() == [2, 3]
     # A last block that overlaps its neighbour is never full.
-    full, partial = block_sizes.visits(jnp.asarray(row, jnp.int8), 6, True)
+    full, partial = block_sizes.list_chunks(jnp.asarray(row, jnp.int8), 6, True)
     assert full.order[: full.count].tolist() == [0]
     assert partial.order[: partial.count].tolist() == [2, 3, 5]
 
 
 def test_choice_is_hashable_and_replaceable():
-    chosen = block_sizes.choose(_call(1, 100, 100, 2, 1), "cpu")
+    chosen = block_sizes.choose_chunk_sizes(_call(1, 100, 100, 2, 1), "cpu")
     assert {chosen: 1}[dataclasses.replace(chosen)] == 1

@@ -14,18 +14,18 @@ from axattn._implementations import flash, registry
 
 def behind_the_door(monkeypatch, name, call_refusal):
     """``implementation=name`` runs on the CPU, with the name's own rules about calls."""
-    ways_on_devices = flash.ways
+    make_on_devices = flash.make_backends
 
-    def ways(*args, **options):
-        found = ways_on_devices(*args, **options)
-        own = tuple((p, replace(way, interpret=True)) for p, way in found.per_platform)
+    def make_backends(*args, **options):
+        found = make_on_devices(*args, **options)
+        own = tuple((p, replace(backend, interpret=True)) for p, backend in found.per_platform)
         return replace(found, per_platform=own)
 
     entry = registry.Implementation(name, None, call_refusal, registry.PLATFORMS)
     monkeypatch.setitem(registry.IMPLEMENTATIONS, name, entry)
-    monkeypatch.setattr(flash, "ways", ways)
-    # A function of our own: jit must not find the programs of other ways.
-    attend = jax.jit(lambda call, plan: registry.attend(call, plan), static_argnames="plan")
+    monkeypatch.setattr(flash, "make_backends", make_backends)
+    # A function of our own: jit must not find the programs of other backends.
+    attend = jax.jit(lambda call, plan: registry.run_plan(call, plan), static_argnames="plan")
     monkeypatch.setattr(_attention, "_attend", attend)
 
 

@@ -138,7 +138,7 @@ def test_layers_say_that_they_project(name, monkeypatch):
         found.append(call.heads_first)
         raise _PlannedError
 
-    monkeypatch.setattr(registry, "plan", plan)
+    monkeypatch.setattr(registry, "make_plan", plan)
     with pytest.raises(_PlannedError):
         layers()[name]()
     assert found == [True]

@@ -93,7 +93,7 @@ def test_kernels_get_what_a_device_has(monkeypatch):
         zeros = jnp.zeros((B, T, N, call.value_head_dim), call.query.dtype)
         return vary_over((zeros, jnp.zeros((B, T, N))), varying_axes(call.query))
 
-    behind_the_door(monkeypatch, "mosaic_tpu", mosaic_tpu.call_refusal)
+    behind_the_door(monkeypatch, "mosaic_tpu", mosaic_tpu.find_call_refusal)
     monkeypatch.setattr(mosaic_tpu, "forward", forward)
     mesh = mesh_of(AxisType.Explicit, 2, 4)
     spec = NamedSharding(mesh, P("x", None, "y"))

@@ -15,11 +15,11 @@ from jax import lax
 
 from axattn._call import AttentionCall
 from axattn._dropout import keep_tile
-from axattn._implementations.chunked.block_sizes import Blocks
-from axattn._implementations.chunked.forward import forward, heads_together, write_rows
-from axattn._implementations.chunked.tile import Cut
-from axattn._implementations.kv_products import kv_rows
-from axattn._implementations.products import Grouped
+from axattn._implementations.chunked.block_sizes import ChunkSizes
+from axattn._implementations.chunked.forward import forward, merge_heads, write_rows
+from axattn._implementations.chunked.tile import ChunkGrid
+from axattn._implementations.kv_products import take_kv_rows
+from axattn._implementations.products import GroupedProducts
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._mask_parts import Span
 from axattn._typing import present
@@ -36,14 +36,14 @@ class Gradients(NamedTuple):
     traced_scale: jax.Array | None
 
 
-class _Shared(NamedTuple):
+class _SharedGradients(NamedTuple):
     """Gradients that every tile of the call adds to, in the accumulator's dtype, or None."""
 
     bias: jax.Array | None  # as the bias
     scale: jax.Array | None  # []
 
 
-class _Given(NamedTuple):
+class _RowResiduals(NamedTuple):
     """What the forward pass and the caller gave for each query row, ``[B, T, N, ...]``."""
 
     dout: jax.Array
@@ -53,7 +53,7 @@ class _Given(NamedTuple):
 
 def backward(
     call: AttentionCall,
-    blocks: Blocks,
+    blocks: ChunkSizes,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
@@ -80,13 +80,13 @@ def backward(
     if call.sinks is not None:
         share = jnp.exp(call.sinks.astype(dtype)[None, None] - lse)
         dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
-    given = _Given(dout, lse, delta)
-    shared = _Shared(
+    given = _RowResiduals(dout, lse, delta)
+    shared = _SharedGradients(
         None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
         None if call.traced_scale is None else jnp.zeros((), dtype),
     )
     shared = vary_over(shared, varying_axes(*jax.tree.leaves((call, given))))
-    backward_of = _by_row if blocks.by_row else _backward
+    backward_of = _backward_row_by_row if blocks.by_row else _backward_rows
     dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
     return Gradients(
         dquery,
@@ -98,17 +98,19 @@ def backward(
     )
 
 
-def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
+def _backward_row_by_row(
+    call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
+):
     """Compute gradients of batch rows one at a time; what rows share is summed on the way."""
     own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # B may be symbolic
     start = shared._replace(bias=None) if own_bias else shared
     dtypes = present(call.key).dtype, present(call.value).dtype
 
     def step(shared, b):
-        row_given = _Given(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
+        row_given = _RowResiduals(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
         if own_bias:
             shared = shared._replace(bias=empty_bias)
-        dquery, dkey, dvalue, shared = _backward(call.row(b), blocks, row_given, shared)
+        dquery, dkey, dvalue, shared = _backward_rows(call.row(b), blocks, row_given, shared)
         grads = (dquery[0], dkey[0].astype(dtypes[0]), dvalue[0].astype(dtypes[1]))
         if own_bias:
             return shared._replace(bias=None), (*grads, shared.bias[0])
@@ -119,9 +121,11 @@ def _by_row(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared)
     return dquery, dkey, dvalue, shared._replace(bias=biases) if own_bias else shared
 
 
-def _backward(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Shared):
-    cut = Cut.of(call, blocks)
-    block_row = call.mask.block_rows(cut.layout)
+def _backward_rows(
+    call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
+):
+    grid = ChunkGrid.of(call, blocks)
+    block_row = call.mask.block_rows(grid.layout)
     dtype = call.accumulator_dtype
     axes = varying_axes(*jax.tree.leaves((call, given)))
     heads_first = (call.batch, call.num_kv_heads, call.kv_len)
@@ -131,74 +135,76 @@ def _backward(call: AttentionCall, blocks: Blocks, given: _Given, shared: _Share
 
     def query_block(i, carry):
         dquery, sums = carry
-        q = cut.q_span(i)
-        dquery_rows, sums = _over_keys(cut, i, q, block_row(i), given, sums, axes)
-        dquery_rows = heads_together(dquery_rows).astype(dquery.dtype)
-        return write_rows(cut, i, q, dquery, dquery_rows), sums
+        q = grid.make_q_span(i)
+        dquery_rows, sums = _backward_over_keys(grid, i, q, block_row(i), given, sums, axes)
+        dquery_rows = merge_heads(dquery_rows).astype(dquery.dtype)
+        return write_rows(grid, i, q, dquery, dquery_rows), sums
 
     carry = vary_over((dquery, (dkey, dvalue, shared)), axes)
-    if cut.layout.num_q == 1:
+    if grid.layout.num_q == 1:
         carry = query_block(0, carry)
     else:
-        carry = lax.fori_loop(0, cut.layout.num_q, query_block, carry)
+        carry = lax.fori_loop(0, grid.layout.num_q, query_block, carry)
     dquery, (dkey, dvalue, shared) = carry
     return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), shared
 
 
-def _over_keys(cut: Cut, i, q: Span, row: jax.Array, given: _Given, sums, axes):
-    call = cut.call
-    tile = _QueryTile.of(cut, i, q, given)
+def _backward_over_keys(
+    grid: ChunkGrid, i, q: Span, row: jax.Array, given: _RowResiduals, sums, axes
+):
+    call = grid.call
+    tile = _QueryChunk.of(grid, i, q, given)
     dquery = jnp.zeros(
         (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
     )
     carry = (vary_over(dquery, axes), sums)
 
     def step(j, carry, partial):
-        return _step(cut, tile, j, carry, partial=partial)
+        return _add_backward_chunk(grid, tile, j, carry, partial=partial)
 
-    return cut.sweep(i, row, step, carry, fresh_rows=True)
+    return grid.sweep_keys(i, row, step, carry, fresh_rows=True)
 
 
-class _QueryTile(NamedTuple):
+class _QueryChunk(NamedTuple):
     """A query block with its residuals, heads split."""
 
     i: int | jax.Array
     q: Span
-    query: Grouped
-    dout: Grouped
+    query: GroupedProducts
+    dout: GroupedProducts
     lse: jax.Array  # [B, K, G, q, 1]
     delta: jax.Array
 
     @classmethod
-    def of(cls, cut: Cut, i, q: Span, given: _Given) -> _QueryTile:
-        call = cut.call
+    def of(cls, grid: ChunkGrid, i, q: Span, given: _RowResiduals) -> _QueryChunk:
+        call = grid.call
         options = (call.num_kv_heads, call.precision, call.accumulator_dtype)
 
         def per_row(array):
-            rows = cut.query_rows(array, q)
+            rows = grid.take_query_rows(array, q)
             rows = rows.reshape(*rows.shape[:2], call.num_kv_heads, call.group)
             return rows.transpose(0, 2, 3, 1)[..., None]
 
         return cls(
             i,
             q,
-            Grouped(cut.query_rows(call.query, q, clean=True), *options),
-            Grouped(cut.query_rows(given.dout, q, clean=True), *options),
+            GroupedProducts(grid.take_query_rows(call.query, q, clean=True), *options),
+            GroupedProducts(grid.take_query_rows(given.dout, q, clean=True), *options),
             per_row(given.lse),
             per_row(given.delta),
         )
 
 
-def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
-    call, kv = cut.call, cut.kv_span(j)
+def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial: bool):
+    call, kv = grid.call, grid.make_kv_span(j)
     dquery, (dkey, dvalue, shared) = carry
-    key = kv_rows(call, present(call.key), kv, clean=partial)
-    value = kv_rows(call, present(call.value), kv, clean=partial)
+    key = take_kv_rows(call, present(call.key), kv, clean=partial)
+    value = take_kv_rows(call, present(call.value), kv, clean=partial)
 
-    dots = tile.query.scores(key)
-    scores, capped = cut.scores(dots, tile.q, kv)
+    dots = tile.query.multiply_keys(key)
+    scores, capped = grid.compute_scores(dots, tile.q, kv)
     weights = jnp.exp(scores - tile.lse)
-    dweights = tile.dout.scores(value)
+    dweights = tile.dout.multiply_keys(value)
     if call.dropout_key is not None:
         kept = keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
         dropped, dweights = weights * kept, dweights * kept
@@ -206,7 +212,7 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
         dropped = weights
     dscores = weights * (dweights - tile.delta)
     if partial:
-        allowed = cut.allowed(tile.i, j, tile.q, kv, fresh_rows=True)
+        allowed = grid.compute_mask(tile.i, j, tile.q, kv, fresh_rows=True)
         if allowed is not None:
             dscores = jnp.where(allowed, dscores, 0.0)
             dropped = jnp.where(allowed, dropped, 0.0)
@@ -224,9 +230,9 @@ def _step(cut: Cut, tile: _QueryTile, j, carry, *, partial: bool):
         key = key.astype(dscores.dtype)
     dscores = dscores.astype(key.dtype)
 
-    dquery = dquery + tile.query.outputs(dscores, key)
-    dkey = _add_rows(dkey, tile.query.pulled(dscores), kv)
-    dvalue = _add_rows(dvalue, tile.dout.pulled(dropped.astype(value.dtype)), kv)
+    dquery = dquery + tile.query.multiply_values(dscores, key)
+    dkey = _add_rows(dkey, tile.query.multiply_transposed(dscores), kv)
+    dvalue = _add_rows(dvalue, tile.dout.multiply_transposed(dropped.astype(value.dtype)), kv)
     return dquery, (dkey, dvalue, shared)
 
 

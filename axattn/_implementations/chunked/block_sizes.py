@@ -13,7 +13,7 @@ from axattn._mask_parts import EMPTY, FULL
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class ChunkSizes:
     """Block sizes in slots, whether batch rows run one at a time, and the form of products."""
 
     q: int
@@ -22,7 +22,7 @@ class Blocks:
     folded: bool
 
 
-def choose(call: AttentionCall, platform: str) -> Blocks:
+def choose_chunk_sizes(call: AttentionCall, platform: str) -> ChunkSizes:
     """Choose block sizes for ``call`` on ``"cpu"`` or on an accelerator."""
     cpu, cached = platform == "cpu", call.stored is not None
     decode = call.is_decode_step
@@ -55,18 +55,18 @@ def choose(call: AttentionCall, platform: str) -> Blocks:
     q, kv = smaller_size(call.q_len, q), smaller_size(call.kv_len, kv)
     if call.stored is not None and call.stored.block_table is not None:
         kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
-    return Blocks(q, kv, by_row, folded)
+    return ChunkSizes(q, kv, by_row, folded)
 
 
 @dataclasses.dataclass(frozen=True)
-class Visits:
+class ChunkList:
     """The key/value blocks to compute: the first ``count`` of ``order``."""
 
     order: jax.Array  # int32 [num_kv]
     count: jax.Array  # int32
 
 
-def visits(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[Visits, Visits]:
+def list_chunks(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[ChunkList, ChunkList]:
     """List full and partial blocks from a row of block states ``[B or 1, num_kv]``.
 
     A block is full when it is full in every batch row, and visited when it is not empty in all.
@@ -76,9 +76,11 @@ def visits(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[Visits, Visits]
     some = (row != EMPTY).any(0)
     if has_tail:
         full &= jnp.arange(num_kv) < num_kv - 1
-    return _in_order(full), _in_order(some & ~full)
+    return _list_chosen(full), _list_chosen(some & ~full)
 
 
-def _in_order(chosen: jax.Array) -> Visits:
+def _list_chosen(chosen: jax.Array) -> ChunkList:
     # A stable sort puts chosen blocks first and keeps their order.
-    return Visits(jnp.argsort(~chosen, stable=True).astype(jnp.int32), chosen.sum(dtype=jnp.int32))
+    return ChunkList(
+        jnp.argsort(~chosen, stable=True).astype(jnp.int32), chosen.sum(dtype=jnp.int32)
+    )

@@ -14,17 +14,17 @@ from jax import lax
 
 from axattn._call import AttentionCall
 from axattn._dropout import keep_tile
-from axattn._implementations.chunked.block_sizes import Blocks
-from axattn._implementations.chunked.tile import Cut
-from axattn._implementations.kv_products import Reader, reader
-from axattn._implementations.scores import heads_apart
+from axattn._implementations.chunked.block_sizes import ChunkSizes
+from axattn._implementations.chunked.tile import ChunkGrid
+from axattn._implementations.kv_products import KVProducts, make_kv_products
+from axattn._implementations.scores import split_heads
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._mask_parts import Span
 from axattn._typing import present
 
 
 def forward(
-    call: AttentionCall, blocks: Blocks, *, rounded: bool = True
+    call: AttentionCall, blocks: ChunkSizes, *, rounded: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and the LSE.
 
@@ -35,12 +35,12 @@ def forward(
     if not rounded:
         call = dataclasses.replace(call, value=present(call.value).astype(dtype))
     if not blocks.by_row:
-        return _forward(call, blocks, dtype)
-    out, lse = lax.map(lambda b: _forward(call.row(b), blocks, dtype), jnp.arange(call.batch))
+        return _forward_rows(call, blocks, dtype)
+    out, lse = lax.map(lambda b: _forward_rows(call.row(b), blocks, dtype), jnp.arange(call.batch))
     return out[:, 0], lse[:, 0]
 
 
-class _State(NamedTuple):
+class _SoftmaxState(NamedTuple):
     """Online softmax of a query block: weighted values, running maximum and sum per row."""
 
     values: jax.Array  # [B, K, G, q, h]
@@ -48,9 +48,11 @@ class _State(NamedTuple):
     total: jax.Array  # [B, K, G, q, 1]
 
 
-def _forward(call: AttentionCall, blocks: Blocks, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    cut = Cut.of(call, blocks)
-    block_row = call.mask.block_rows(cut.layout)
+def _forward_rows(
+    call: AttentionCall, blocks: ChunkSizes, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    grid = ChunkGrid.of(call, blocks)
+    block_row = call.mask.block_rows(grid.layout)
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
     axes = varying_axes(*jax.tree.leaves(call))
     results = vary_over(
@@ -62,20 +64,20 @@ def _forward(call: AttentionCall, blocks: Blocks, dtype: Any) -> tuple[jax.Array
     )
 
     def query_block(i, results):
-        q = cut.q_span(i)
-        state = vary_over(_initial(call, blocks), axes)
-        state = _over_keys(cut, i, q, block_row(i), state)
+        q = grid.make_q_span(i)
+        state = vary_over(_start_softmax(call, blocks), axes)
+        state = _forward_over_keys(grid, i, q, block_row(i), state)
         return tuple(
-            write_rows(cut, i, q, whole, rows)
-            for whole, rows in zip(results, _finished(state, dtype), strict=True)
+            write_rows(grid, i, q, whole, rows)
+            for whole, rows in zip(results, _finish_rows(state, dtype), strict=True)
         )
 
-    if cut.layout.num_q == 1:
+    if grid.layout.num_q == 1:
         return query_block(0, results)
-    return lax.fori_loop(0, cut.layout.num_q, query_block, results)
+    return lax.fori_loop(0, grid.layout.num_q, query_block, results)
 
 
-def _initial(call: AttentionCall, blocks: Blocks) -> _State:
+def _start_softmax(call: AttentionCall, blocks: ChunkSizes) -> _SoftmaxState:
     dtype = call.accumulator_dtype
     shape = (call.batch, call.num_kv_heads, call.group, blocks.q)
     top = jnp.full((*shape, 1), -jnp.inf, dtype)
@@ -83,28 +85,34 @@ def _initial(call: AttentionCall, blocks: Blocks) -> _State:
     if call.sinks is not None:
         # A sink is a key with its own logit and no value: the softmax starts with it.
         sinks = jnp.broadcast_to(
-            heads_apart(call.sinks[None, :, None, None].astype(dtype), call), top.shape
+            split_heads(call.sinks[None, :, None, None].astype(dtype), call), top.shape
         )
         top = lax.stop_gradient(sinks)
         total = jnp.exp(sinks - jnp.where(top == -jnp.inf, 0.0, top))  # 1, or 0 without the sink
-    return _State(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
+    return _SoftmaxState(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
 
 
-def _over_keys(cut: Cut, i, q: Span, row: jax.Array, state: _State) -> _State:
-    keys_and_values = reader(cut.call, cut.query_rows(cut.call.query, q), folded=cut.blocks.folded)
+def _forward_over_keys(
+    grid: ChunkGrid, i, q: Span, row: jax.Array, state: _SoftmaxState
+) -> _SoftmaxState:
+    keys_and_values = make_kv_products(
+        grid.call, grid.take_query_rows(grid.call.query, q), folded=grid.blocks.folded
+    )
 
     def step(j, state, partial):
-        return _step(cut, keys_and_values, i, j, q, state, partial=partial)
+        return _add_forward_chunk(grid, keys_and_values, i, j, q, state, partial=partial)
 
-    return cut.sweep(i, row, step, state, fresh_rows=False)
+    return grid.sweep_keys(i, row, step, state, fresh_rows=False)
 
 
-def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool) -> _State:
+def _add_forward_chunk(
+    grid: ChunkGrid, read: KVProducts, i, j, q: Span, state: _SoftmaxState, *, partial: bool
+) -> _SoftmaxState:
     """Add one key/value block; the mask is evaluated in partial blocks only."""
-    call, kv = cut.call, cut.kv_span(j)
-    scores, _ = cut.scores(read.dots(kv), q, kv)
+    call, kv = grid.call, grid.make_kv_span(j)
+    scores, _ = grid.compute_scores(read.multiply_keys(kv), q, kv)
     if partial:
-        allowed = cut.allowed(i, j, q, kv, fresh_rows=False)
+        allowed = grid.compute_mask(i, j, q, kv, fresh_rows=False)
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
     # The maximum only shifts: in forward mode it has no derivative.
@@ -116,28 +124,28 @@ def _step(cut: Cut, read: Reader, i, j, q: Span, state: _State, *, partial: bool
     total = state.total * decay + weights.sum(-1, keepdims=True)
     if call.dropout_key is not None:
         weights = jnp.where(keep_tile(call, q, kv), weights / (1.0 - call.dropout_rate), 0.0)
-    values = state.values * decay + read.outputs(weights, kv, clean=partial)
-    return _State(values, top, total)
+    values = state.values * decay + read.multiply_values(weights, kv, clean=partial)
+    return _SoftmaxState(values, top, total)
 
 
-def _finished(state: _State, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _finish_rows(state: _SoftmaxState, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Return output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
     empty = state.total == 0
     total = jnp.where(empty, 1.0, state.total)
     lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
     out = (state.values / total).astype(dtype)
-    return heads_together(out), heads_together(lse)[..., 0]
+    return merge_heads(out), merge_heads(lse)[..., 0]
 
 
-def heads_together(tile: jax.Array) -> jax.Array:
+def merge_heads(tile: jax.Array) -> jax.Array:
     """Merge the heads of ``[B, K, G, q, size]``: ``[B, q, N, size]``."""
     batch, kv_heads, group, rows, size = tile.shape
     return tile.transpose(0, 3, 1, 2, 4).reshape(batch, rows, kv_heads * group, size)
 
 
-def write_rows(cut: Cut, i, q: Span, whole: jax.Array, rows: jax.Array) -> jax.Array:
+def write_rows(grid: ChunkGrid, i, q: Span, whole: jax.Array, rows: jax.Array) -> jax.Array:
     """Put the rows of block ``i`` into ``whole [B, T, ...]``; rows of earlier blocks stay."""
-    if cut.q_has_tail:
-        fresh = cut.fresh_q(i, q).reshape(1, -1, *(1,) * (rows.ndim - 2))
+    if grid.q_has_tail:
+        fresh = grid.find_own_rows(i, q).reshape(1, -1, *(1,) * (rows.ndim - 2))
         rows = jnp.where(fresh, rows, lax.dynamic_slice_in_dim(whole, q.start, q.size, 1))
     return lax.dynamic_update_slice_in_dim(whole, rows, q.start, 1)

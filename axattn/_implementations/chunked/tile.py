@@ -15,23 +15,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._implementations.chunked.block_sizes import Blocks, visits
-from axattn._implementations.scores import bias_tile, capped_tile, mask_tile
+from axattn._implementations.chunked.block_sizes import ChunkSizes, list_chunks
+from axattn._implementations.scores import cap_scores, compute_bias, compute_mask
 from axattn._jax_compat import is_known
 from axattn._mask_parts import PARTIAL, Layout, Span
 from axattn._masks import zero_unused
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class ChunkGrid:
     """A call and its blocks."""
 
     call: AttentionCall
-    blocks: Blocks
+    blocks: ChunkSizes
     layout: Layout
 
     @classmethod
-    def of(cls, call: AttentionCall, blocks: Blocks) -> Cut:
+    def of(cls, call: AttentionCall, blocks: ChunkSizes) -> ChunkGrid:
         return cls(call, blocks, call.layout(blocks.q, blocks.kv))
 
     @property
@@ -42,41 +42,41 @@ class Cut:
     def kv_has_tail(self) -> bool:
         return self.call.kv_len % self.blocks.kv != 0
 
-    def q_span(self, i: int | jax.Array) -> Span:
-        return _span(i, self.blocks.q, self.call.q_len, self.layout.q_positions)
+    def make_q_span(self, i: int | jax.Array) -> Span:
+        return _slice_block(i, self.blocks.q, self.call.q_len, self.layout.q_positions)
 
-    def kv_span(self, j: int | jax.Array) -> Span:
-        return _span(j, self.blocks.kv, self.call.kv_len, self.layout.kv_positions)
+    def make_kv_span(self, j: int | jax.Array) -> Span:
+        return _slice_block(j, self.blocks.kv, self.call.kv_len, self.layout.kv_positions)
 
-    def fresh_q(self, i: int | jax.Array, q: Span) -> jax.Array:
+    def find_own_rows(self, i: int | jax.Array, q: Span) -> jax.Array:
         """Find the rows ``[q]`` of block ``i`` that belong to no earlier block."""
         return q.slots >= i * self.blocks.q
 
-    def query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
+    def take_query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
         """Slice slots ``q`` of ``[B, T, N, ...]``; ``clean`` zeroes those from the length on."""
         rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
         return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
 
-    def allowed(
+    def compute_mask(
         self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool
     ) -> jax.Array | None:
         """Compute the mask of a partial block, like ``[B, K, G, q, kv]``, or None for all True."""
-        ok = mask_tile(self.call, q, kv)
+        ok = compute_mask(self.call, q, kv)
         if self.kv_has_tail:
             fresh = (kv.slots >= j * self.blocks.kv)[None, None, None, None]
             ok = fresh if ok is None else ok & fresh
         if fresh_rows and self.q_has_tail:
-            fresh = self.fresh_q(i, q)[None, None, None, :, None]
+            fresh = self.find_own_rows(i, q)[None, None, None, :, None]
             ok = fresh if ok is None else ok & fresh
         return ok
 
-    def scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
+    def compute_scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
         """Return the scores before the mask, and the capped products (for the cap's derivative)."""
-        capped = capped_tile(self.call, dots)
-        bias = bias_tile(self.call, q, kv)
+        capped = cap_scores(self.call, dots)
+        bias = compute_bias(self.call, q, kv)
         return (capped if bias is None else capped + bias), capped
 
-    def sweep(
+    def sweep_keys(
         self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
     ) -> Any:
         """Run ``state = step(j, state, partial)`` over the blocks that query block ``i`` needs.
@@ -100,11 +100,11 @@ class Cut:
             # For few rows the mask costs nothing. One loop over all blocks lets XLA choose one
             # layout for the cache; with two loops it copied the cache.
             row = jnp.minimum(row, PARTIAL)
-            _, visited = visits(row, num_kv, self.kv_has_tail)
+            _, visited = list_chunks(row, num_kv, self.kv_has_tail)
             return lax.fori_loop(
                 0, visited.count, lambda n, state: step(visited.order[n], state, True), state
             )
-        full, partial = visits(row, num_kv, self.kv_has_tail)
+        full, partial = list_chunks(row, num_kv, self.kv_has_tail)
         state = lax.fori_loop(
             0, full.count, lambda n, state: step(full.order[n], state, False), state
         )
@@ -113,6 +113,6 @@ class Cut:
         )
 
 
-def _span(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
+def _slice_block(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
     start = jnp.minimum(block * size, length - size)
     return Span(start, size, lax.dynamic_slice_in_dim(positions, start, size, 1))

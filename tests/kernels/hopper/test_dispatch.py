@@ -95,8 +95,8 @@ def cache_call(T=1, N=8, K=2, H=128, query_dtype=jnp.bfloat16, kind="dense", **o
 )
 def test_the_kernel_for_a_cache(kernel, options):
     call = cache_call(**options)
-    assert mosaic_gpu.call_refusal(call) is None
-    assert mosaic_gpu.kernel(call) == kernel
+    assert mosaic_gpu.find_call_refusal(call) is None
+    assert mosaic_gpu.choose_kernel(call) == kernel
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_the_kernel_for_a_cache(kernel, options):
     ],
 )
 def test_caches_that_are_refused(reason, options):
-    assert reason in mosaic_gpu.call_refusal(cache_call(**options))
+    assert reason in mosaic_gpu.find_call_refusal(cache_call(**options))
 
 
 def test_none_takes_the_kernels_over_a_cache(hopper):

@@ -88,5 +88,5 @@ def test_refused_where_nothing_fits():
     from axattn._implementations import mosaic_tpu
 
     with _jax_compat.use_abstract_device("TPU v4", 2, "tpu", None):
-        assert mosaic_tpu.refuses(small(8, 2)) is None
-        assert "MiB of VMEM" in mosaic_tpu.refuses(small(521, 521, T=8))
+        assert mosaic_tpu.find_refusal(small(8, 2)) is None
+        assert "MiB of VMEM" in mosaic_tpu.find_refusal(small(521, 521, T=8))
