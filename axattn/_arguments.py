@@ -1,4 +1,4 @@
-"""From what a user passes to an :class:`AttentionCall`: checks by name, then canonical shapes."""
+"""Make an :class:`AttentionCall` from what a user passes: checks by name, canonical shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def normalize_over_cache(query: Any, stored: Stored, options: AttentionOptions) 
 def trace_shapes(function: Callable[..., None], arguments: Mapping[str, Any]) -> None:
     """Call ``function(**arguments)``, where shapes may stand for arrays; nothing is computed.
 
-    What holds a ``jax.ShapeDtypeStruct`` is traced, all else is passed as it is.
+    Arguments with a ``jax.ShapeDtypeStruct`` in them are traced; others are passed as they are.
     """
     structs = {
         name: value

@@ -1,4 +1,4 @@
-"""The one value that holds an attention call, from the door to the implementations."""
+"""The attention call: one value that travels from the public function to an implementation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DECODE_ROWS = 64
 class AttentionCall:
     """A validated call in canonical shapes; a pytree, so that it passes through jit, vmap and VJPs.
 
-    Letters as everywhere: B batch, T query length, S key/value length, N query heads, K key/value
+    Letters: B batch, T query length, S key/value length, N query heads, K key/value
     heads, G = N // K, H key head size, h value head size.
     """
 

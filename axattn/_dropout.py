@@ -1,8 +1,8 @@
-"""Attention dropout whose bits belong to (batch, head, query, key), not to a block or a call.
+"""Attention dropout: one random bit string for each (batch, head, query, key).
 
 Each score has its own counter in a counter-based generator, Threefry-2x32-20 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011). Any tile can be drawn alone, in any order,
-again in the backward pass, and every implementation draws the same pattern for the same key.
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a tile can be drawn alone, in any order,
+and again in the backward pass, and all implementations draw the same pattern for the same key.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
 def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     """Compute the first word at counter (x0, x1) in the arithmetic that kernels have.
 
-    That is int32, which wraps around; kernels have no primitive of JAX for it.
+    Kernels have no primitive of JAX for it; int32 wraps around as uint32 does.
     """
     keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
     x0, x1 = x0 + keys[0], x1 + keys[1]

@@ -1,4 +1,4 @@
-"""Dtypes of results, said once: ``jnp.promote_types`` obeys jax_numpy_dtype_promotion="strict"."""
+"""Dtypes of results. ``jnp.promote_types`` raises under jax_numpy_dtype_promotion="strict"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 def accumulator(dtype: Any) -> Any:
     """Return the dtype for sums over ``dtype``: float64 for float64, else float32.
 
-    TypeError for what has no sums: anything but float32, bfloat16, float16 and float64.
+    Raises:
+      TypeError: ``dtype`` is not float32, bfloat16, float16 or float64.
     """
     if jnp.dtype(dtype).name not in FLOATS:
         raise TypeError(f"dtype takes one of {', '.join(FLOATS)}, got {jnp.dtype(dtype).name}")

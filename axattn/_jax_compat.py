@@ -1,4 +1,4 @@
-"""Every use of a private, unstable or renamed piece of JAX: the one file to look at when JAX moves.
+"""Every use of a private, unstable or renamed part of JAX: the file to look at when JAX moves.
 
 Checked at jax 0.10.2, 0.11.2 and 0.12.0.
 """
@@ -24,8 +24,8 @@ from axattn._typing import present
 def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     """Compute the first word of Threefry-2x32-20 at counter ``(high, low)``; uint32, broadcast.
 
-    ``jax.random`` gives no access to single counters, and blockwise dropout needs the bits of any
-    block without those of the others.
+    ``jax.random`` gives no access to single counters, but dropout by blocks needs the bits of one
+    block without those of others.
     """
     high, low = jnp.broadcast_arrays(high, low)
     key0, key1 = (jnp.broadcast_to(word, high.shape) for word in (key[0], key[1]))
@@ -36,8 +36,8 @@ def with_auto_axes(function, arrays, specs):
     """Let the partitioner handle those mesh axes in ``function`` that are Explicit for ``arrays``.
 
     In JAX's Explicit sharding mode (the default of ``jax.make_mesh``) every operation must say how
-    its result is sharded. ``specs`` is a function of the first array's PartitionSpec (a tuple, one
-    entry per dimension) that gives the specs of the results; they come back Explicit again.
+    its result is sharded. ``specs`` maps the first array's PartitionSpec (a tuple, one entry per
+    dimension) to the specs of the results, which are Explicit again.
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     mesh = next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
@@ -152,8 +152,7 @@ def cpu_moves_bfloat16() -> bool:
 def keep_layout(array: jax.Array) -> jax.Array:
     """Make XLA lay out ``array`` inside a loop as outside of it.
 
-    That is with its last axis minor, where that fills the 128 lanes of a TPU; else TPUs have
-    layouts of their own, and nothing is said.
+    The last axis is minor if it fills the 128 lanes of a TPU. Else the TPU compiler chooses.
     """
     from jax.experimental import layout
 
@@ -180,7 +179,7 @@ def smaller_size(a: int, b: int) -> int:
 def debug_check(ok: jax.Array, message: str) -> None:
     """Raise an error where ``ok`` is False under ``checkify.checkify``; do nothing without it.
 
-    ``checkify.debug_check`` with an effect that `jax.export` can write down.
+    It is ``checkify.debug_check`` with an effect that `jax.export` can store.
     """
     from jax._src import checkify
 
@@ -200,8 +199,8 @@ def debug_check(ok: jax.Array, message: str) -> None:
 def debug_error() -> type:
     """Make the error of `debug_check`. Programs with one can be read after the first call.
 
-    `jax.export` writes an effect down by its type's name, and finds it again among those that it
-    knows: it takes none with arguments, as checkify's have.
+    `jax.export` stores an effect by the name of its type, so effects with arguments, as checkify
+    has them, cannot be exported.
     """
     from jax._src import checkify, effects
 
@@ -326,7 +325,8 @@ def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
 def optimized_hlo(compiled: jax.stages.Compiled):
     """Return the compiled program as a jaxlib HloModule.
 
-    RuntimeError where this jaxlib cannot read what a newer compiler wrote.
+    Raises:
+      RuntimeError: this jaxlib cannot read what a newer compiler wrote.
     """
     return present(compiled.runtime_executable()).hlo_modules()[0]
 
@@ -388,7 +388,7 @@ def _abstract_device(kind: str, num_cores: int, platform: str, capability: str |
 def einsum_by(dot_general, *, precision=None):
     """Compute ``jnp.einsum`` with another ``dot_general``, as Flax's ``einsum_dot_general`` asks.
 
-    The argument is an underscored one of ``jnp.einsum``; Flax passes it, too.
+    That argument of ``jnp.einsum`` has an underscore; Flax passes it, too.
     """
     return functools.partial(jnp.einsum, precision=precision, _dot_general=dot_general)
 
@@ -396,7 +396,7 @@ def einsum_by(dot_general, *, precision=None):
 def traced_device(platform: str | None = None) -> str | None:
     """Return the kind of the device that is traced for, if it is of ``platform``.
 
-    That is the device of the context (`use_abstract_device`), else the first accelerator of this
+    It is the device of the context (`use_abstract_device`), else the first accelerator of this
     process. None without one: the program may be lowered for any device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -410,7 +410,7 @@ def traced_device(platform: str | None = None) -> str | None:
 def gpu_capability() -> str | None:
     """Return the compute capability ("9.0") of the GPU that is traced for; None if not known.
 
-    That is the device of the context (`use_abstract_device`), else the first one of this process.
+    It is the device of the context (`use_abstract_device`), else the first one of this process.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

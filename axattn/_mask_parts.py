@@ -1,4 +1,4 @@
-"""The parts that masks are made of: each answers for a tile of scores and for a row of blocks."""
+"""The parts of masks. Each gives the mask of a tile of scores, and the states of blocks."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def _at(array: jax.Array, i: int | jax.Array) -> jax.Array:
 
 
 class Static(int):
-    """A number known while tracing: part of a mask's structure, where arrays are its leaves.
+    """A number known while tracing. It belongs to a mask's structure; arrays are leaves.
 
-    A type of its own, so that a tree of plain ints (``in_axes``, say) still has leaves there.
+    It is no plain int, so that a tree of ints (such as ``in_axes``) still has leaves there.
     """
 
 
@@ -136,8 +136,8 @@ class Part:
     def block_rows(self, layout: Layout):
         """Return a function from a query block to ``(some, every)``, bool ``[B or 1, num_kv]``.
 
-        ``some`` False: no pair of the block is allowed. ``every`` True: all pairs are. When it is
-        not known, ``some=True, every=False`` is always a safe answer.
+        ``some`` False: no pair of the block is allowed. ``every`` True: all pairs are. Where
+        this is not known, ``some=True, every=False`` is safe.
         """
         raise NotImplementedError
 

@@ -15,9 +15,8 @@ from axattn._typing import ArrayLike, Implementation, Precision
 class AttentionOptions:
     """What `axattn.dot_product_attention` takes besides query, key and value.
 
-    Names, order and defaults are those of that function, whose documentation says more of each; a
-    test compares them. Nothing is checked here: `axattn._arguments` does that, where it knows the
-    shapes of the call.
+    Names, order and defaults are those of that function, which documents each; a test compares
+    them. Values are checked in `axattn._arguments`, where the shapes of the call are known.
     """
 
     bias: ArrayLike | None = None  # added to the scores, broadcastable to [..., N, T, S]

@@ -1,7 +1,7 @@
-"""Two primitives: what is traced when it is lowered, and tangents that are linear by definition.
+"""Two primitives for the derivatives in `axattn._implementations.flash`.
 
-`staged` traces for the platform that a program is lowered for, and for no other. `linear` has the
-transpose that its caller gives. `implementations/flash.py` makes derivatives with them.
+`staged` traces a function only for the platform that a program is lowered for. `linear` is a linear
+function of tangents, with a transpose that its caller gives.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from axattn._jax_compat import (
 def staged(branches, results, *args, refusal: str):
     """Call the function of the platform that the program is lowered for.
 
-    ``lax.platform_dependent`` traces the functions of all platforms; here the one that is needed is
-    traced, when it is lowered, and finds itself on the device that it is lowered for if JAX knows
-    it (`use_abstract_device`). No derivative is known to JAX: callers define it.
+    ``lax.platform_dependent`` traces the functions of all platforms. Here only one is traced, when
+    it is lowered, in the context of its device if JAX knows it (`use_abstract_device`). JAX knows
+    no derivative of it: callers define one.
 
     Args:
       branches: (platform, function) pairs; the functions are compared and hashed.
       results: a tree of arrays or ShapeDtypeStructs, whose shapes and dtypes the results have.
       *args: trees of arrays.
-      refusal: of a NotImplementedError where the program is lowered for another platform.
+      refusal: the message of the NotImplementedError for other platforms.
     """
     args = vary_over(args, varying_axes(*jax.tree.leaves(args)))
     leaves, structure = jax.tree.flatten(args)
@@ -57,9 +57,8 @@ def linear(
     """Return tangents like ``results``: ``forward(residuals, tangents)``, linear in ``tangents``.
 
     Both are trees of arrays. In reverse mode, ``transpose(residuals, cotangents)`` gives the
-    cotangents of ``tangents``; where it is None, that is a NotImplementedError with ``refusal``,
-    when the program is lowered. The functions are compared and hashed, and ``forward`` is
-    differentiated where tangents of tangents are asked for.
+    cotangents of ``tangents``. If it is None, lowering raises NotImplementedError with ``refusal``.
+    The functions are compared and hashed. Tangents of tangents differentiate ``forward``.
     """
     args = vary_over((residuals, tangents), varying_axes(*jax.tree.leaves((residuals, tangents))))
     leaves, structure = jax.tree.flatten(args)

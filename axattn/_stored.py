@@ -1,4 +1,4 @@
-"""Keys and values as a cache stores them, and as attention reads them: tile by tile.
+"""Keys and values as a cache stores them, read tile by tile.
 
 The arrays are head-major, ``[rows, K, slots, size]``, so that the keys of one head lie together.
 A row is a row of the batch, or a page that a block table names.
@@ -21,8 +21,8 @@ from axattn._mask_parts import Span
 class KeyValueArrays(NamedTuple):
     """The arrays of a cache: R rows (or pages) of C slots.
 
-    What a cache does not have is None: scales where it is not quantized, values where they are the
-    first features of the keys.
+    Scales are None without quantization; values are None where they are the first features of the
+    keys.
     """
 
     keys: jax.Array  # [R, K, C, H]
@@ -47,7 +47,7 @@ class Stored(_serialization.Serializable):
     """What stands in an :class:`AttentionCall` in place of key and value arrays.
 
     Slot s of batch row b is slot s of row b of the arrays or, with a block table, slot s % C of
-    page ``block_table[b, s // C]``. Which slots are in use is the business of the call's mask.
+    page ``block_table[b, s // C]``. The call's mask says which slots are in use.
     """
 
     arrays: KeyValueArrays
@@ -105,7 +105,7 @@ class Stored(_serialization.Serializable):
     def center_dots(self, query: jax.Array, dtype: Any) -> jax.Array | None:
         """Multiply queries ``[B, T, N, H]`` by the center of the keys: ``[B, K, G, T]``, or None.
 
-        With the center c, q . k = q . (k - c) + q . c: what a query's scores lack.
+        With the center c, q . k = q . (k - c) + q . c; this is the second term.
         """
         if self.key_center is None:
             return None

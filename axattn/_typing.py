@@ -1,7 +1,7 @@
-"""The names that signatures use for arrays and their shapes, and for what strings name.
+"""Types in signatures: arrays with their shapes, and names that are strings.
 
-Those of arrays are jaxtyping's where it is installed. ``import axattn`` needs jax and numpy only,
-so without jaxtyping the subscripted names (``Float[Array, "... T N H"]``) stand for ``Any``.
+The types of arrays are jaxtyping's where it is installed. ``import axattn`` needs jax and numpy
+only, so without jaxtyping the subscripted names (``Float[Array, "... T N H"]``) stand for ``Any``.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """One differentiable function over all flash implementations, one of them per platform.
 
-They share their derivative: forward passes with the same results (output and LSE), backward passes
-from the same residuals (the inputs and these results). So a call that takes a kernel on one
-platform and the chunked path on the others keeps one set of residuals, whatever it is lowered for.
+They share one derivative: all forward passes give output and LSE, and all backward passes take the
+inputs and these two. So a call keeps one set of residuals, though one platform takes a kernel and
+others the chunked path.
 
 Where platforms have different backends, one is traced when the program is lowered for its platform.
 So it costs nothing that a call may be lowered for chips that are not there.
 
 Forward mode (``jax.jvp``), also of gradients (Hessians), differentiates the loops of the chunked
-path, whatever the backends are. Gradients of gradients are refused, when they are lowered: ask for
-``"xla"``.
+path, for every backend. Gradients of gradients are refused when lowered: ask for ``"xla"``.
 """
 
 from __future__ import annotations
@@ -203,7 +202,7 @@ class _InputCotangents:
 def compute_gradients(backends: Backends, call: AttentionCall, *arrays: jax.Array) -> Gradients:
     """Compute the gradients of a call from ``arrays``: output, LSE and their cotangents.
 
-    The output and the LSE may be those of more keys than the call has: these keys' share is found.
+    Output and LSE may be over more keys than the call has; the result is the share of these keys.
     """
     return _call_per_platform(backends, "backward", call, *arrays)
 

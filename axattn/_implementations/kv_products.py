@@ -1,7 +1,7 @@
-"""Where both XLA paths get keys and values from: arrays as the caller has them, or a cache.
+"""Products with keys and values in arrays or in a cache, for both XLA paths.
 
-A reader holds one tile of queries and answers, for a span of key/value slots, with its dot products
-and with the weighted sum of its values. Scores and weights are ``[B, K, G, t, s]``.
+`KVProducts` holds one tile of queries. For a span of key/value slots it multiplies queries by keys,
+and weights by values. Scores and weights are ``[B, K, G, t, s]``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def take_kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool
 class _CacheProducts:
     """Products with a cache ``[B, K, s, size]``, whose scales are folded into scores and weights.
 
-    Where keys are stored without their center, the scores are those of the keys with it.
+    If keys are stored without their center, it is added to the scores.
     """
 
     def __init__(self, call: AttentionCall, query: jax.Array):

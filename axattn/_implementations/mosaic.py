@@ -1,4 +1,4 @@
-"""What the kernels of both machine families have in common as implementations."""
+"""Refusals and gradients that the kernels of both machine families share."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def is_device_known() -> bool:
 def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
     """Say why the GPU that is traced for does not take the kernels, or None.
 
-    One that is not known does, as Mosaic GPU has it, unless ``strict``: it need not be a Hopper.
+    An unknown GPU counts as a Hopper, as in Mosaic GPU, unless ``strict``.
     """
     if jax.__version_info__ < (0, 11):
         return f"needs jax >= 0.11 (Python >= 3.12), got jax {jax.__version__}"

@@ -1,9 +1,9 @@
 """What ``implementation=None`` takes: the measured crossovers, in one place.
 
-Training shapes are chosen by shape and mask alone, the same for every platform: a choice by
-platform would have JAX save the residuals of both paths for the backward pass. Only for short calls
-in a process without accelerators, which may be lowered for one, the einsum stands beside the
-kernels; XLA drops the residuals of the other path.
+Calls with gradients are decided by shape and mask alone, the same for every platform: else JAX
+would save the residuals of two paths. The exception is a short call in a process without
+accelerators, which may be lowered for one: it has the einsum beside the kernels, and XLA drops the
+residuals that are not used.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; sco
 
 * ``grouped``: a batched product over (B, K), whose rows are the group's queries.
 * ``folded``: one product over K * H with each row zero outside its own key/value head. Batched
-  products want each head's keys contiguous, and XLA on CPU and GPU copies a BSKH cache to get that;
-  this form reads the cache as it lies. K times the FLOPs, which for a few rows hide behind the
-  reads. A NaN or infinity in one key/value head reaches the others.
+  products want the keys of each head contiguous, and XLA on CPU and GPU copies a BSKH cache for
+  that; this form reads the cache as it lies. It has K times the FLOPs, which cost nothing for few
+  rows. A NaN or infinity in one key/value head reaches the others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which implementations there are, which of them take a call, and which ``None`` prefers.
+"""The implementations, which of them take a call, and which one ``None`` takes.
 
-A new implementation adds one entry to :data:`IMPLEMENTATIONS`: how it says no, and how it attends.
+A new implementation adds one entry to :data:`IMPLEMENTATIONS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from axattn._typing import present
 class Implementation:
     """One implementation: how it attends, and what it refuses.
 
-    ``run_plan(call) -> (out, lse)``; None for those that `flash` joins into one function.
+    ``attend(call) -> (out, lse)``; None for those that `flash` joins into one function.
     ``find_refusal(call)`` says why the call cannot be lowered for any device of its platforms, or
     None; ``find_missing()`` says what else it needs to run here, or None.
     """
@@ -72,9 +72,9 @@ NAMES = (*IMPLEMENTATIONS, "mosaic")
 class ImplementationPlan:
     """Which implementation each platform takes; hashable.
 
-    ``names`` has pairs of a platform and names: the first of them that the device takes, which may
-    be known only when the program is lowered for it. ``refusal`` is why other platforms are left
-    out.
+    ``names`` has pairs of a platform and names. The first name that the device takes is used; the
+    device may be known only when the program is lowered for it. ``refusal`` says why other
+    platforms are left out.
     """
 
     names: tuple[tuple[str, tuple[str, ...]], ...]
@@ -122,7 +122,8 @@ def make_plan(
 ) -> ImplementationPlan:
     """Choose the implementations for every platform that the call may be lowered for.
 
-    Raises ``NotImplementedError`` where a name (or every name of a sequence) cannot take the call.
+    Raises:
+      NotImplementedError: the name, or every name of a sequence, refuses the call.
     """
     names = check_names(implementation)
     if call.is_empty:
@@ -183,8 +184,8 @@ def choose_per_platform(plan: ImplementationPlan) -> dict[str, str]:
 def run_plan(call: AttentionCall, plan: ImplementationPlan) -> tuple[jax.Array, jax.Array | None]:
     """Run the plan: one implementation everywhere, or one per platform, resolved when lowered.
 
-    Lowering for a platform that the plan leaves out is an error: a named implementation never
-    becomes another one.
+    Lowering for a platform that the plan leaves out raises NotImplementedError: a named
+    implementation never becomes another one.
     """
     own = {platform: names[0] for platform, names in plan.names if names[0] not in flash.NAMES}
     if not own:

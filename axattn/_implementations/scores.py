@@ -1,11 +1,11 @@
-"""From dot products to scores: what happens between Q K^T and the softmax, for any tile.
+"""Scores of a tile from its dot products: everything between Q K^T and the softmax.
 
 The order is fixed for every implementation:
 
     scores = soft_cap(scale * q.k) + bias + alibi, then the mask
 
 The bias comes after the cap, so that an additive mask (a bias of -1e9 or -inf) stays a mask.
-Tiles are ``[B, K, G, q, kv]``: query heads apart as (key/value head, member of its group).
+Tiles are ``[B, K, G, q, kv]``: a query head is (key/value head, member of its group).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _attend_einsum(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Ar
 def zero_unused_inputs(call: AttentionCall) -> AttentionCall:
     """Set queries and keys at and after the call's lengths to zero, whatever they held.
 
-    Values are cleaned where they are read, and so is all of a cache.
+    Values, and caches, are cleaned where they are read.
     """
     q, kv = call.spans()
     key = call.key

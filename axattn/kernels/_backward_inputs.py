@@ -1,4 +1,4 @@
-"""What every backward kernel is given, and the gradient that needs no kernel."""
+"""The inputs of every backward kernel, and the gradient of sinks, which needs no kernel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Under ``vmap`` a kernel is called once, for a batch that is so many times larger.
+"""``vmap`` of a kernel: one call with a larger batch.
 
-Pallas would add an axis to the grid, or loop where scalars differ, and knows no way for operands
-that stay in HBM. A call has a batch already.
+Pallas would add a grid axis, or loop where scalars differ, and cannot batch operands that stay in
+HBM. A call has a batch dimension, so calls are merged along it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many blocks a tile visits at most, from what a mask says while it is traced."""
+"""Upper bounds of the blocks that a tile needs, from what is known of a mask while tracing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axattn.kernels._problem import cdiv
 def blocks_per_tile(call: AttentionCall, block_q: int, block_kv: int, major: str) -> np.ndarray:
     """Bound the blocks that each tile of the outer loop (``major``: "q" or "kv") needs.
 
-    An upper bound: structure in arrays (lengths, segments, offsets) excludes nothing.
+    Structure in arrays (lengths, segments, offsets) excludes nothing.
     """
     before, after = _reach(call)
     own, other, length, others = block_q, block_kv, call.q_len, call.kv_len

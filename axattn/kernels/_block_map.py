@@ -1,7 +1,7 @@
-"""Which blocks a kernel visits for a tile of its rows: full ones first, then partial ones.
+"""The block map: which blocks a kernel computes for each tile, full ones before partial ones.
 
-For masks that are intervals (causal, windows, lengths, prefixes) four numbers per tile say it all;
-where a mask has holes (segments, arrays, given key positions), the blocks are listed.
+Four numbers per tile suffice for masks that are intervals (causal, windows, lengths, prefixes). For
+masks with holes (segments, arrays, given key positions) the blocks are listed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def of_queries(
 ) -> Plan:
     """Map each tile of ``block_q`` query slots to its key blocks.
 
-    Where a list would have more than ``longest_list`` entries, all blocks from the first to the
-    last of a tile are visited, as partial ones.
+    If a list had more than ``longest_list`` entries, all blocks from the first to the last of a
+    tile are computed, as partial ones.
     """
     states = _states(call, block_q, block_kv)
     if call.kv_len % block_kv:
@@ -56,7 +56,7 @@ def of_keys(
 def of_few_rows(call: AttentionCall, bounds: Bounds, block_kv: int) -> jax.Array:
     """Find the key blocks of one tile with all query rows, as spans ``[B or 1, 1, 4]``.
 
-    Without a list: blocks that a mask with holes would leave out are visited, as partial ones.
+    There is no list: the holes of a mask are computed as partial blocks.
     """
     low, high = bounds
     count = -(-call.kv_len // block_kv)

@@ -1,4 +1,4 @@
-"""What a call costs by its static shapes, whatever machine its kernels are for."""
+"""Cost estimates from static shapes, for the kernels of all machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axattn._typing import present
 def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
     """Estimate both products over all slots, and the bytes of the batch's slots, read once.
 
-    How many slots are in use is data: an upper bound.
+    It is an upper bound: how many slots are in use is data.
     """
     pairs = call.batch * call.num_heads * call.q_len * call.kv_len
     sizes = call.head_dim + call.value_head_dim

@@ -1,8 +1,8 @@
-"""A call's mask as kernels take it.
+"""A call's mask in the forms that kernels read.
 
-Every mask becomes one of four things: a pair of bounds per query row (causal, windows, prefixes,
-lengths: the row attends to positions in [low, high)), positions per key (given, or far away where a
-key is masked for all rows), ids on both sides (segments), or a tile of booleans (a [T, S] array).
+There are four: a pair of bounds per query row, for causal, windows, prefixes and lengths (the row
+attends to positions in [low, high)); positions per key (a key that is masked for all rows is far
+away); ids of queries and keys (segments); tiles of a boolean [T, S] array.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fold_key_masks(call: AttentionCall) -> AttentionCall:
 def bounds(call: AttentionCall) -> Bounds:
     """Return ``(low, high)``, int32 ``[B or 1, T]``: a row attends to positions in [low, high).
 
-    ``low`` is None where nothing bounds it. Of a call without key masks (`fold_key_masks`).
+    ``low`` is None without a lower bound. The call has no key masks (`fold_key_masks`).
     """
     q, _ = call.spans()
     positions = q.positions
@@ -77,7 +77,7 @@ def bounds(call: AttentionCall) -> Bounds:
 def may_have_empty_rows(call: AttentionCall) -> bool:
     """Say whether a row may have no keys; False where the mask's structure rules it out.
 
-    What cannot be ruled out costs a copy of ``dout``.
+    True costs a copy of ``dout``.
     """
     if any(x is not None for x in (call.q_positions, call.kv_positions, call.bias)):
         return True

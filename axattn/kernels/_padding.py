@@ -1,4 +1,4 @@
-"""Arrays filled up to the lengths that kernels load."""
+"""Padding of arrays to the lengths that kernels load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel knows about a call while it is traced."""
+"""The static facts of a call, for kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Backward pass of ``"xla_chunked"``: one sweep that recomputes the weights from the LSE.
 
-Dao, arXiv 2307.08691, algorithm 2, with query blocks outside: dQ is finished block by block, dK and
-dV are float32 accumulators of the size of K and V. The group is summed inside the products: nothing
-of the size of N heads of keys exists.
+Dao, arXiv 2307.08691, algorithm 2, with query blocks in the outer loop: dQ is finished block by
+block, dK and dV are float32 accumulators of the size of K and V. Products sum over the group, so
+nothing has the size of N heads of keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the chunked path cuts a call: block sizes, and which blocks of a row are visited."""
+"""Block sizes of the chunked path, and the lists of blocks that a query block needs."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class ChunkList:
 def list_chunks(row: jax.Array, num_kv: int, has_tail: bool) -> tuple[ChunkList, ChunkList]:
     """List full and partial blocks from a row of block states ``[B or 1, num_kv]``.
 
-    A block is full when it is full in every batch row, and visited when it is not empty in all.
-    With ``has_tail`` the last block shares slots with the one before: partial at best.
+    A block is full if it is full in every batch row, and left out if it is empty in every one.
+    With ``has_tail`` the last block shares slots with the one before, so it is never full.
     """
     full = (row == FULL).all(0)
     some = (row != EMPTY).any(0)

@@ -28,8 +28,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output ``[B, T, N, h]``, in the query's dtype if ``rounded``, and the LSE.
 
-    The LSE is in the accumulator's dtype. So are an output that is not rounded, and the weights and
-    values that it is made of.
+    The LSE is in the accumulator's dtype. Without ``rounded`` the output is, too, and so are the
+    weights and values in its product.
     """
     dtype = call.query.dtype if rounded else call.accumulator_dtype
     if not rounded:

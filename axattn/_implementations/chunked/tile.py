@@ -1,7 +1,7 @@
 """One (query block, key/value block) pair of the chunked path: its slices and its scores.
 
-No array is padded to whole blocks: the last block starts early enough to end at the end, and the
-slots that it shares with the block before are masked out (``fresh`` says which are its own).
+No array is padded to whole blocks. The last block starts earlier, so that it ends with the array;
+the slots that it shares with the block before are masked.
 """
 
 from __future__ import annotations
