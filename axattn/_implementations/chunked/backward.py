@@ -124,7 +124,7 @@ def _backward_row_by_row(
 def _backward_rows(
     call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
 ):
-    grid = ChunkGrid.of(call, blocks)
+    grid = ChunkGrid.from_call(call, blocks)
     block_row = call.mask.block_rows(grid.layout)
     dtype = call.accumulator_dtype
     axes = varying_axes(*jax.tree.leaves((call, given)))
@@ -153,7 +153,7 @@ def _backward_over_keys(
     grid: ChunkGrid, i, q: Span, row: jax.Array, given: _RowResiduals, sums, axes
 ):
     call = grid.call
-    tile = _QueryChunk.of(grid, i, q, given)
+    tile = _QueryChunk.from_block(grid, i, q, given)
     dquery = jnp.zeros(
         (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
     )
@@ -176,7 +176,7 @@ class _QueryChunk(NamedTuple):
     delta: jax.Array
 
     @classmethod
-    def of(cls, grid: ChunkGrid, i, q: Span, given: _RowResiduals) -> _QueryChunk:
+    def from_block(cls, grid: ChunkGrid, i, q: Span, given: _RowResiduals) -> _QueryChunk:
         call = grid.call
         options = (call.num_kv_heads, call.precision, call.accumulator_dtype)
 

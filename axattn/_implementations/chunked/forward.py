@@ -51,7 +51,7 @@ class _SoftmaxState(NamedTuple):
 def _forward_rows(
     call: AttentionCall, blocks: ChunkSizes, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    grid = ChunkGrid.of(call, blocks)
+    grid = ChunkGrid.from_call(call, blocks)
     block_row = call.mask.block_rows(grid.layout)
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
     axes = varying_axes(*jax.tree.leaves(call))

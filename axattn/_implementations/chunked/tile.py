@@ -31,7 +31,7 @@ class ChunkGrid:
     layout: Layout
 
     @classmethod
-    def of(cls, call: AttentionCall, blocks: ChunkSizes) -> ChunkGrid:
+    def from_call(cls, call: AttentionCall, blocks: ChunkSizes) -> ChunkGrid:
         return cls(call, blocks, call.layout(blocks.q, blocks.kv))
 
     @property
