@@ -141,7 +141,7 @@ class AttentionCall:
         """The dtype in which keys and values enter the matrix products."""
         if self.stored is None:
             return self.query.dtype
-        return _quantization.product_dtype(self.stored.dtype, self.query.dtype)
+        return _quantization.get_product_dtype(self.stored.dtype, self.query.dtype)
 
     @property
     def accumulator_dtype(self) -> Any:

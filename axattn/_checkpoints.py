@@ -72,7 +72,7 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     kernels = set()
     for path, _ in flat:
-        names = [_name(entry) for entry in path]
+        names = [_get_key(entry) for entry in path]
         kernels |= {tuple(names[: i + 1]) for i, name in enumerate(names) if name == "kernel"}
     layers = {
         kernel[:-2]
@@ -85,15 +85,15 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
             "with a kernel"
         )
 
-    def pool(path, leaf):
-        names = [_name(entry) for entry in path]
+    def pool_leaf(path, leaf):
+        names = [_get_key(entry) for entry in path]
         for i in range(len(names) - 1):
             in_layer = tuple(names[:i]) in layers
             if in_layer and names[i] in ("key", "value") and names[i + 1] in ("kernel", "bias"):
-                return _pool(leaf, num_kv_heads, "/".join(map(str, names[: i + 2])))
+                return _pool_heads(leaf, num_kv_heads, "/".join(map(str, names[: i + 2])))
         return leaf
 
-    return jax.tree_util.tree_map_with_path(pool, params)
+    return jax.tree_util.tree_map_with_path(pool_leaf, params)
 
 
 def mha_to_mqa(params: Any) -> Any:
@@ -154,10 +154,10 @@ def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
       >>> len(layers), layers[0]["attention"]["query"]["kernel"].shape
       (3, (32, 4, 8))
     """
-    axis = _axis(axis)
+    axis = _check_axis(axis)
     depths: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        where, shape = _joined(path), jnp.shape(leaf)
+        where, shape = _format_path(path), jnp.shape(leaf)
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"{where} takes an axis {axis} of layers, got shape {shape}: params are those of "
@@ -172,11 +172,11 @@ def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
         )
     (depth,) = depths
 
-    def layer(i: int) -> Any:
+    def slice_layer(i: int) -> Any:
         sliced = jax.tree.map(lambda leaf: leaf[(slice(None),) * (axis % leaf.ndim) + (i,)], params)
-        return _renamed(sliced, lambda names, rank: _without(names, axis % (rank + 1)))
+        return _rename_axes(sliced, lambda names, rank: _drop_axis(names, axis % (rank + 1)))
 
-    return [layer(i) for i in range(depth)]
+    return [slice_layer(i) for i in range(depth)]
 
 
 def stack_layers(layers: Sequence[Any], axis: int = 0, *, axis_name: str | None = None) -> Any:
@@ -202,7 +202,7 @@ def stack_layers(layers: Sequence[Any], axis: int = 0, *, axis_name: str | None 
       >>> checkpoints.stack_layers(layers)["kernel"].shape
       (3, 4, 8)
     """
-    axis, layers = _axis(axis), list(layers)
+    axis, layers = _check_axis(axis), list(layers)
     if not layers:
         raise ValueError("layers takes at least one, got none")
     structure: Any
@@ -218,44 +218,44 @@ def stack_layers(layers: Sequence[Any], axis: int = 0, *, axis_name: str | None 
             if kinds[0] != kinds[1]:
                 raise ValueError(
                     f"layers takes arrays of one shape and dtype, got in layer {i} {kinds[1]} for "
-                    f"{_joined(path)} and in layer 0 {kinds[0]}"
+                    f"{_format_path(path)} and in layer 0 {kinds[0]}"
                 )
             if not -len(kinds[0][0]) - 1 <= axis <= len(kinds[0][0]):
                 raise ValueError(
-                    f"axis={axis} is none of {_joined(path)}, stacked from shape {kinds[0][0]}"
+                    f"axis={axis} is none of {_format_path(path)}, stacked from shape {kinds[0][0]}"
                 )
 
-    def stacked(*leaves):
+    def stack_leaves(*leaves):
         on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
         return (np if on_host else jnp).stack(leaves, axis)
 
-    tree = jax.tree.map(stacked, *layers)
-    return _renamed(tree, lambda names, rank: _with(names, axis % rank, axis_name))
+    tree = jax.tree.map(stack_leaves, *layers)
+    return _rename_axes(tree, lambda names, rank: _insert_axis(names, axis % rank, axis_name))
 
 
-def _axis(axis: Any) -> int:
+def _check_axis(axis: Any) -> int:
     try:
         return operator.index(axis)
     except TypeError:
         raise TypeError(f"axis takes an integer, got {axis!r}") from None
 
 
-def _without(names: tuple, axis: int) -> tuple:
+def _drop_axis(names: tuple, axis: int) -> tuple:
     return names[:axis] + names[axis + 1 :]
 
 
-def _with(names: tuple, axis: int, name: str | None) -> tuple:
+def _insert_axis(names: tuple, axis: int, name: str | None) -> tuple:
     names += (None,) * (axis - len(names))
     return names[:axis] + (name,) + names[axis:]
 
 
-def _renamed(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
+def _rename_axes(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
     """``tree`` with ``rename(names, rank)`` of names of axes, where arrays carry them."""
 
     def is_named(x: Any) -> bool:  # Flax's boxes, and its NNX variables; without importing Flax
         return hasattr(x, "replace_boxed") or hasattr(x, "set_metadata")
 
-    def renamed(x: Any) -> Any:
+    def rename_leaf(x: Any) -> Any:
         if hasattr(x, "set_metadata"):
             names = x.get_metadata().get("out_sharding")
             if names:
@@ -264,14 +264,14 @@ def _renamed(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
             return x.replace(names=rename(tuple(x.names), x.unbox(False).ndim))
         return x
 
-    return jax.tree.map(renamed, tree, is_leaf=is_named)
+    return jax.tree.map(rename_leaf, tree, is_leaf=is_named)
 
 
-def _joined(path: Any) -> str:
-    return "/".join(str(_name(entry)) for entry in path) or "params"
+def _format_path(path: Any) -> str:
+    return "/".join(str(_get_key(entry)) for entry in path) or "params"
 
 
-def _name(entry: Any) -> Any:
+def _get_key(entry: Any) -> Any:
     """What a step of a tree path is called: key, attribute or index."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -279,7 +279,7 @@ def _name(entry: Any) -> Any:
     return str(entry)
 
 
-def _pool(leaf, num_kv_heads: int, where: str):
+def _pool_heads(leaf, num_kv_heads: int, where: str):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{where} must be floating-point, got {leaf.dtype}")
     if leaf.ndim < 2:

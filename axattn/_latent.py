@@ -133,20 +133,20 @@ def latent_attention(
       >>> forms[0].shape, bool(jnp.allclose(*forms))
       ((1, 5, 4, 16), True)
     """
-    sizes = _sizes(query, latent, key_rope, key_up, value_up)
+    sizes = _check_sizes(query, latent, key_rope, key_up, value_up)
     if form is None:
         form = preferred_form(query.shape[-3], latent.shape[-2], **sizes)
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS} or None, got {form!r}")
-    options.update(scale=_default_scale(query) if scale is None else scale, precision=precision)
+    options.update(scale=_get_default_scale(query) if scale is None else scale, precision=precision)
     if form == "naive":
         written = write_out(latent, key_rope, key_up, value_up, precision=precision)
         key, value = (x.astype(query.dtype) for x in written)
         return attend(query, key, value, **options)
     query = absorb(query, key_up, precision=precision)
-    key, value = _shared_key(latent, key_rope), latent[..., None, :]
+    key, value = _join_shared_key(latent, key_rope), latent[..., None, :]
     options["is_projected"] = True  # by these two products
-    return _expanded(attend(query, key, value, **options), value_up, precision)
+    return _expand_output(attend(query, key, value, **options), value_up, precision)
 
 
 def write_out(
@@ -293,10 +293,10 @@ def attend(
     """
     rank, rope = _check_cache(cache)
     _check_ups(query, rank, rope, key_up, value_up)
-    scale = _default_scale(query) if scale is None else scale
+    scale = _get_default_scale(query) if scale is None else scale
     absorbed = absorb(query, key_up, precision=precision)
     found = cache.attend(absorbed, scale=scale, precision=precision, **options)
-    return _expanded(found, value_up, precision)
+    return _expand_output(found, value_up, precision)
 
 
 def extend(
@@ -350,15 +350,15 @@ def extend(
       >>> out.shape, cache.lengths.tolist()
       ((1, 5, 4, 16), [5])
     """
-    sizes = _sizes(query, latent, key_rope, key_up, value_up)
+    sizes = _check_sizes(query, latent, key_rope, key_up, value_up)
     _check_cache(cache, sizes["rank"], sizes["rope_dim"])
     if form not in (None, "absorbed"):
         raise ValueError(f"form takes None or 'absorbed' over a cache, got {form!r}")
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         if name in options:
             raise TypeError(f"extend takes no argument {name}: lengths and the cache say it")
-    options.update(scale=_default_scale(query) if scale is None else scale, precision=precision)
-    key = _shared_key(latent, key_rope)
+    options.update(scale=_get_default_scale(query) if scale is None else scale, precision=precision)
+    key = _join_shared_key(latent, key_rope)
     if cache.stores_floats:
         key = key.astype(cache.dtype)
 
@@ -369,34 +369,34 @@ def extend(
     if was_empty is False:
         query = absorb(query, key_up, precision=precision)
         out, cache = cache.extend(query, key, lengths=lengths, **options)
-        return _expanded(out, value_up, precision), cache
+        return _expand_output(out, value_up, precision), cache
 
     before, cache = cache.lengths, cast(CacheType, cache.append(key, lengths=lengths))
     written = cache.lengths - before
 
-    def naive():
+    def attend_naive():
         return latent_attention(
             query, latent, key_rope, key_up, value_up, form="naive", attend=attend,
             query_seq_lengths=written, key_value_seq_lengths=written,
             **{"is_causal": True, **options},
         )  # fmt: skip
 
-    def absorbed():
+    def absorb_query():
         return absorb(query, key_up, precision=precision)
 
     if was_empty is True:
-        return naive(), cache
+        return attend_naive(), cache
     # The cache stays outside: at the doors of a conditional XLA on TPUs would lay it out anew.
     # Without queries to answer, attention over it costs nothing.
     among_the_new, rows = lax.cond(
         was_empty,
-        lambda: (naive(), _zeros_like(absorbed)),
-        lambda: (_zeros_like(naive), absorbed()),
+        lambda: (attend_naive(), _make_zeros(absorb_query)),
+        lambda: (_make_zeros(attend_naive), absorb_query()),
     )
     count = jnp.where(was_empty, 0, written)
     over_all = cache.attend(rows, query_seq_lengths=count, **options)
     out = lax.cond(
-        was_empty, lambda: among_the_new, lambda: _expanded(over_all, value_up, precision)
+        was_empty, lambda: among_the_new, lambda: _expand_output(over_all, value_up, precision)
     )
     return out, cache
 
@@ -407,30 +407,30 @@ def _is_empty(cache: CacheType) -> bool | Array:
     return bool(empty) if is_concrete(empty) else empty
 
 
-def _zeros_like(function: Any) -> Any:
+def _make_zeros(function: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
 
 
 # ---- shared -----------------------------------------------------------------------------------
 
 
-def _default_scale(query: Array) -> float:
+def _get_default_scale(query: Array) -> float:
     return query.shape[-1] ** -0.5
 
 
-def _shared_key(latent: Array, key_rope: Array) -> Array:
+def _join_shared_key(latent: Array, key_rope: Array) -> Array:
     """The one key head of the absorbed form, [..., S, 1, R + P]."""
     return jnp.concatenate([latent, key_rope.astype(latent.dtype)], -1)[..., None, :]
 
 
-def _expanded(found: Any, value_up: Array, precision: Any) -> Any:
+def _expand_output(found: Any, value_up: Array, precision: Any) -> Any:
     """The output over latents, [..., T, N, R], brought through ``value_up``; an LSE as it is."""
     out, *rest = found if isinstance(found, tuple) else (found,)
     out = jnp.einsum("...tnr,rnh->...tnh", out, value_up, precision=precision).astype(out.dtype)
     return (out, *rest) if rest else out
 
 
-def _sizes(query, latent, key_rope, key_up, value_up) -> dict[str, int]:
+def _check_sizes(query, latent, key_rope, key_up, value_up) -> dict[str, int]:
     """R, D, P and h of arrays that fit together."""
     for name, x, axes in (
         ("query", query, "[..., T, N, D + P]"),

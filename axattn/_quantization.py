@@ -56,7 +56,7 @@ class Quantized(NamedTuple):
 _serialization.register_named_tuple(Quantized)
 
 
-def dtype_name(dtype: Any) -> str:
+def check_dtype(dtype: Any) -> str:
     """The name of a dtype that a cache can have; TypeError for another."""
     try:
         name = repr(None) if dtype is None else jnp.dtype(dtype).name
@@ -71,7 +71,7 @@ def is_quantized(dtype: str) -> bool:
     return dtype in LIMITS
 
 
-def storage(dtype: str) -> Any:
+def get_storage_dtype(dtype: str) -> Any:
     """The JAX dtype of the array that holds numbers of ``dtype``, or their bits."""
     if dtype == "float8_e4m3fn":
         return jnp.dtype(jnp.uint8)
@@ -80,13 +80,13 @@ def storage(dtype: str) -> Any:
     return jnp.dtype(dtype)
 
 
-def to_storage(x: Array, dtype: str, stored: Any) -> Array:
+def cast_to_storage(x: Array, dtype: str, stored: Any) -> Array:
     """Numbers of ``dtype`` as an array that holds them in ``stored``."""
     x = x.astype(dtype)
     return x if x.dtype == stored else lax.bitcast_convert_type(x, stored)
 
 
-def nbytes(array: Any) -> int:
+def count_bytes(array: Any) -> int:
     """Bytes of an array (or its shape) in memory: int4 takes half a byte."""
     bits = 4 if array.dtype == jnp.int4 else 8 * array.dtype.itemsize
     return -(-math.prod(array.shape) * bits // 8)
@@ -120,7 +120,7 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
       >>> bool((error <= quantized.scales / 2).all())
       True
     """
-    name = dtype_name(dtype)
+    name = check_dtype(dtype)
     if name not in LIMITS:
         raise TypeError(f"dtype takes one of {', '.join(LIMITS)}, got {dtype!r}")
     limit = LIMITS[name]
@@ -136,10 +136,10 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
         codes = jnp.clip(codes, -limit, limit)
     else:
         codes = jnp.clip(jnp.rint(codes), -limit, limit)
-    return Quantized(to_storage(codes, name, storage(name)), scales)
+    return Quantized(cast_to_storage(codes, name, get_storage_dtype(name)), scales)
 
 
-def codes_as(codes: Array, dtype: str, compute_dtype: Any) -> Array:
+def cast_codes(codes: Array, dtype: str, compute_dtype: Any) -> Array:
     """What is stored ``[..., H]`` as numbers of ``compute_dtype``, without their scales.
 
     Codes are exact in bfloat16, float16 and float32.
@@ -169,8 +169,8 @@ def dequantize(quantized: Quantized, dtype: Any) -> Float[Array, "... H"]:
       >>> quantization.dequantize(quantized, "float8_e4m3fn")
       Array([[ 2., -8., 16.]], dtype=float32)
     """
-    name = dtype_name(dtype)
-    numbers = codes_as(quantized.codes, name, jnp.float32)
+    name = check_dtype(dtype)
+    numbers = cast_codes(quantized.codes, name, jnp.float32)
     return numbers * quantized.scales[..., None]
 
 
@@ -210,7 +210,7 @@ def key_center(
     return total / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 
 
-def product_dtype(dtype: str, query_dtype: Any) -> Any:
+def get_product_dtype(dtype: str, query_dtype: Any) -> Any:
     """The dtype in which a query meets stored keys and values in a matrix product."""
     if is_quantized(dtype):
         # A weight times a small value scale would leave the range of float16.
@@ -237,6 +237,6 @@ def bytes_per_vector(dtype: Any, head_dim: int) -> int:
       >>> [quantization.bytes_per_vector(d, 128) for d in ("bfloat16", "int8", "int4")]
       [256, 132, 68]
     """
-    name = dtype_name(dtype)
-    vector = jax.ShapeDtypeStruct((head_dim,), storage(name))
-    return nbytes(vector) + (4 if is_quantized(name) else 0)
+    name = check_dtype(dtype)
+    vector = jax.ShapeDtypeStruct((head_dim,), get_storage_dtype(name))
+    return count_bytes(vector) + (4 if is_quantized(name) else 0)

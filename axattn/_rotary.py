@@ -93,7 +93,7 @@ class LinearScaling:
     def __post_init__(self):
         _check_real("LinearScaling.factor", self.factor)
 
-    def _scaled(self, frequencies: np.ndarray, base: float) -> np.ndarray:
+    def _scale(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         return frequencies / self.factor
 
 
@@ -140,7 +140,7 @@ class Llama3Scaling:
                 f"{self.low_freq_factor!r} and {self.high_freq_factor!r}"
             )
 
-    def _scaled(self, frequencies: np.ndarray, base: float) -> np.ndarray:
+    def _scale(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         turns = self.original_max_position * frequencies / (2 * np.pi)
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
@@ -209,16 +209,16 @@ class YarnScaling:
             if getattr(self, name) is not None:
                 _check_real(f"YarnScaling.{name}", getattr(self, name), zero=True)
 
-    def _scaled(self, frequencies: np.ndarray, base: float) -> np.ndarray:
+    def _scale(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         if base <= 1.0:
             raise ValueError(f"base must be greater than 1 with YarnScaling, got {base!r}")
         half = len(frequencies)
 
-        def index_that_turns(times: float) -> float:
+        def find_index(times: float) -> float:
             slowest = self.original_max_position / (2 * math.pi * times)
             return half * math.log(slowest) / math.log(base)
 
-        start, end = index_that_turns(self.beta_fast), index_that_turns(self.beta_slow)
+        start, end = find_index(self.beta_fast), find_index(self.beta_slow)
         if self.truncate:
             start, end = math.floor(start), math.ceil(end)
         # The upper limit is the number of features, not of pairs: checkpoints were trained so.
@@ -268,10 +268,10 @@ def rotary_frequencies(
     _check_real("base", base)
     _check_scaling(scaling)
     frequencies = float(base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return frequencies if scaling is None else scaling._scaled(frequencies, float(base))
+    return frequencies if scaling is None else scaling._scale(frequencies, float(base))
 
 
-def _mscale(factor: float, mscale: float) -> float:
+def _compute_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -301,10 +301,10 @@ def yarn_attention_factor(scaling: Scaling | None) -> float:
     if scaling.attention_factor is not None:
         return float(scaling.attention_factor)
     if scaling.mscale and scaling.mscale_all_dim:
-        return _mscale(scaling.factor, scaling.mscale) / _mscale(
+        return _compute_mscale(scaling.factor, scaling.mscale) / _compute_mscale(
             scaling.factor, scaling.mscale_all_dim
         )
-    return _mscale(scaling.factor, 1.0)
+    return _compute_mscale(scaling.factor, 1.0)
 
 
 def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
@@ -331,7 +331,7 @@ def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
     scale = check_count("head_dim", head_dim) ** -0.5
     _check_scaling(scaling)
     if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
-        scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+        scale *= _compute_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
 
 

@@ -83,13 +83,13 @@ class Stored(_serialization.Serializable):
 
     def keys(self, kv: Span, dtype: Any) -> jax.Array:
         """Read slots ``kv`` of the keys, ``[B, K, s, H]`` in ``dtype``, without scale or center."""
-        return _quantization.codes_as(self._tile(self.arrays.keys, kv), self.dtype, dtype)
+        return _quantization.cast_codes(self._tile(self.arrays.keys, kv), self.dtype, dtype)
 
     def values(self, kv: Span, dtype: Any) -> jax.Array:
         """Read slots ``kv`` of the values, ``[B, K, s, h]`` in ``dtype``, without scale."""
         if self.arrays.values is None:
             return self.keys(kv, dtype)[..., : self.value_head_dim]
-        return _quantization.codes_as(self._tile(self.arrays.values, kv), self.dtype, dtype)
+        return _quantization.cast_codes(self._tile(self.arrays.values, kv), self.dtype, dtype)
 
     def key_scales(self, kv: Span) -> jax.Array | None:
         """Read the scales of the keys, float32 ``[B, K, s]``, or None."""

@@ -196,8 +196,8 @@ class TestDropIn:
         "module, function, callee",
         [
             (_attention, axattn.dot_product_attention, "normalize"),
-            (axattn.linen._function, axattn.linen.dot_product_attention, "flax_attention"),
-            (axattn.nnx._function, axattn.nnx.dot_product_attention, "flax_attention"),
+            (axattn.linen._function, axattn.linen.dot_product_attention, "attend_with_flax_hooks"),
+            (axattn.nnx._function, axattn.nnx.dot_product_attention, "attend_with_flax_hooks"),
         ],
     )
     def test_each_option_goes_where_it_belongs(self, module, function, callee, monkeypatch):
@@ -221,7 +221,7 @@ class TestDropIn:
 
         q = np.ones((1, 2, 2, 4), np.float32)
         given = AttentionOptions(dropout_rate=0.5, is_causal=True)
-        found = flax_function.flax_attention(
+        found = flax_function.attend_with_flax_hooks(
             q, q, q, given, deterministic=True, attend=attend, sow=None
         )
         assert found == dict(is_causal=True, is_projected=True)

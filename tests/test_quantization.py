@@ -66,11 +66,11 @@ def test_codes_are_exact_in_short_floats():
     fp8 = np.arange(256).astype(np.uint8)[None]
     fp8 = fp8[~np.isnan(fp8.view(ml_dtypes.float8_e4m3fn).astype(np.float32))][None]
     for codes, dtype in ((numbers, "int8"), (fp8, "float8_e4m3fn")):
-        exact = np.asarray(_quantization.codes_as(jnp.asarray(codes), dtype, jnp.float32))
+        exact = np.asarray(_quantization.cast_codes(jnp.asarray(codes), dtype, jnp.float32))
         if dtype == "int8":
             np.testing.assert_array_equal(exact, numbers)
         for short in (jnp.bfloat16, jnp.float16):
-            got = _quantization.codes_as(jnp.asarray(codes), dtype, short)
+            got = _quantization.cast_codes(jnp.asarray(codes), dtype, short)
             np.testing.assert_array_equal(np.asarray(got, np.float32), exact)
 
 
@@ -94,7 +94,7 @@ def test_bytes_per_vector():
 @pytest.mark.parametrize("dtype", ["int16", "float8_e5m2", "complex64", "nonsense", None, 3])
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(TypeError, match="dtype takes one of"):
-        _quantization.dtype_name(dtype)
+        _quantization.check_dtype(dtype)
     with pytest.raises(TypeError, match="dtype takes one of"):
         quantize(jnp.ones(4), dtype)
 

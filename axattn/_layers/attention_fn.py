@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from axattn._layers.masking import as_array, as_given
+from axattn._layers.masking import cast_mask, materialize_mask
 from axattn._masks import Mask
 from axattn._typing import Array, Float, Integer
 
@@ -20,7 +20,7 @@ _LAYER_NAMES = {
 }
 
 
-def _name_of(fn: Callable) -> str:
+def _describe_function(fn: Callable) -> str:
     fn = getattr(fn, "func", fn)  # functools.partial
     return getattr(fn, "__qualname__", None) or repr(fn)
 
@@ -73,7 +73,7 @@ def call_attention(
                     window[0] if isinstance(window, (tuple, list)) else window, 0
                 )
         if structure is not None:
-            array = as_array(
+            array = materialize_mask(
                 structure,
                 query.shape[:-3],
                 query.shape[-3],
@@ -81,7 +81,7 @@ def call_attention(
                 q_positions=positions,
             )
             if not (mask is None or isinstance(mask, Mask)):
-                given: Any = as_given(mask)
+                given: Any = cast_mask(mask)
                 missing = tuple(range(array.ndim - given.ndim))
                 array &= jnp.expand_dims(given, missing)
             flax_kwargs["mask"] = array
@@ -95,8 +95,9 @@ def call_attention(
         if name not in parameters and not takes_any:
             layer_name = _LAYER_NAMES.get(name, name)
             raise ValueError(
-                f"{layer_name} was asked for, but attention_fn={_name_of(attention_fn)} takes no "
-                f"argument {name!r}; use axattn's dot_product_attention, or a function that does"
+                f"{layer_name} was asked for, but attention_fn={_describe_function(attention_fn)} "
+                f"takes no argument {name!r}; use axattn's dot_product_attention, or a function "
+                "that does"
             )
     if flax_kwargs.get("deterministic") and "deterministic" not in parameters and not takes_any:
         flax_kwargs["dropout_rate"] = 0.0  # said in the words that the function does take

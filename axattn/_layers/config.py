@@ -9,11 +9,22 @@ from typing import Any, Self
 from axattn import _latent
 from axattn._checks import check_count
 from axattn._layers.axes import ALL_HEADS_NORM_AXES, LOGICAL_AXES
-from axattn._layers.options import requested
 from axattn._rotary import RotaryEmbedding
 from axattn._typing import Implementation, QkNorm
 
 QK_NORMS = (None, "layer", "rms")
+
+
+def make_hashable(value):
+    """Return a field as something hashable: a sequence of numbers or names as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def drop_unset(**options) -> dict[str, Any]:
+    """Return the options that are set: all but those that are None or False."""
+    return {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,7 @@ class LayerConfig:
     @property
     def options(self) -> dict[str, Any]:
         """Those of `axattn.dot_product_attention`, by its names, as far as they are asked for."""
-        return requested(
+        return drop_unset(
             scale=self.scale,
             local_window_size=self.window,
             logits_soft_cap=self.logits_soft_cap,
@@ -171,7 +182,7 @@ class LatentConfig(LayerConfig):
                 f"{self.qk_rope_head_dim}"
             )
 
-    def features(self, projection: str) -> int | tuple[int, int]:
+    def get_features(self, projection: str) -> int | tuple[int, int]:
         """What a projection other than ``out`` makes of each token."""
         query = (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim)
         of_each: dict[str, int | tuple[int, int]] = {

@@ -26,7 +26,7 @@ def check_token(query_shape, key_shape, cache_shape) -> None:
             )
 
 
-def append(
+def write_token(
     cached: Float[Array, "*batch S K H"],
     index: Integer[Array, ""],
     token: Float[Array, "*batch 1 K H"],

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from axattn._attention import dot_product_attention
 from axattn._dtypes import accumulator
-from axattn._layers.masking import as_given
-from axattn._layers.weights import attention_weights, weighted_sum
+from axattn._layers.masking import cast_mask
+from axattn._layers.weights import compute_attention_weights, sum_values
 from axattn._options import AttentionOptions
 from axattn._typing import Array, Float, present
 
 
-def flax_attention(
+def attend_with_flax_hooks(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
     value: Float[Array, "*batch S K h"],
@@ -47,7 +47,7 @@ def flax_attention(
     """
     rate = 0.0 if deterministic else options.dropout_rate
     options = dataclasses.replace(
-        options, mask=as_given(cast(Any, options.mask)), dropout_rate=rate, is_projected=True
+        options, mask=cast_mask(cast(Any, options.mask)), dropout_rate=rate, is_projected=True
     )
     if sow is None and qk_einsum is None:
         return attend(query, key, value, **options.as_keywords())
@@ -57,11 +57,11 @@ def flax_attention(
         precision=options.precision,
         preferred_element_type=accumulator(query.dtype),
     )
-    weights_by = functools.partial(
-        attention_weights, query, key, value, einsum=qk_einsum or plain_einsum
+    compute_weights = functools.partial(
+        compute_attention_weights, query, key, value, einsum=qk_einsum or plain_einsum
     )
     if sow is not None:
-        sow(weights_by(dataclasses.replace(options, dropout_rate=0.0)))
+        sow(compute_weights(dataclasses.replace(options, dropout_rate=0.0)))
     if qk_einsum is None:
         return attend(query, key, value, **options.as_keywords())
 
@@ -72,5 +72,5 @@ def flax_attention(
         )
     if attend is not dot_product_attention:
         raise NotImplementedError(f"attend={attend!r} has no place for einsum hooks")
-    out = weighted_sum(weights_by(options).astype(query.dtype), value, einsum=present(value_einsum))
-    return out.astype(query.dtype)
+    weights = compute_weights(options).astype(query.dtype)
+    return sum_values(weights, value, einsum=present(value_einsum)).astype(query.dtype)

@@ -11,7 +11,7 @@ from jax import lax
 from axattn._typing import Array, Float
 
 
-def fused_projections(
+def project_fused(
     inputs: Sequence[Float[Array, "*batch T E"]],
     kernels: Sequence[Float[Array, "E heads H"]],
     biases: Sequence[Float[Array, "heads H"]] | None,

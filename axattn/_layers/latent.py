@@ -11,17 +11,16 @@ import numpy as np
 from jax import lax
 
 from axattn import _jax_compat, _latent
-from axattn._layers.config import LatentConfig
-from axattn._layers.masking import as_given
-from axattn._layers.options import requested
-from axattn._layers.rope import rotate
-from axattn._layers.step import LayerCall, check_cache, normalized
+from axattn._layers.config import LatentConfig, drop_unset
+from axattn._layers.masking import cast_mask
+from axattn._layers.rope import rotate_query_key
+from axattn._layers.step import LayerCall, apply_norm, check_cache
 from axattn._rotary import RotaryEmbedding, yarn_softmax_scale
 from axattn._typing import Array, Float, Integer
 from axattn.cache._checks import is_concrete
 
 # A projection's kernel, or what stands in its place and has to be called: [..., R] -> [..., N, D].
-Up = Array | Callable[[Array], Array]
+UpProjection = Array | Callable[[Array], Array]
 
 # Projections that ``use_bias`` is about.
 BIASED = ("query_down", "kv_down", "out")
@@ -32,7 +31,7 @@ _LINEAR = 2.0**-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Projected:
+class LatentOperands:
     """What a layer's projections made of its inputs, and the two that attention brings in.
 
     In the order of `axattn.latent.latent_attention`.
@@ -41,58 +40,59 @@ class Projected:
     query: Float[Array, "*batch T N D+P"]
     latent: Float[Array, "*batch T R"]
     key_rope: Float[Array, "*batch T P"]
-    key_up: Up
-    value_up: Up
+    key_up: UpProjection
+    value_up: UpProjection
 
     @property
-    def called(self) -> bool:
+    def has_modules(self) -> bool:
         """Whether one of the two has no kernel to read."""
         return callable(self.key_up) or callable(self.value_up)
 
-    def promoted(self, promote: Callable[[tuple[Array, ...]], Sequence[Array]]) -> Projected:
+    def cast(self, promote: Callable[[tuple[Array, ...]], Sequence[Array]]) -> LatentOperands:
         """The same in one dtype, as ``promote(arrays)`` brings them to it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {name: x for name, x in fields.items() if not callable(x)}
         found = promote(tuple(arrays.values()))
         return dataclasses.replace(self, **dict(zip(arrays, found, strict=True)))
 
-    def rotated(
+    def rotate(
         self, rope: RotaryEmbedding, positions: Integer[Array, "*leading T"] | None
-    ) -> Projected:
+    ) -> LatentOperands:
         """The same, the last P features of queries and the shared keys turned by positions."""
         size = self.key_rope.shape[-1]
         plain, turned = jnp.split(self.query, [self.query.shape[-1] - size], axis=-1)
-        turned, shared = rotate(rope, turned, self.key_rope[..., None, :], positions, None)
+        key = self.key_rope[..., None, :]
+        turned, key = rotate_query_key(rope, turned, key, positions, None)
         query = jnp.concatenate([plain, turned], -1)
-        return dataclasses.replace(self, query=query, key_rope=shared[..., 0, :])
+        return dataclasses.replace(self, query=query, key_rope=key[..., 0, :])
 
-    def with_kernels(self) -> tuple[Array, ...]:
+    def resolve_kernels(self) -> tuple[Array, ...]:
         """All five as arrays: of what has to be called, the kernel that its outputs are made with.
 
         Raises:
           ValueError: one of the two is no linear map.
         """
         ups = (
-            kernel_of(name, up, self.latent) if callable(up) else up
+            recover_kernel(name, up, self.latent) if callable(up) else up
             for name, up in (("key_up", self.key_up), ("value_up", self.value_up))
         )
         return self.query, self.latent, self.key_rope, *ups
 
-    def written_out(self, precision: Any) -> tuple[Array, Array, Array]:
+    def write_out(self, precision: Any) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the naive form, the latter made by calling what there is."""
 
-        def raised(up: Up) -> Array:
+        def project_up(up: UpProjection) -> Array:
             if callable(up):
                 return up(self.latent).astype(self.query.dtype)
             return jnp.einsum("...sr,rnd->...snd", self.latent, up, precision=precision)
 
-        key, value = raised(self.key_up), raised(self.value_up)
+        key, value = project_up(self.key_up), project_up(self.value_up)
         shared = self.key_rope[..., None, :].astype(key.dtype)
         shared = jnp.broadcast_to(shared, (*key.shape[:-1], shared.shape[-1]))
         return self.query, jnp.concatenate([key, shared], -1), value
 
 
-def kernel_of(
+def recover_kernel(
     name: str, up: Callable[[Array], Array], latents: Float[Array, "*batch T R"]
 ) -> Array:
     """The kernel ``[R, N, D]`` of a linear map that can only be called, with its gradient.
@@ -137,14 +137,14 @@ def kernel_of(
     return jnp.where(is_linear, kernel, jnp.asarray(jnp.nan, kernel.dtype))
 
 
-def project(
+def project_latents(
     inputs: Float[Array, "*batch T E"],
     config: LatentConfig,
     *,
     find: Callable[[str], Callable[[Array], Array]],
-    find_up: Callable[[str, Array], Up],
+    find_up: Callable[[str, Array], UpProjection],
     promote: Callable[[tuple[Array, ...]], Sequence[Array]],
-) -> Projected:
+) -> LatentOperands:
     """What a layer's projections and norms make of its inputs.
 
     Args:
@@ -157,15 +157,15 @@ def project(
     if config.q_lora_rank is None:
         query = find("query")(inputs)
     else:
-        query = find("query_up")(normalized(find("query_norm"), find("query_down")(inputs)))
+        query = find("query_up")(apply_norm(find("query_norm"), find("query_down")(inputs)))
     down, key_rope = jnp.split(find("kv_down")(inputs), [config.kv_lora_rank], axis=-1)
-    down = normalized(find("kv_norm"), down)
+    down = apply_norm(find("kv_norm"), down)
     ups = find_up("key_up", down), find_up("value_up", down)
-    return Projected(query, down, key_rope, *ups).promoted(promote)
+    return LatentOperands(query, down, key_rope, *ups).cast(promote)
 
 
-def attend(
-    layer: Any, config: LatentConfig, call: LayerCall, projected: Projected
+def apply_latent_attention(
+    layer: Any, config: LatentConfig, call: LayerCall, projected: LatentOperands
 ) -> tuple[Float[Array, "*batch T N h"], Any]:
     """Rotates, appends to a cache, and attends over that or over the tokens themselves.
 
@@ -185,12 +185,12 @@ def attend(
             dropout_rng=call.dropout_rng,
             broadcast_dropout=layer.broadcast_dropout,
         )
-    scale, mask = config.scale, as_given(call.mask)
+    scale, mask = config.scale, cast_mask(call.mask)
     if scale is None:  # the model's convention: 1 / sqrt(D + P), which YaRN changes
         scale = yarn_softmax_scale(projected.query.shape[-1], config.rope.scaling)
     options = {
         **config.options,
-        **requested(
+        **drop_unset(
             query_segment_ids=call.segment_ids,
             precision=layer.precision,
             is_projected=True,
@@ -206,16 +206,16 @@ def attend(
             positions = cache.next_positions(projected.query.shape[1])
         return _latent.extend(
             cache,
-            *projected.rotated(config.rope, positions).with_kernels(),
+            *projected.rotate(config.rope, positions).resolve_kernels(),
             lengths=call.lengths,
             form="absorbed" if config.form == "absorbed" else None,
             attend=layer.attend,
             **options,
         )
-    projected = projected.rotated(config.rope, call.positions)
+    projected = projected.rotate(config.rope, call.positions)
     options["is_causal"] = bool(call.is_causal)
-    if projected.called and config.form != "absorbed":
+    if projected.has_modules and config.form != "absorbed":
         # Called with the latents themselves: right whatever stands there.
-        return layer.attend(*projected.written_out(layer.precision), **options), None
-    arrays = projected.with_kernels()
+        return layer.attend(*projected.write_out(layer.precision), **options), None
+    arrays = projected.resolve_kernels()
     return _latent.latent_attention(*arrays, form=config.form, attend=layer.attend, **options), None

@@ -10,7 +10,7 @@ from axattn._typing import Array, Bool
 from axattn.cache._checks import is_concrete
 
 
-def as_given(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
+def cast_mask(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
     """Flax's masks have any dtype, nonzero is "attend": such a one as bool, others as they are.
 
     Raises:
@@ -39,7 +39,7 @@ def _check_no_bias(mask: np.ndarray) -> None:
         )
 
 
-def as_array(
+def materialize_mask(
     mask: Mask,
     batch: tuple[int, ...],
     q_len: int,

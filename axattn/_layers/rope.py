@@ -8,7 +8,7 @@ from axattn._rotary import RotaryEmbedding
 from axattn._typing import Array, Float, Integer
 
 
-def rotate(
+def rotate_query_key(
     rope: RotaryEmbedding | None,
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],

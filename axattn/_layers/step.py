@@ -13,11 +13,10 @@ from typing import Any
 import jax
 
 from axattn._layers.attention_fn import call_attention
-from axattn._layers.config import AttentionConfig
-from axattn._layers.flax_cache import FlaxCache, append, check_token
-from axattn._layers.masking import as_given
-from axattn._layers.options import requested
-from axattn._layers.rope import rotate
+from axattn._layers.config import AttentionConfig, drop_unset
+from axattn._layers.flax_cache import FlaxCache, check_token, write_token
+from axattn._layers.masking import cast_mask
+from axattn._layers.rope import rotate_query_key
 from axattn._masks import Mask
 from axattn._typing import Array, ArrayLike, Float, Integer
 from axattn.cache import Cache
@@ -53,7 +52,7 @@ class LayerCall:
             raise ValueError("lengths takes None without a cache: use a mask")
 
 
-def default_inputs(
+def fill_inputs(
     inputs_q: Float[Array, "*batch T E"],
     inputs_k: Float[Array, "*batch S E"] | None,
     inputs_v: Float[Array, "*batch S E"] | None,
@@ -69,7 +68,7 @@ def default_inputs(
     return inputs_q, inputs_k, inputs_k if inputs_v is None else inputs_v
 
 
-def normalized(
+def apply_norm(
     norm: Callable[[Array], Array], x: Float[Array, "*batch H"]
 ) -> Float[Array, "*batch H"]:
     """``norm(x)``, a norm of Flax: it mixes 16-bit numbers with float32, which is not asked about.
@@ -80,7 +79,7 @@ def normalized(
         return norm(x)
 
 
-def attend(
+def apply_attention(
     layer: Any,
     config: AttentionConfig,
     call: LayerCall,
@@ -117,7 +116,7 @@ def attend(
     query, key, value = projected
     options = {
         **config.options,
-        **requested(
+        **drop_unset(
             query_segment_ids=call.segment_ids,
             key_value_segment_ids=call.kv_segment_ids,
             **options,
@@ -131,11 +130,11 @@ def attend(
         positions = call.positions
         if positions is None and config.rope is not None:
             positions = cache.next_positions(query.shape[1])
-        query, key = rotate(config.rope, query, key, positions, None)
+        query, key = rotate_query_key(config.rope, query, key, positions, None)
         if cache.stores_floats:
             key, value = key.astype(cache.dtype), value.astype(cache.dtype)
-        options.update(requested(precision=layer.precision))
-        mask = as_given(call.mask)
+        options.update(drop_unset(precision=layer.precision))
+        mask = cast_mask(call.mask)
         return cache.extend(query, key, value, lengths=call.lengths, mask=mask, **options)
 
     index = None
@@ -143,10 +142,10 @@ def attend(
         index = flax_cache.index
         check_token(query.shape, key.shape, flax_cache.key.shape)
     first = 0 if index is None else index
-    query, key = rotate(config.rope, query, key, call.positions, call.kv_positions, first)
+    query, key = rotate_query_key(config.rope, query, key, call.positions, call.kv_positions, first)
     if flax_cache is not None:
-        key = append(flax_cache.key, flax_cache.index, key)
-        value = append(flax_cache.value, flax_cache.index, value)
+        key = write_token(flax_cache.key, flax_cache.index, key)
+        value = write_token(flax_cache.value, flax_cache.index, value)
         flax_cache.write(key, value, flax_cache.index + 1)
     out = call_attention(
         layer.attention_fn,

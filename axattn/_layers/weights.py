@@ -19,7 +19,7 @@ from axattn._typing import Array, Float
 Einsum = Callable[..., Array]
 
 
-def attention_weights(
+def compute_attention_weights(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
     value: Float[Array, "*batch S K h"],
@@ -52,7 +52,7 @@ def attention_weights(
     return (weights / total).reshape(*lead, call.num_heads, call.q_len, call.kv_len)
 
 
-def weighted_sum(
+def sum_values(
     weights: Float[Array, "*batch N T S"],
     value: Float[Array, "*batch S K h"],
     *,

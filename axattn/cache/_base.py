@@ -112,7 +112,7 @@ class Cache(_serialization.Serializable, abc.ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and scales."""
-        return sum(map(_quantization.nbytes, jax.tree.leaves(self.arrays)))
+        return sum(map(_quantization.count_bytes, jax.tree.leaves(self.arrays)))
 
     @property
     def bytes_per_token(self) -> int:

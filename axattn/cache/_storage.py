@@ -28,8 +28,8 @@ def encode(key: Array, value: Array | None, dtype: str, stored: Any) -> KeyValue
 def _encode(dtype: str, stored: Any, key: Array, value: Array | None) -> KeyValueArrays:
     if not _quantization.is_quantized(dtype):
         if value is not None:
-            value = _quantization.to_storage(value, dtype, stored)
-        return KeyValueArrays(_quantization.to_storage(key, dtype, stored), value, None, None)
+            value = _quantization.cast_to_storage(value, dtype, stored)
+        return KeyValueArrays(_quantization.cast_to_storage(key, dtype, stored), value, None, None)
     keys = _quantization.quantize(key, dtype)
     if value is None:
         return KeyValueArrays(keys.codes, None, keys.scales, None)
@@ -66,8 +66,9 @@ def empty_fields(
         ("value_head_dim", head_dim if value_head_dim is None else value_head_dim),
     ):
         positive(name, count)
-    dtype = _quantization.dtype_name(dtype)
-    if jax.dtypes.canonicalize_dtype(_quantization.storage(dtype)) != _quantization.storage(dtype):
+    dtype = _quantization.check_dtype(dtype)
+    storage_dtype = _quantization.get_storage_dtype(dtype)
+    if jax.dtypes.canonicalize_dtype(storage_dtype) != storage_dtype:
         raise TypeError(f"dtype takes {dtype} with jax_enable_x64 only")
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
     if values_in_keys and value_head_dim > head_dim:
@@ -78,7 +79,7 @@ def empty_fields(
     key_center = _center(key_center, num_kv_heads, head_dim, values_in_keys)
 
     def vectors(size):
-        return jnp.zeros((rows, num_kv_heads, slots, size), _quantization.storage(dtype))
+        return jnp.zeros((rows, num_kv_heads, slots, size), _quantization.get_storage_dtype(dtype))
 
     def scales():
         if not _quantization.is_quantized(dtype):
@@ -145,7 +146,7 @@ def given_fields(
         raise ValueError(f"keys takes [{rows}, K, {slots}, H], got shape {keys.shape}")
     if dtype is None and keys.dtype.name in _BITS.values():
         raise TypeError(f"dtype takes that of the numbers whose bits keys holds, {keys.dtype}")
-    dtype = _quantization.dtype_name(keys.dtype if dtype is None else dtype)
+    dtype = _quantization.check_dtype(keys.dtype if dtype is None else dtype)
     *lead, head_dim = keys.shape
     shape = ", ".join(map(str, lead))
 
@@ -154,7 +155,7 @@ def given_fields(
             bits = f" (or its bits, {_BITS[dtype]})" if dtype in _BITS else ""
             raise TypeError(f"{name} takes {dtype}{bits}, got {x.dtype}")
         x = x if x.dtype == jnp.dtype(dtype) else lax.bitcast_convert_type(x, jnp.dtype(dtype))
-        return _quantization.to_storage(x, dtype, _quantization.storage(dtype))
+        return _quantization.cast_to_storage(x, dtype, _quantization.get_storage_dtype(dtype))
 
     def scales(name, x, vectors_of):
         if vectors_of is None or not _quantization.is_quantized(dtype):

@@ -14,17 +14,23 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn._layers.config import AttentionConfig, check_one_kv_head, merge_qk_norm
 from axattn._layers.flax_cache import FlaxCache
-from axattn._layers.fused_projections import fused_projections
-from axattn._layers.step import Inputs, LayerCall, attend, default_inputs, normalized
+from axattn._layers.fused_projections import project_fused
+from axattn._layers.step import Inputs, LayerCall, apply_attention, apply_norm, fill_inputs
 from axattn._masks import Mask
 from axattn._rotary import RotaryEmbedding
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm
 from axattn.linen._function import dot_product_attention
-from axattn.linen._parameters import make_dense, make_norm, may_read_kernels, named, parameters
+from axattn.linen._parameters import (
+    get_parameters,
+    make_dense,
+    make_norm,
+    may_read_kernels,
+    name_axes,
+)
 from axattn.linen._randomness import resolve_dropout
 
 
-def _field(default):
+def _make_field(default):
     """A field after all of Flax's, now and later: keyword-only."""
     return dataclasses.field(default=default, kw_only=True)
 
@@ -107,19 +113,19 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     """
 
     attention_fn: Callable[..., Array] = dot_product_attention
-    num_kv_heads: int | None = _field(None)
-    rope: RotaryEmbedding | None = _field(None)
-    qk_norm: QkNorm | None = _field(None)
-    qk_norm_epsilon: float = _field(1e-6)
-    qk_norm_per_head: bool = _field(True)
-    window: int | tuple[int, int] | None = _field(None)
-    scale: float | None = _field(None)
-    logits_soft_cap: float | None = _field(None)
-    out_use_bias: bool | None = _field(None)
-    sinks: bool = _field(False)
-    fused_qkv: bool = _field(False)
-    implementation: Implementation | Sequence[Implementation] | None = _field(None)
-    logical_axes: bool = _field(False)
+    num_kv_heads: int | None = _make_field(None)
+    rope: RotaryEmbedding | None = _make_field(None)
+    qk_norm: QkNorm | None = _make_field(None)
+    qk_norm_epsilon: float = _make_field(1e-6)
+    qk_norm_per_head: bool = _make_field(True)
+    window: int | tuple[int, int] | None = _make_field(None)
+    scale: float | None = _make_field(None)
+    logits_soft_cap: float | None = _make_field(None)
+    out_use_bias: bool | None = _make_field(None)
+    sinks: bool = _make_field(False)
+    fused_qkv: bool = _make_field(False)
+    implementation: Implementation | Sequence[Implementation] | None = _make_field(None)
+    logical_axes: bool = _make_field(False)
 
     @overload
     def __call__(
@@ -215,13 +221,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
           TypeError: arguments of another type; a ``cache`` that is none.
           NotImplementedError: the named implementation cannot take the call.
         """
-        inputs = _default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
+        inputs = _fill_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         config = AttentionConfig.from_layer(
             self,
             qkv_features=self.qkv_features or inputs_q.shape[-1],
             qk_norm=merge_qk_norm(self.normalize_qk, self.qk_norm),
         )
-        query, key, value = _project(self, config, inputs)
+        query, key, value = _project_inputs(self, config, inputs)
         query, key = _normalize(self, config, query, key)
         einsums = (self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
         qk_einsum, value_einsum = (None if cls is None else cls() for cls in einsums)
@@ -240,7 +246,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
             deterministic=deterministic,
             dropout_rng=dropout_rng,
         )
-        x, cache = attend(
+        x, cache = apply_attention(
             self,
             config,
             call,
@@ -420,7 +426,7 @@ class MultiQueryAttention(MultiHeadDotProductAttention):
       (32, 1, 8)
     """
 
-    num_kv_heads: int = _field(1)
+    num_kv_heads: int = _make_field(1)
 
     def __post_init__(self):
         check_one_kv_head(self.num_kv_heads)
@@ -430,7 +436,7 @@ class MultiQueryAttention(MultiHeadDotProductAttention):
 # No methods: interceptors and ``capture_intermediates`` would see them, and what they return.
 
 
-def _default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
+def _fill_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
     if inputs_kv is not None:
         if inputs_k is not None or inputs_v is not None:
             raise ValueError(
@@ -451,10 +457,10 @@ def _default_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
             DeprecationWarning,
             stacklevel=3,
         )
-    return default_inputs(inputs_q, inputs_k, inputs_v)
+    return fill_inputs(inputs_q, inputs_k, inputs_v)
 
 
-def _project(
+def _project_inputs(
     layer: MultiHeadDotProductAttention, config: AttentionConfig, inputs: Inputs
 ) -> tuple[Array, ...]:
     config.check_products(layer.qkv_dot_general_cls)
@@ -473,8 +479,8 @@ def _project(
     ]
     if not fused:
         return tuple(dense(x) for dense, x in zip(denses, inputs, strict=True))
-    kernels, biases = zip(*map(parameters, denses, inputs), strict=True)
-    return fused_projections(
+    kernels, biases = zip(*map(get_parameters, denses, inputs), strict=True)
+    return project_fused(
         inputs,
         kernels,
         biases if layer.use_bias else None,
@@ -498,7 +504,7 @@ def _normalize(
         reduction_axes=config.norm_axes,
         feature_axes=config.norm_axes,
     )
-    return normalized(make("query_ln"), query), normalized(make("key_ln"), key)
+    return apply_norm(make("query_ln"), query), apply_norm(make("key_ln"), key)
 
 
 def _find_cache(layer: MultiHeadDotProductAttention, key: Array, value: Array) -> FlaxCache | None:
@@ -519,7 +525,7 @@ def _find_cache(layer: MultiHeadDotProductAttention, key: Array, value: Array) -
 def _make_sinks(layer: MultiHeadDotProductAttention) -> Array | None:
     if not layer.sinks:
         return None
-    zeros = named(layer, nn.initializers.zeros_init(), "sinks")
+    zeros = name_axes(layer, nn.initializers.zeros_init(), "sinks")
     return layer.param("sinks", zeros, (layer.num_heads,), layer.param_dtype)
 
 

@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from axattn import _attention
 from axattn._jax_compat import einsum_by
-from axattn._layers.flax_function import flax_attention
+from axattn._layers.flax_function import attend_with_flax_hooks
 from axattn._masks import Mask
 from axattn._options import AttentionOptions
 from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
@@ -173,7 +173,7 @@ def dot_product_attention(
         weights = weights if force_fp32_for_softmax else weights.astype(query.dtype)
         present(module).sow("intermediates", "attention_weights", weights)
 
-    return flax_attention(
+    return attend_with_flax_hooks(
         query,
         key,
         value,

@@ -12,12 +12,18 @@ from flax.linen.dtypes import promote_dtype
 from axattn import _latent
 from axattn._attention import dot_product_attention
 from axattn._layers.config import LatentConfig
-from axattn._layers.latent import BIASED, Projected, Up, attend, project
+from axattn._layers.latent import (
+    BIASED,
+    LatentOperands,
+    UpProjection,
+    apply_latent_attention,
+    project_latents,
+)
 from axattn._layers.step import LayerCall
 from axattn._masks import Mask
 from axattn._rotary import RotaryEmbedding
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, Precision
-from axattn.linen._parameters import make_dense, make_norm, may_read_kernels, parameters
+from axattn.linen._parameters import get_parameters, make_dense, make_norm, may_read_kernels
 from axattn.linen._randomness import resolve_dropout
 
 
@@ -196,27 +202,27 @@ class MultiHeadLatentAttention(nn.Module):
             deterministic=deterministic,
             dropout_rng=dropout_rng,
         )
-        x, cache = attend(self, config, call, _project(self, config, inputs))
+        x, cache = apply_latent_attention(self, config, call, _project_inputs(self, config, inputs))
         features = self.out_features or inputs.shape[-1]
         out = make_dense(self, "out", features, axis=(-2, -1), use_bias=self.use_bias)
         return out(x) if cache is None else (out(x), cache)
 
 
 # No method: interceptors and ``capture_intermediates`` would see it, and what it returns.
-def _project(
+def _project_inputs(
     layer: MultiHeadLatentAttention, config: LatentConfig, inputs: Float[Array, "*batch T E"]
-) -> Projected:
+) -> LatentOperands:
     def find(name: str) -> nn.Module:
         if name.endswith("norm"):
             return make_norm(layer, name, config.norm_epsilon)
         bias = config.use_bias and name in BIASED
-        return make_dense(layer, name, config.features(name), use_bias=bias)
+        return make_dense(layer, name, config.get_features(name), use_bias=bias)
 
-    def find_up(name: str, latents: Array) -> Up:
-        up = make_dense(layer, name, config.features(name), use_bias=False)
-        return parameters(up, latents)[0] if may_read_kernels() else up
+    def find_up(name: str, latents: Array) -> UpProjection:
+        up = make_dense(layer, name, config.get_features(name), use_bias=False)
+        return get_parameters(up, latents)[0] if may_read_kernels() else up
 
-    return project(
+    return project_latents(
         inputs,
         config,
         find=find,

@@ -33,7 +33,7 @@ def may_read_kernels() -> bool:
     return nn.DenseGeneral is _DENSE and _DENSE.__call__ is _CALL and not watched
 
 
-def parameters(
+def get_parameters(
     layer: nn.DenseGeneral, inputs: Float[Array, "*batch T E"]
 ) -> tuple[Array, Array | None]:
     """Kernel and bias of a layer that would be called with ``inputs``, made by its own rules.
@@ -45,7 +45,7 @@ def parameters(
     return params["kernel"], params.get("bias")
 
 
-def named(
+def name_axes(
     layer: nn.Module,
     init: Callable[..., Array],
     *path: str,
@@ -73,8 +73,8 @@ def make_dense(
         dtype=layer.dtype,
         param_dtype=layer.param_dtype,
         precision=layer.precision,
-        kernel_init=named(layer, kernel_init or layer.kernel_init, name, "kernel"),
-        bias_init=named(layer, bias_init or layer.bias_init, name, "bias"),
+        kernel_init=name_axes(layer, kernel_init or layer.kernel_init, name, "kernel"),
+        bias_init=name_axes(layer, bias_init or layer.bias_init, name, "bias"),
         **options,
     )
 
@@ -93,6 +93,6 @@ def make_norm(
         epsilon=epsilon,
         dtype=layer.dtype,
         param_dtype=layer.param_dtype,
-        scale_init=named(layer, nn.initializers.ones_init(), name, "scale", axes=axes),
+        scale_init=name_axes(layer, nn.initializers.ones_init(), name, "scale", axes=axes),
         **options,
     )

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 
-from axattn._layers.config import AttentionConfig, check_one_kv_head, merge_qk_norm
+from axattn._layers.config import (
+    AttentionConfig,
+    check_one_kv_head,
+    drop_unset,
+    make_hashable,
+    merge_qk_norm,
+)
 from axattn._layers.flax_cache import FlaxCache
-from axattn._layers.fused_projections import fused_projections
-from axattn._layers.options import requested, static
-from axattn._layers.step import Inputs, LayerCall, attend, default_inputs, normalized
+from axattn._layers.fused_projections import project_fused
+from axattn._layers.step import Inputs, LayerCall, apply_attention, apply_norm, fill_inputs
 from axattn._masks import Mask
 from axattn._rotary import RotaryEmbedding
 from axattn._typing import Array, CacheType, Float, Implementation, Integer, QkNorm, present
@@ -25,17 +30,17 @@ from axattn.nnx._parameters import NORMS, is_plain, name_axes
 from axattn.nnx._randomness import resolve_dropout
 
 
-class _NotGiven(int):
+class _UnsetFlag(int):
     """Flax's default, False, and equal to it: no value that is given is this object."""
 
     def __repr__(self) -> str:
         return "False"
 
 
-_NOT_GIVEN: Any = _NotGiven(0)
+_UNSET: Any = _UnsetFlag(0)
 
 
-def _extends(base: Callable[..., None]):
+def _extend_signature(base: Callable[..., None]):
     """Says of an ``__init__(..., **kwargs)`` that it takes base's parameters, then its own."""
 
     def decorate(init):
@@ -129,7 +134,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       (2, 6, 32)
     """
 
-    @_extends(nnx.MultiHeadAttention.__init__)
+    @_extend_signature(nnx.MultiHeadAttention.__init__)
     def __init__(
         self,
         num_heads: int,
@@ -162,12 +167,12 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self.qk_norm = merge_qk_norm(normalize_qk, qk_norm)
         self.qk_norm_epsilon = qk_norm_epsilon
         self.qk_norm_per_head = qk_norm_per_head
-        self.window = static(window)
+        self.window = make_hashable(window)
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
         self.out_use_bias = out_use_bias
         self.fused_qkv = fused_qkv
-        self.implementation = static(implementation)
+        self.implementation = make_hashable(implementation)
         self.logical_axes = logical_axes
         config = AttentionConfig.from_layer(
             self,
@@ -292,7 +297,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
         decode: bool | None = None,
-        is_causal: bool = _NOT_GIVEN,
+        is_causal: bool = _UNSET,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         input_positions: Integer[Array, "*batch T"] | None = None,
@@ -342,18 +347,18 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             if positions is not None:
                 raise ValueError("input_positions is another name of positions: give one of them")
             positions, input_positions = input_positions, None
-        inputs = default_inputs(inputs_q, inputs_k, inputs_v)
+        inputs = fill_inputs(inputs_q, inputs_k, inputs_v)
         self._check_features(inputs)
-        query, key, value = self._project(inputs, qkv_sharding)
+        query, key, value = self._project_inputs(inputs, qkv_sharding)
         if self.normalize_qk:
-            query = normalized(present(self.query_ln), query)
-            key = normalized(present(self.key_ln), key)
+            query = apply_norm(present(self.query_ln), query)
+            key = apply_norm(present(self.key_ln), key)
         deterministic, dropout_rng = resolve_dropout(self, deterministic, rngs)
         config = AttentionConfig.from_layer(self, sinks=self.sinks is not None)
         call = LayerCall(
             inputs=inputs,
             mask=mask,
-            is_causal=None if is_causal is _NOT_GIVEN else is_causal,
+            is_causal=None if is_causal is _UNSET else is_causal,
             positions=positions,
             kv_positions=kv_positions,
             segment_ids=segment_ids,
@@ -364,7 +369,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             deterministic=deterministic,
             dropout_rng=dropout_rng,
         )
-        x, cache = attend(
+        x, cache = apply_attention(
             self,
             config,
             call,
@@ -378,7 +383,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             ),
             excluded={"decode=True": bool(self.decode if decode is None else decode)},
         )
-        y = self.out(x, **requested(out_sharding=out_sharding))
+        y = self.out(x, **drop_unset(out_sharding=out_sharding))
         return y if cache is None else (y, cache)
 
     def _check_features(self, inputs: Inputs) -> None:
@@ -407,7 +412,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
         return FlaxCache(keys[...], values[...], index[...], write)
 
-    def _project(self, inputs: Inputs, sharding: Any) -> tuple[Array, ...]:
+    def _project_inputs(self, inputs: Inputs, sharding: Any) -> tuple[Array, ...]:
         layers = (self.query, self.key, self.value)
         are_plain = functools.partial(
             is_plain,
@@ -417,10 +422,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             promote_dtype=self.qkv_promote_dtype,
             dot_general=self.qkv_dot_general,
         )
-        options = requested(out_sharding=sharding)
+        options = drop_unset(out_sharding=sharding)
         if not (self.fused_qkv and all(map(are_plain, layers))):
             return tuple(f(x, **options) for f, x in zip(layers, inputs, strict=True))
-        return fused_projections(
+        return project_fused(
             inputs,
             [f.kernel[...] for f in layers],
             [present(f.bias)[...] for f in layers] if self.use_bias else None,
@@ -494,7 +499,7 @@ class SelfAttention(MultiHeadAttention):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
         decode: bool | None = None,
-        is_causal: bool = _NOT_GIVEN,
+        is_causal: bool = _UNSET,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         positions: Integer[Array, "*batch T"] | None = None,
@@ -564,7 +569,7 @@ class GroupedQueryAttention(MultiHeadAttention):
       ((1, 6, 32), [6])
     """
 
-    @_extends(MultiHeadAttention.__init__)
+    @_extend_signature(MultiHeadAttention.__init__)
     def __init__(
         self,
         num_heads: int,
@@ -600,7 +605,7 @@ class MultiQueryAttention(MultiHeadAttention):
       (32, 1, 8)
     """
 
-    @_extends(MultiHeadAttention.__init__)
+    @_extend_signature(MultiHeadAttention.__init__)
     def __init__(
         self,
         num_heads: int,

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from axattn import _attention
-from axattn._layers.flax_function import flax_attention
+from axattn._layers.flax_function import attend_with_flax_hooks
 from axattn._masks import Mask
 from axattn._options import AttentionOptions
 from axattn._typing import Array, ArrayLike, Float, Implementation, Integer, Precision, present
@@ -121,7 +121,7 @@ def dot_product_attention(
         kv_positions=kv_positions,
         precision=precision,
     )
-    return flax_attention(
+    return attend_with_flax_hooks(
         query,
         key,
         value,

@@ -11,9 +11,14 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from axattn import _latent
 from axattn._attention import dot_product_attention
-from axattn._layers.config import LatentConfig
-from axattn._layers.latent import BIASED, Projected, Up, attend, project
-from axattn._layers.options import static
+from axattn._layers.config import LatentConfig, make_hashable
+from axattn._layers.latent import (
+    BIASED,
+    LatentOperands,
+    UpProjection,
+    apply_latent_attention,
+    project_latents,
+)
 from axattn._layers.step import LayerCall
 from axattn._masks import Mask
 from axattn._rotary import RotaryEmbedding
@@ -115,10 +120,10 @@ class MultiHeadLatentAttention(nnx.Module):
         self.v_head_dim = v_head_dim
         self.rope = rope
         self.scale = scale
-        self.window = static(window)
+        self.window = make_hashable(window)
         self.logits_soft_cap = logits_soft_cap
         self.form = form
-        self.implementation = static(implementation)
+        self.implementation = make_hashable(implementation)
         self.use_bias = use_bias
         self.norm_epsilon = norm_epsilon
         self.logical_axes = logical_axes
@@ -130,10 +135,10 @@ class MultiHeadLatentAttention(nnx.Module):
         self.precision = precision
         config = LatentConfig.from_layer(self)
 
-        def dense(name, inputs, features=None, axis=-1):
+        def make_dense(name, inputs, features=None, axis=-1):
             return nnx.LinearGeneral(
                 inputs,
-                features or config.features(name),
+                features or config.get_features(name),
                 axis=axis,
                 use_bias=use_bias and name in BIASED,
                 dtype=dtype,
@@ -144,23 +149,23 @@ class MultiHeadLatentAttention(nnx.Module):
                 rngs=rngs,
             )
 
-        def norm(features):
+        def make_norm(features):
             return nnx.RMSNorm(
                 features, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
         if q_lora_rank is None:
-            self.query = dense("query", in_features)
+            self.query = make_dense("query", in_features)
         else:
-            self.query_down = dense("query_down", in_features)
-            self.query_norm = norm(q_lora_rank)
-            self.query_up = dense("query_up", q_lora_rank)
-        self.kv_down = dense("kv_down", in_features)
-        self.kv_norm = norm(kv_lora_rank)
-        self.key_up = dense("key_up", kv_lora_rank)
-        self.value_up = dense("value_up", kv_lora_rank)
+            self.query_down = make_dense("query_down", in_features)
+            self.query_norm = make_norm(q_lora_rank)
+            self.query_up = make_dense("query_up", q_lora_rank)
+        self.kv_down = make_dense("kv_down", in_features)
+        self.kv_norm = make_norm(kv_lora_rank)
+        self.key_up = make_dense("key_up", kv_lora_rank)
+        self.value_up = make_dense("value_up", kv_lora_rank)
         heads = (num_heads, v_head_dim)
-        self.out = dense("out", heads, out_features or in_features, axis=(-2, -1))
+        self.out = make_dense("out", heads, out_features or in_features, axis=(-2, -1))
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else nnx.data(None)
         if logical_axes:
             name_axes(self)
@@ -264,11 +269,13 @@ class MultiHeadLatentAttention(nnx.Module):
             deterministic=deterministic,
             dropout_rng=dropout_rng,
         )
-        x, cache = attend(self, config, call, self._project(config, inputs))
+        x, cache = apply_latent_attention(self, config, call, self._project_inputs(config, inputs))
         return self.out(x) if cache is None else (self.out(x), cache)
 
-    def _project(self, config: LatentConfig, inputs: Float[Array, "*batch T E"]) -> Projected:
-        def find_up(name: str, latents: Array) -> Up:
+    def _project_inputs(
+        self, config: LatentConfig, inputs: Float[Array, "*batch T E"]
+    ) -> LatentOperands:
+        def find_up(name: str, latents: Array) -> UpProjection:
             up = getattr(self, name)
             plain = is_plain(
                 up,
@@ -279,7 +286,7 @@ class MultiHeadLatentAttention(nnx.Module):
             )
             return up.kernel[...] if plain else up
 
-        return project(
+        return project_latents(
             inputs,
             config,
             find=lambda name: getattr(self, name),

@@ -135,7 +135,7 @@ def _vectors(key, *, shape: tuple[int, ...], dtype: str, stored) -> tuple:
     def row(key):
         x = jax.random.normal(key, shape[1:], jnp.float32)
         if not _quantization.is_quantized(dtype):
-            return _quantization.to_storage(x, dtype, stored), None
+            return _quantization.cast_to_storage(x, dtype, stored), None
         return tuple(_quantization.quantize(x, dtype))
 
     together = max(1, min(shape[0], _CHUNK // math.prod(shape[1:])))

@@ -89,7 +89,7 @@ def _by_token(case: Case, given: Inputs) -> tuple:
 def _numbers(cache: Cache) -> list[jax.Array]:
     """Keys and, where there are any, values in the cache's dtype, head-major as stored."""
     arrays = [x for x in (cache.arrays.keys, cache.arrays.values) if x is not None]
-    return [_quantization.codes_as(x, cache.dtype, cache.dtype) for x in arrays]
+    return [_quantization.cast_codes(x, cache.dtype, cache.dtype) for x in arrays]
 
 
 # ---- jax.experimental.pallas.ops.gpu ----------------------------------------------------------

@@ -13,7 +13,7 @@ from jax import lax
 
 import axattn
 import axattn.linen
-from axattn._layers.options import requested
+from axattn._layers.config import drop_unset
 from axattn.rotary import RotaryEmbedding
 from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.functions import in_direction
@@ -105,7 +105,7 @@ def heads_in_turn(query, key, value, mask=None, *, implementation=None, is_causa
         q, k, v = heads
         return axattn.dot_product_attention(
             q, k[..., None, :], v[..., None, :],
-            **requested(mask=mask, is_causal=is_causal, implementation=implementation),
+            **drop_unset(mask=mask, is_causal=is_causal, implementation=implementation),
         )  # fmt: skip
 
     by_head = jnp.moveaxis(groups, -3, 0), jnp.moveaxis(key, -2, 0), jnp.moveaxis(value, -2, 0)

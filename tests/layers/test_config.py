@@ -11,8 +11,7 @@ import pytest
 
 import axattn.linen
 import axattn.nnx
-from axattn._layers.config import AttentionConfig, LatentConfig, merge_qk_norm
-from axattn._layers.options import requested
+from axattn._layers.config import AttentionConfig, LatentConfig, drop_unset, merge_qk_norm
 from axattn.rotary import RotaryEmbedding
 
 
@@ -96,4 +95,4 @@ def test_merge_qk_norm():
 
 def test_requested():
     zero = np.zeros(2)
-    assert requested(a=None, b=False, c=0, d=zero) == {"c": 0, "d": zero}
+    assert drop_unset(a=None, b=False, c=0, d=zero) == {"c": 0, "d": zero}

@@ -38,8 +38,8 @@ def test_no_copy_of_the_cache(kv_heads):
     assert memory.temp_size_in_bytes < one
 
 
-def test_append_keeps_the_dtype_and_the_rest():
+def test_write_token_keeps_the_dtype_and_the_rest():
     cached = jnp.ones((2, 5, 1, 3), jnp.bfloat16)
-    got = flax_cache.append(cached, jnp.int32(2), jnp.full((2, 1, 1, 3), 7.0))
+    got = flax_cache.write_token(cached, jnp.int32(2), jnp.full((2, 1, 1, 3), 7.0))
     assert got.dtype == jnp.bfloat16
     assert (got[:, 2] == 7).all() and (got[:, [0, 1, 3, 4]] == 1).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axattn._layers.fused_projections import fused_projections
+from axattn._layers.fused_projections import project_fused
 
 E, H = 6, 4
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def test_numbers_and_products(lead, groups, products, use_bias):
         calls.append(kwargs)
         return jax.lax.dot_general(*args, **kwargs)
 
-    outs = fused_projections(
+    outs = project_fused(
         inputs,
         KERNELS,
         BIASES if use_bias else None,
@@ -51,5 +51,5 @@ def test_promotion():
     def promote(*arrays):
         return tuple(None if a is None else a.astype(jnp.bfloat16) for a in arrays)
 
-    outs = fused_projections([x, x, x], KERNELS, None, promote=promote)
+    outs = project_fused([x, x, x], KERNELS, None, promote=promote)
     assert all(out.dtype == jnp.bfloat16 for out in outs)

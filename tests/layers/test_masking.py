@@ -11,7 +11,7 @@ from flax import nnx
 
 import axattn.linen
 import axattn.nnx
-from axattn._layers.masking import as_given
+from axattn._layers.masking import cast_mask
 from axattn.cache import DenseCache
 
 T, E, N = 3, 8, 2
@@ -33,7 +33,7 @@ LOW = np.where(np.tri(T, dtype=bool), 0, -1e9)  # what is added to logits
 )
 def test_biases_are_refused(mask):
     with pytest.raises(ValueError, match=f"mask takes booleans.* got {mask.dtype} with .* bias"):
-        as_given(mask)
+        cast_mask(mask)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "int8", "uint8", "int32"])
@@ -41,20 +41,20 @@ def test_biases_are_refused(mask):
 def test_zeros_and_ones_of_any_dtype(dtype, xp):
     for mask in (np.tri(T, dtype=bool), np.zeros((T, T), bool)):
         given = xp.asarray(mask).astype(jnp.dtype(dtype))
-        np.testing.assert_array_equal(as_given(given), mask)
+        np.testing.assert_array_equal(cast_mask(given), mask)
     if dtype in ("int8", "int32"):
-        np.testing.assert_array_equal(as_given(xp.array([0, 2, 7], dtype)), [False, True, True])
+        np.testing.assert_array_equal(cast_mask(xp.array([0, 2, 7], dtype)), [False, True, True])
 
 
 def test_of_flax_and_while_tracing():
     ids = np.array([[1, 1, 0]])
     mask = nn.make_attention_mask(ids, ids)
     assert mask.dtype == jnp.float32
-    np.testing.assert_array_equal(as_given(mask), mask != 0)
+    np.testing.assert_array_equal(cast_mask(mask), mask != 0)
     # A constant of a traced function is still known, an argument is not.
-    np.testing.assert_array_equal(jax.jit(as_given)(LOW), LOW != 0)
+    np.testing.assert_array_equal(jax.jit(cast_mask)(LOW), LOW != 0)
     with pytest.raises(ValueError, match="is a bias"):
-        jax.jit(lambda x: as_given(LOW) & x)(True)
+        jax.jit(lambda x: cast_mask(LOW) & x)(True)
 
 
 SIZES = dict(kv_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2)

@@ -12,7 +12,7 @@ import pytest
 import axattn
 import axattn.linen
 from axattn import Mask
-from axattn._layers.weights import attention_weights, weighted_sum
+from axattn._layers.weights import compute_attention_weights, sum_values
 from axattn._options import AttentionOptions
 from tests.tiers import ci
 
@@ -58,9 +58,9 @@ def test_same_as_the_function(options, lead, kv_heads):
 
     @jax.jit
     def both(q, k, v):
-        weights = attention_weights(q, k, v, AttentionOptions(**options))
+        weights = compute_attention_weights(q, k, v, AttentionOptions(**options))
         want = axattn.dot_product_attention(q, k, v, **options)
-        return weights, weighted_sum(weights, v), want
+        return weights, sum_values(weights, v), want
 
     weights, got, want = both(q, k, v)
     assert weights.shape == (*lead, N, T, S) and weights.dtype == jnp.float32
