@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from axattn.huggingface._json_fields import COUNT_OR_0, Config
-from axattn.huggingface._spec import text_config
+from axattn.huggingface._spec import read_text_config
 from axattn.huggingface._weights import attention_params
 
 INDEX = "model.safetensors.index.json"
@@ -48,8 +48,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
       ...     huggingface.read_config(folder)
       {'model_type': 'llama'}
     """
-    path = _as_path(path)
-    return _read_object(path if path.is_file() else _folder(path) / "config.json")
+    path = _check_path(path)
+    return _read_object(path if path.is_file() else _check_folder(path) / "config.json")
 
 
 def load(
@@ -100,13 +100,13 @@ def load(
       >>> {name: p["kernel"].shape for name, p in layers[0].items()}
       {'query': (32, 4, 8), 'key': (32, 2, 8), 'value': (32, 2, 8), 'out': (4, 8, 32)}
     """
-    folder = _folder(_as_path(path))
+    folder = _check_folder(_check_path(path))
     if config is None:
         config = read_config(folder)
     elif isinstance(config, str | os.PathLike):
         config = read_config(config)
     if layers is None:
-        layers = range(text_config(config)["num_hidden_layers"])
+        layers = range(read_text_config(config)["num_hidden_layers"])
     asked: Any = layers
     if isinstance(asked, str) or not isinstance(asked, Iterable):
         raise TypeError(f"layers takes an iterable of integers, got {asked!r}")
@@ -130,25 +130,25 @@ class SafeTensors(Mapping[str, np.ndarray]):
         self._library = safetensors
         self._folder = pathlib.Path(path)
         self._index = self._folder / INDEX
-        self._files = self._indexed() if self._index.exists() else self._found()
+        self._files = self._read_index() if self._index.exists() else self._scan_files()
 
-    def _indexed(self) -> dict[str, pathlib.Path]:
+    def _read_index(self) -> dict[str, pathlib.Path]:
         names = _read_object(self._index).get("weight_map")
         if not isinstance(names, Mapping) or not all(isinstance(x, str) for x in names.values()):
             raise ValueError(f"{self._index} takes a weight_map of names to files")
         return {name: self._folder / file for name, file in names.items()}
 
-    def _found(self) -> dict[str, pathlib.Path]:
+    def _scan_files(self) -> dict[str, pathlib.Path]:
         files: dict[str, pathlib.Path] = {}
         for file in sorted(self._folder.glob("*.safetensors")):
-            with self._opened(file) as opened:
+            with self._open(file) as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if not files:
             raise FileNotFoundError(f"{self._folder} has no .safetensors")
         return files
 
     @contextlib.contextmanager
-    def _opened(self, file: pathlib.Path) -> Iterator[Any]:
+    def _open(self, file: pathlib.Path) -> Iterator[Any]:
         """The file, read by its library, whose errors do not say which file it was."""
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}, which {self._index} names")
@@ -156,17 +156,17 @@ class SafeTensors(Mapping[str, np.ndarray]):
             with self._library.safe_open(file, framework="np") as opened:
                 yield opened
         except self._library.SafetensorError as error:
-            raise ValueError(f"{file} {_what_is_wrong(file)} ({error})") from error
+            raise ValueError(f"{file} {_diagnose(file)} ({error})") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         file = self._files[name]
-        with self._opened(file) as opened:
+        with self._open(file) as opened:
             if name not in opened.keys():
                 raise KeyError(f"no tensor {name} in {file}, where {self._index} says it is")
             kind = opened.get_slice(name).get_dtype()
             if kind not in _FLOAT8:
                 return opened.get_tensor(name)
-        return _raw(file, name, _FLOAT8[kind])
+        return _read_raw_tensor(file, name, _FLOAT8[kind])
 
     def __contains__(self, name: object) -> bool:  # without reading it
         return name in self._files
@@ -178,13 +178,13 @@ class SafeTensors(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
-def _as_path(path: str | os.PathLike) -> pathlib.Path:
+def _check_path(path: str | os.PathLike) -> pathlib.Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path takes a folder's path, got {path!r}")
     return pathlib.Path(path)
 
 
-def _folder(path: pathlib.Path) -> pathlib.Path:
+def _check_folder(path: pathlib.Path) -> pathlib.Path:
     if path.is_dir():
         return path
     if path.exists():
@@ -200,20 +200,20 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, and of UTF-8
-        raise ValueError(f"{file} {_what_is_wrong(file, 'JSON')} ({error})") from error
+        raise ValueError(f"{file} {_diagnose(file, 'JSON')} ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} takes a JSON object, got {reprlib.repr(found)}")
     return found
 
 
-def _what_is_wrong(file: pathlib.Path, kind: str = "safetensors file") -> str:
+def _diagnose(file: pathlib.Path, kind: str = "safetensors file") -> str:
     with open(file, "rb") as opened:
         if opened.read(len(_LFS)) == _LFS:
             return "is a git-lfs pointer to a file that was not fetched: `git lfs pull` does"
     return f"is no {kind}, or is cut off after {file.stat().st_size} bytes"
 
 
-def _raw(file: pathlib.Path, name: str, dtype: Any) -> np.ndarray:
+def _read_raw_tensor(file: pathlib.Path, name: str, dtype: Any) -> np.ndarray:
     """A tensor's bytes by the file's header: its length, JSON, then the data."""
     with open(file, "rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))

@@ -14,7 +14,7 @@ Config = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class FieldKind:
     """Values that a field takes: of these types, and such that ``fits`` says yes."""
 
     words: str
@@ -31,51 +31,55 @@ class Kind:
         error = ValueError if is_type else TypeError
         raise error(f"{name} takes {self.words}, got {reprlib.repr(value)}")
 
-    def or_null(self) -> Kind:
-        return Kind(f"{self.words}, or null", (*self.types, NoneType), self.fits)
+    def allow_null(self) -> FieldKind:
+        return FieldKind(f"{self.words}, or null", (*self.types, NoneType), self.fits)
 
 
 # A number that float64 cannot hold is none, and NaN is not greater than anything.
 _MOST = sys.float_info.max
 
-COUNT = Kind("a 64-bit integer of at least 1", (numbers.Integral,), lambda n: 1 <= n < 2**63)
-COUNT_OR_0 = Kind("a 64-bit integer of at least 0", (numbers.Integral,), lambda n: 0 <= n < 2**63)
-POSITIVE = Kind("a finite number greater than 0", (numbers.Real,), lambda x: 0 < x <= _MOST)
-NOT_NEGATIVE = Kind("a finite number of at least 0", (numbers.Real,), lambda x: 0 <= x <= _MOST)
-SHARE = Kind("a number greater than 0 and at most 1", (numbers.Real,), lambda x: 0 < x <= 1)
-FLAG = Kind("true or false", (bool, NoneType))  # null: false, as in transformers
-TEXT = Kind("a string", (str,))
-OBJECT = Kind("an object", (Mapping,))
-LIST = Kind("a list", (list, tuple))
+COUNT = FieldKind("a 64-bit integer of at least 1", (numbers.Integral,), lambda n: 1 <= n < 2**63)
+COUNT_OR_0 = FieldKind(
+    "a 64-bit integer of at least 0", (numbers.Integral,), lambda n: 0 <= n < 2**63
+)
+POSITIVE = FieldKind("a finite number greater than 0", (numbers.Real,), lambda x: 0 < x <= _MOST)
+NOT_NEGATIVE = FieldKind(
+    "a finite number of at least 0", (numbers.Real,), lambda x: 0 <= x <= _MOST
+)
+SHARE = FieldKind("a number greater than 0 and at most 1", (numbers.Real,), lambda x: 0 < x <= 1)
+FLAG = FieldKind("true or false", (bool, NoneType))  # null: false, as in transformers
+TEXT = FieldKind("a string", (str,))
+OBJECT = FieldKind("an object", (Mapping,))
+LIST = FieldKind("a list", (list, tuple))
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, FieldKind] = {
     "alibi": FLAG,
     "attention_bias": FLAG,
-    "attention_chunk_size": COUNT.or_null(),
+    "attention_chunk_size": COUNT.allow_null(),
     "attention_multiplier": POSITIVE,
-    "attn_logit_softcapping": POSITIVE.or_null(),
+    "attn_logit_softcapping": POSITIVE.allow_null(),
     "attn_scale": NOT_NEGATIVE,
-    "attn_temperature_tuning": Kind("true, false or a number", (bool, numbers.Real, NoneType)),
+    "attn_temperature_tuning": FieldKind("true, false or a number", (bool, numbers.Real, NoneType)),
     "bias": FLAG,
     "floor_scale": COUNT,
-    "head_dim": COUNT.or_null(),
+    "head_dim": COUNT.allow_null(),
     "hidden_size": COUNT,
-    "is_causal": Kind("true or false", (bool,)),
+    "is_causal": FieldKind("true or false", (bool,)),
     "kv_lora_rank": COUNT,
-    "layer_types": LIST.or_null(),
+    "layer_types": LIST.allow_null(),
     "max_position_embeddings": COUNT,
     "max_window_layers": COUNT_OR_0,
     "multi_query": FLAG,
     "new_decoder_architecture": FLAG,
     "no_rope_layer_interval": COUNT,
-    "no_rope_layers": LIST.or_null(),
+    "no_rope_layers": LIST.allow_null(),
     "num_attention_heads": COUNT,
     "num_hidden_layers": COUNT,
-    "num_key_value_heads": COUNT.or_null(),
-    "num_kv_heads": COUNT.or_null(),
-    "original_max_position_embeddings": COUNT.or_null(),
-    "partial_rotary_factor": SHARE.or_null(),
-    "q_lora_rank": COUNT.or_null(),
+    "num_key_value_heads": COUNT.allow_null(),
+    "num_kv_heads": COUNT.allow_null(),
+    "original_max_position_embeddings": COUNT.allow_null(),
+    "partial_rotary_factor": SHARE.allow_null(),
+    "q_lora_rank": COUNT.allow_null(),
     "qk_nope_head_dim": COUNT,
     "qk_rope_head_dim": COUNT,
     "qkv_bias": FLAG,
@@ -83,10 +87,10 @@ KINDS: dict[str, Kind] = {
     "rms_norm_eps": NOT_NEGATIVE,
     "rope_interleave": FLAG,
     "rope_local_base_freq": POSITIVE,
-    "rope_parameters": OBJECT.or_null(),
-    "rope_scaling": OBJECT.or_null(),
+    "rope_parameters": OBJECT.allow_null(),
+    "rope_scaling": OBJECT.allow_null(),
     "rope_theta": POSITIVE,
-    "sliding_window": COUNT_OR_0.or_null(),
+    "sliding_window": COUNT_OR_0.allow_null(),
     "sliding_window_pattern": COUNT,
     "use_bidirectional_attention": FLAG,
     "use_qk_norm": FLAG,
@@ -95,30 +99,30 @@ KINDS: dict[str, Kind] = {
 }
 
 # Of rope_parameters and rope_scaling. Which of them have to be there their rope_type says.
-ROPE_KINDS: dict[str, Kind] = {
-    "attention_factor": POSITIVE.or_null(),
-    "beta_fast": POSITIVE.or_null(),
-    "beta_slow": POSITIVE.or_null(),
-    "factor": POSITIVE.or_null(),
-    "high_freq_factor": POSITIVE.or_null(),
-    "low_freq_factor": POSITIVE.or_null(),
-    "mscale": NOT_NEGATIVE.or_null(),
-    "mscale_all_dim": NOT_NEGATIVE.or_null(),
-    "original_max_position_embeddings": COUNT.or_null(),
-    "partial_rotary_factor": SHARE.or_null(),
+ROPE_KINDS: dict[str, FieldKind] = {
+    "attention_factor": POSITIVE.allow_null(),
+    "beta_fast": POSITIVE.allow_null(),
+    "beta_slow": POSITIVE.allow_null(),
+    "factor": POSITIVE.allow_null(),
+    "high_freq_factor": POSITIVE.allow_null(),
+    "low_freq_factor": POSITIVE.allow_null(),
+    "mscale": NOT_NEGATIVE.allow_null(),
+    "mscale_all_dim": NOT_NEGATIVE.allow_null(),
+    "original_max_position_embeddings": COUNT.allow_null(),
+    "partial_rotary_factor": SHARE.allow_null(),
     "rope_theta": POSITIVE,
-    "rope_type": TEXT.or_null(),
+    "rope_type": TEXT.allow_null(),
     "truncate": FLAG,
-    "type": TEXT.or_null(),
+    "type": TEXT.allow_null(),
 }
 
-QUANTIZATION_KINDS: dict[str, Kind] = {
-    "quant_method": TEXT.or_null(),
-    "weight_block_size": LIST.or_null(),
+QUANTIZATION_KINDS: dict[str, FieldKind] = {
+    "quant_method": TEXT.allow_null(),
+    "weight_block_size": LIST.allow_null(),
 }
 
 
-def checked(values: Any, kinds: Mapping[str, Kind], where: str = "") -> Config:
+def check_fields(values: Any, kinds: Mapping[str, FieldKind], where: str = "") -> Config:
     """``values``, in which every field of these names is of its kind.
 
     ``where`` is the name of the field that holds them, if one does.

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from axattn._rotary import LinearScaling, Llama3Scaling, RotaryEmbedding, Scaling, YarnScaling
-from axattn.huggingface._json_fields import OBJECT, ROPE_KINDS, Config, checked
+from axattn.huggingface._json_fields import OBJECT, ROPE_KINDS, Config, check_fields
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def rotary_embedding(
+def make_rotary_embedding(
     config: Config,
     head_dim: int,
     *,
@@ -25,7 +25,7 @@ def rotary_embedding(
     ``partial`` is whether the model reads ``partial_rotary_factor``. Raises NotImplementedError for
     a ``rope_type`` that axattn does not have, ValueError for one whose numbers are not all there.
     """
-    where, options = _options(config, layer_type)
+    where, options = _read_options(config, layer_type)
     share = options.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0
     if share != 1.0 and not partial:
         raise NotImplementedError(
@@ -40,31 +40,31 @@ def rotary_embedding(
     return RotaryEmbedding(
         base=float(options["rope_theta"]),
         interleaved=interleaved,
-        scaling=_scaling(where, options, config),
+        scaling=_make_scaling(where, options, config),
         rotary_dim=None if share == 1.0 else size,
     )
 
 
-def _options(config: Config, layer_type: str) -> tuple[str, dict[str, Any]]:
+def _read_options(config: Config, layer_type: str) -> tuple[str, dict[str, Any]]:
     """``rope_parameters`` of this type of layer, also out of the older ways of writing them; and
     the name of the field that they stand in."""
     where = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
-    found = checked(config[where] or {}, ROPE_KINDS, where)
+    found = check_fields(config[where] or {}, ROPE_KINDS, where)
     local = layer_type == "sliding_attention"  # of Gemma 3, with a base of its own
     base = config["rope_local_base_freq" if local else "rope_theta"]
     if any(name in found for name in _LAYER_TYPES):
         where = f"{where}.{layer_type}"
-        found = OBJECT.or_null().check(where, found.get(layer_type)) or {}
+        found = OBJECT.allow_null().check(where, found.get(layer_type)) or {}
     elif local:  # what is written without types is for the other layers
         found = {}
-    return where, {"rope_theta": base, **checked(found, ROPE_KINDS, where)}
+    return where, {"rope_theta": base, **check_fields(found, ROPE_KINDS, where)}
 
 
-def _scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling | None:
+def _make_scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling | None:
     kind = options.get("rope_type") or options.get("type") or "default"
 
-    def number(name: str, otherwise: float | None = None) -> float:
-        value = otherwise if options.get(name) is None else options[name]
+    def get_number(name: str, default: float | None = None) -> float:
+        value = default if options.get(name) is None else options[name]
         if value is None:
             raise ValueError(f"{where} takes {name} where rope_type is {kind!r}")
         return float(value)
@@ -76,11 +76,11 @@ def _scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling 
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(number("factor"))
+        return LinearScaling(get_number("factor"))
     if kind == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
+        low, high = get_number("low_freq_factor"), get_number("high_freq_factor")
         return Llama3Scaling(
-            factor=number("factor"),
+            factor=get_number("factor"),
             low_freq_factor=low,
             # Llama 4 has the same number twice: no pair is between slow and fast.
             high_freq_factor=math.nextafter(low, math.inf) if high == low else high,
@@ -91,10 +91,10 @@ def _scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling 
             base = options["rope_theta"]
             raise ValueError(f"rope_theta takes more than 1 where rope_type is 'yarn', got {base}")
         return YarnScaling(
-            factor=number("factor", config["max_position_embeddings"] / trained),
+            factor=get_number("factor", config["max_position_embeddings"] / trained),
             original_max_position=trained,
-            beta_fast=number("beta_fast", 32),
-            beta_slow=number("beta_slow", 1),
+            beta_fast=get_number("beta_fast", 32),
+            beta_slow=get_number("beta_slow", 1),
             attention_factor=options.get("attention_factor"),
             mscale=options.get("mscale"),
             mscale_all_dim=options.get("mscale_all_dim"),

@@ -15,10 +15,10 @@ from axattn.huggingface._json_fields import (
     OBJECT,
     TEXT,
     Config,
-    checked,
+    check_fields,
     pick_layer,
 )
-from axattn.huggingface._rope import rotary_embedding
+from axattn.huggingface._rope import make_rotary_embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
       >>> local.fields["window"], everywhere.fields["window"]
       ((4095, 0), None)
     """
-    config = text_config(config)
+    config = read_text_config(config)
     kind = config["model_type"]
     layer, count = int(COUNT_OR_0.check("layer", layer)), config["num_hidden_layers"]
     if layer >= count:
@@ -134,7 +134,7 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
     return AttentionSpec(kind, layer, config["hidden_size"], layer_config, causal)
 
 
-def text_config(config: Config) -> Config:
+def read_text_config(config: Config) -> Config:
     """The part of a configuration that speaks of the language model, with what it leaves out.
 
     Every field that is read is of its kind, or ValueError and TypeError name it. Raises
@@ -145,7 +145,7 @@ def text_config(config: Config) -> Config:
         raise TypeError(
             f"config takes what config.json holds (config.to_dict()), got {type(config).__name__}"
         )
-    nested = OBJECT.or_null().check("text_config", config.get("text_config"))
+    nested = OBJECT.allow_null().check("text_config", config.get("text_config"))
     config = nested or config
     if "model_type" not in config:
         where = "text_config" if nested else "config"
@@ -154,7 +154,7 @@ def text_config(config: Config) -> Config:
     if kind not in FAMILIES:
         raise NotImplementedError(f"model_type takes one of {sorted(FAMILIES)}, got {kind!r}")
     whole = {**DEFAULTS[kind], **config}
-    return checked(whole, {name: KINDS[name] for name in DEFAULTS[kind]})
+    return check_fields(whole, {name: KINDS[name] for name in DEFAULTS[kind]})
 
 
 # ---- families ---------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _grouped(
+def _read_grouped(
     config: Config, *, rope: Mapping[str, Any] | None = None, **more: Any
 ) -> AttentionConfig:
     """What most families have in common; ``rope`` are arguments of `rotary_embedding`."""
@@ -353,12 +353,12 @@ def _grouped(
         num_kv_heads=kv_heads,
         qkv_features=heads * head_dim,
         use_bias=bool(config.get("attention_bias")),
-        rope=rotary_embedding(config, head_dim, **(rope or {})),
+        rope=make_rotary_embedding(config, head_dim, **(rope or {})),
     )
     return AttentionConfig(**{**fields, **more})
 
 
-def _before(window: int | None) -> tuple[int, int] | None:
+def _convert_window(window: int | None) -> tuple[int, int] | None:
     """Hugging Face's window counts the token itself."""
     if window == 0:
         raise ValueError("sliding_window takes an integer of at least 1, or null, got 0")
@@ -368,13 +368,13 @@ def _before(window: int | None) -> tuple[int, int] | None:
 def _is_local(
     config: Config,
     layer: int,
-    otherwise: Callable[[int], bool],
+    default: Callable[[int], bool],
     local: str = "sliding_attention",
 ) -> bool:
-    """Whether a layer is local: by ``layer_types``, where there are none by ``otherwise``."""
+    """Whether a layer is local: by ``layer_types``, where there are none by ``default``."""
     types, takes = config["layer_types"], ("full_attention", "attention", local)
     if types is None:
-        return otherwise(layer)
+        return default(layer)
     return pick_layer("layer_types", types, layer, config["num_hidden_layers"], takes) == local
 
 
@@ -392,65 +392,69 @@ def _refuse_both_directions(config: Config) -> None:
         )
 
 
-def _llama(config: Config, layer: int) -> AttentionConfig:
-    return _grouped(config)
+def _read_llama(config: Config, layer: int) -> AttentionConfig:
+    return _read_grouped(config)
 
 
-def _mistral(config: Config, layer: int) -> AttentionConfig:
-    return _grouped(config, use_bias=False, window=_before(config["sliding_window"]))
+def _read_mistral(config: Config, layer: int) -> AttentionConfig:
+    return _read_grouped(config, use_bias=False, window=_convert_window(config["sliding_window"]))
 
 
-def _qwen_window(config: Config, layer: int, otherwise: Callable[[int], bool]) -> Any:
-    slides = _is_local(config, layer, otherwise) and config["use_sliding_window"]
-    return _before(config["sliding_window"]) if slides else None
+def _read_qwen_window(config: Config, layer: int, default: Callable[[int], bool]) -> Any:
+    slides = _is_local(config, layer, default) and config["use_sliding_window"]
+    return _convert_window(config["sliding_window"]) if slides else None
 
 
-def _qwen2(config: Config, layer: int) -> AttentionConfig:
-    window = _qwen_window(config, layer, lambda i: i >= config["max_window_layers"])
-    return _grouped(config, use_bias=True, out_use_bias=False, window=window)
+def _read_qwen2(config: Config, layer: int) -> AttentionConfig:
+    window = _read_qwen_window(config, layer, lambda i: i >= config["max_window_layers"])
+    return _read_grouped(config, use_bias=True, out_use_bias=False, window=window)
 
 
-def _qwen2_moe(config: Config, layer: int) -> AttentionConfig:
+def _read_qwen2_moe(config: Config, layer: int) -> AttentionConfig:
     # Every other one of the first layers; the dense model's are all of the last.
-    window = _qwen_window(config, layer, lambda i: i % 2 == 0 and i < config["max_window_layers"])
+    window = _read_qwen_window(
+        config, layer, lambda i: i % 2 == 0 and i < config["max_window_layers"]
+    )
     bias = bool(config["qkv_bias"])
-    return _grouped(config, use_bias=bias, out_use_bias=False, window=window)
+    return _read_grouped(config, use_bias=bias, out_use_bias=False, window=window)
 
 
-def _qwen3(config: Config, layer: int) -> AttentionConfig:
+def _read_qwen3(config: Config, layer: int) -> AttentionConfig:
     bias = bool(config["attention_bias"])
     norm = dict(qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
-    return dataclasses.replace(_qwen2(config, layer), use_bias=bias, out_use_bias=bias, **norm)
+    return dataclasses.replace(_read_qwen2(config, layer), use_bias=bias, out_use_bias=bias, **norm)
 
 
-def _qwen3_moe(config: Config, layer: int) -> AttentionConfig:
-    window = _before(config["sliding_window"]) if config["use_sliding_window"] else None
-    return _grouped(config, window=window, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
+def _read_qwen3_moe(config: Config, layer: int) -> AttentionConfig:
+    window = _convert_window(config["sliding_window"]) if config["use_sliding_window"] else None
+    return _read_grouped(
+        config, window=window, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"]
+    )
 
 
-def _gemma(config: Config, layer: int) -> AttentionConfig:
+def _read_gemma(config: Config, layer: int) -> AttentionConfig:
     _refuse_both_directions(config)
-    return _grouped(config)
+    return _read_grouped(config)
 
 
-def _gemma2(config: Config, layer: int) -> AttentionConfig:
+def _read_gemma2(config: Config, layer: int) -> AttentionConfig:
     _refuse_both_directions(config)
     slides = _is_local(config, layer, lambda i: i % 2 == 0)
-    return _grouped(
+    return _read_grouped(
         config,
-        window=_before(config["sliding_window"]) if slides else None,
+        window=_convert_window(config["sliding_window"]) if slides else None,
         scale=config["query_pre_attn_scalar"] ** -0.5,
         logits_soft_cap=config["attn_logit_softcapping"],
     )
 
 
-def _gemma3(config: Config, layer: int) -> AttentionConfig:
+def _read_gemma3(config: Config, layer: int) -> AttentionConfig:
     slides = _is_local(config, layer, lambda i: bool((i + 1) % config["sliding_window_pattern"]))
     window = config["sliding_window"] if slides else None
-    around = _before(window)
+    around = _convert_window(window)
     if window is not None and config["use_bidirectional_attention"]:
         around = (window // 2, window // 2)
-    return _grouped(
+    return _read_grouped(
         config,
         window=around,
         scale=config["query_pre_attn_scalar"] ** -0.5,
@@ -460,48 +464,48 @@ def _gemma3(config: Config, layer: int) -> AttentionConfig:
     )
 
 
-def _phi3(config: Config, layer: int) -> AttentionConfig:
-    window = _before(config["sliding_window"])
-    fields = _grouped(config, use_bias=False, window=window, rope=dict(partial=True))
+def _read_phi3(config: Config, layer: int) -> AttentionConfig:
+    window = _convert_window(config["sliding_window"])
+    fields = _read_grouped(config, use_bias=False, window=window, rope=dict(partial=True))
     if present(fields.rope).scaling is not None:
         raise NotImplementedError("rope_type takes default for phi3: longrope is not read here")
     return fields
 
 
-def _gpt_oss(config: Config, layer: int) -> AttentionConfig:
+def _read_gpt_oss(config: Config, layer: int) -> AttentionConfig:
     if config["rope_parameters"] is None:  # the same as nothing, in this family
         config = {**config, "rope_parameters": DEFAULTS["gpt_oss"]["rope_parameters"]}
     slides = _is_local(config, layer, lambda i: i % 2 == 0)
-    window = _before(config["sliding_window"]) if slides else None
-    return _grouped(config, window=window, sinks=True)
+    window = _convert_window(config["sliding_window"]) if slides else None
+    return _read_grouped(config, window=window, sinks=True)
 
 
-def _granite(config: Config, layer: int) -> AttentionConfig:
-    return _grouped(config, scale=float(config["attention_multiplier"]))
+def _read_granite(config: Config, layer: int) -> AttentionConfig:
+    return _read_grouped(config, scale=float(config["attention_multiplier"]))
 
 
-def _olmo2(config: Config, layer: int) -> AttentionConfig:
+def _read_olmo2(config: Config, layer: int) -> AttentionConfig:
     norm = dict(qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"], qk_norm_per_head=False)
-    return _grouped(config, **norm)
+    return _read_grouped(config, **norm)
 
 
-def _smollm3(config: Config, layer: int) -> AttentionConfig:
-    turned, window = _has_rope(config, layer), config["sliding_window"]
-    slides = _is_local(config, layer, lambda _: not turned) and config["use_sliding_window"]
-    fields = _grouped(config, window=_before(window) if slides else None)
-    return fields if turned else dataclasses.replace(fields, rope=None)
+def _read_smollm3(config: Config, layer: int) -> AttentionConfig:
+    rotates, window = _has_rope(config, layer), config["sliding_window"]
+    slides = _is_local(config, layer, lambda _: not rotates) and config["use_sliding_window"]
+    fields = _read_grouped(config, window=_convert_window(window) if slides else None)
+    return fields if rotates else dataclasses.replace(fields, rope=None)
 
 
-def _glm4(config: Config, layer: int) -> AttentionConfig:
-    return _grouped(config, out_use_bias=False, rope=dict(interleaved=True, partial=True))
+def _read_glm4(config: Config, layer: int) -> AttentionConfig:
+    return _read_grouped(config, out_use_bias=False, rope=dict(interleaved=True, partial=True))
 
 
-def _llama4(config: Config, layer: int) -> AttentionConfig:
+def _read_llama4(config: Config, layer: int) -> AttentionConfig:
     longest = config["max_position_embeddings"]
     chunk, floor = config["attention_chunk_size"], config["floor_scale"]
     listed = config["no_rope_layers"] or None  # an empty list is none, in this family
-    turned = _has_rope({**config, "no_rope_layers": listed}, layer)
-    if _is_local(config, layer, lambda _: turned, local="chunked_attention"):
+    rotates = _has_rope({**config, "no_rope_layers": listed}, layer)
+    if _is_local(config, layer, lambda _: rotates, local="chunked_attention"):
         if chunk is None:
             raise ValueError("attention_chunk_size takes an integer of at least 1, got None")
         if chunk < longest:
@@ -510,8 +514,8 @@ def _llama4(config: Config, layer: int) -> AttentionConfig:
                 f"{chunk}: there is no chunked attention here. For sequences of at most {chunk} "
                 "tokens, which are one chunk, set max_position_embeddings to that"
             )
-    fields = _grouped(config, rope=dict(interleaved=True))
-    if turned:
+    fields = _read_grouped(config, rope=dict(interleaved=True))
+    if rotates:
         if not config["use_qk_norm"]:
             return fields
         # The model divides by the length after the rotation, which does not change lengths.
@@ -528,7 +532,7 @@ def _llama4(config: Config, layer: int) -> AttentionConfig:
     return dataclasses.replace(fields, rope=None)
 
 
-def _falcon(config: Config, layer: int) -> AttentionConfig:
+def _read_falcon(config: Config, layer: int) -> AttentionConfig:
     if config["alibi"]:
         raise NotImplementedError("alibi takes False: axattn's layers have rotary embeddings")
     older = [name for name in ("n_embed", "n_head", "n_head_kv", "n_layer") if name in config]
@@ -543,41 +547,41 @@ def _falcon(config: Config, layer: int) -> AttentionConfig:
     else:
         kv_heads = 1 if config["multi_query"] else heads
     sizes = dict(num_key_value_heads=kv_heads, head_dim=None)
-    return _grouped({**config, **sizes}, use_bias=bool(config["bias"]))
+    return _read_grouped({**config, **sizes}, use_bias=bool(config["bias"]))
 
 
-def _deepseek(config: Config, layer: int) -> LatentConfig:
+def _read_deepseek(config: Config, layer: int) -> LatentConfig:
     names = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     halves = config["model_type"] == "deepseek_v3" and not config["rope_interleave"]
     return LatentConfig(
         num_heads=config["num_attention_heads"],
         **{name: config[name] for name in names},
         use_bias=bool(config["attention_bias"]),
-        rope=rotary_embedding(config, config["qk_rope_head_dim"], interleaved=not halves),
+        rope=make_rotary_embedding(config, config["qk_rope_head_dim"], interleaved=not halves),
         # Its latents' norms do not take the model's epsilon.
         norm_epsilon=1e-6,
     )
 
 
 FAMILIES: dict[str, Callable[[Config, int], AttentionConfig | LatentConfig]] = {
-    "llama": _llama,
-    "llama4_text": _llama4,
-    "mistral": _mistral,
-    "mixtral": _mistral,
-    "gemma": _gemma,
-    "gemma2": _gemma2,
-    "gemma3_text": _gemma3,
-    "qwen2": _qwen2,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3": _qwen3,
-    "qwen3_moe": _qwen3_moe,
-    "phi3": _phi3,
-    "gpt_oss": _gpt_oss,
-    "granite": _granite,
-    "olmo2": _olmo2,
-    "smollm3": _smollm3,
-    "glm4": _glm4,
-    "falcon": _falcon,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
+    "llama": _read_llama,
+    "llama4_text": _read_llama4,
+    "mistral": _read_mistral,
+    "mixtral": _read_mistral,
+    "gemma": _read_gemma,
+    "gemma2": _read_gemma2,
+    "gemma3_text": _read_gemma3,
+    "qwen2": _read_qwen2,
+    "qwen2_moe": _read_qwen2_moe,
+    "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+    "phi3": _read_phi3,
+    "gpt_oss": _read_gpt_oss,
+    "granite": _read_granite,
+    "olmo2": _read_olmo2,
+    "smollm3": _read_smollm3,
+    "glm4": _read_glm4,
+    "falcon": _read_falcon,
+    "deepseek_v2": _read_deepseek,
+    "deepseek_v3": _read_deepseek,
 }

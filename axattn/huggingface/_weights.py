@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from axattn._layers.config import AttentionConfig, LatentConfig
-from axattn.huggingface._json_fields import COUNT, OBJECT, QUANTIZATION_KINDS, Config, checked
-from axattn.huggingface._spec import AttentionSpec, attention_spec, text_config
+from axattn.huggingface._json_fields import COUNT, OBJECT, QUANTIZATION_KINDS, Config, check_fields
+from axattn.huggingface._spec import AttentionSpec, attention_spec, read_text_config
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -69,17 +69,17 @@ def attention_params(
     spec = attention_spec(config, layer)
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors takes a mapping of names to arrays, got {type(tensors).__name__}")
-    of = _Layer(tensors, spec, config, dtype)
+    stored = _LayerTensors(tensors, spec, config, dtype)
     if isinstance(spec.layer_config, LatentConfig):
-        return _latent(of, spec, spec.layer_config)
-    return _grouped(of, spec, spec.layer_config)
+        return _read_latent(stored, spec, spec.layer_config)
+    return _read_grouped_query(stored, spec, spec.layer_config)
 
 
-def _quantization(config: Config) -> Config:
+def _read_quantization(config: Config) -> Config:
     """What the configuration, or the whole of a multimodal one, says of codes."""
     name = "quantization_config"
-    written = config.get(name) or text_config(config).get(name)
-    written = checked(OBJECT.or_null().check(name, written) or {}, QUANTIZATION_KINDS, name)
+    written = config.get(name) or read_text_config(config).get(name)
+    written = check_fields(OBJECT.allow_null().check(name, written) or {}, QUANTIZATION_KINDS, name)
     block = written.get("weight_block_size")
     if block is not None:
         if len(block) != 2:
@@ -89,12 +89,12 @@ def _quantization(config: Config) -> Config:
     return written
 
 
-class _Layer:
+class _LayerTensors:
     """The tensors of one layer, by the ends of their names."""
 
     def __init__(self, tensors: Tensors, spec: AttentionSpec, config: Config, dtype: Any):
         self.tensors, self.dtype = tensors, dtype
-        self.quantization = _quantization(config)
+        self.quantization = _read_quantization(config)
         part, first = "layers.{}.self_attn.", "o_proj"
         if spec.family == "falcon":
             part, first = "h.{}.self_attention.", "dense"
@@ -109,18 +109,20 @@ class _Layer:
             )
         self.prefix = prefix
 
-    def array(self, name: str, *shape: int) -> np.ndarray:
+    def read(self, name: str, *shape: int) -> np.ndarray:
         """A tensor of this shape."""
-        array = self._stored(name, *shape)
+        array = self._read_stored(name, *shape)
         return array if self.dtype is None else array.astype(self.dtype)
 
-    def norm(self, name: str, size: int, from_one: bool) -> np.ndarray:
+    def read_norm(self, name: str, size: int, from_one: bool) -> np.ndarray:
         """Scales, which may be stored as their differences from one."""
         if not from_one:
-            return self.array(name, size)
-        return (1 + self._stored(name, size).astype(np.float32)).astype(self.dtype or np.float32)
+            return self.read(name, size)
+        return (1 + self._read_stored(name, size).astype(np.float32)).astype(
+            self.dtype or np.float32
+        )
 
-    def _stored(self, name: str, *shape: int) -> np.ndarray:
+    def _read_stored(self, name: str, *shape: int) -> np.ndarray:
         name = self.prefix + name
         if name not in self.tensors:
             self.refuse_codes(f"{name} is not there")
@@ -134,7 +136,7 @@ class _Layer:
             return array
         scales = np.asarray(self.tensors[f"{name}_scale_inv"])
         block = self.quantization.get("weight_block_size") or (shape if scales.size == 1 else BLOCK)
-        return _dequantized(name, array, scales, block)
+        return _dequantize_blocks(name, array, scales, block)
 
     def refuse_codes(self, why: str, always: bool = False) -> None:
         """Says that this is a quantized checkpoint of another kind, if it is one."""
@@ -145,58 +147,68 @@ class _Layer:
                 f"are with _scale_inv (quant_method fp8): {why}, quant_method is {method!r}"
             )
 
-    def into_heads(self, name: str, inputs: int, heads: int, size: int, bias: bool) -> dict:
+    def read_input_projection(
+        self, name: str, inputs: int, heads: int, size: int, bias: bool
+    ) -> dict:
         """A projection to heads: PyTorch has its weight as ``[heads * size, inputs]``."""
-        kernel = self.array(f"{name}.weight", heads * size, inputs)
+        kernel = self.read(f"{name}.weight", heads * size, inputs)
         found: dict[str, np.ndarray] = {
             "kernel": kernel.reshape(heads, size, inputs).transpose(2, 0, 1)
         }
         if bias:
-            found["bias"] = self.array(f"{name}.bias", heads * size).reshape(heads, size)
+            found["bias"] = self.read(f"{name}.bias", heads * size).reshape(heads, size)
         return found
 
-    def plain(self, name: str, inputs: int, outputs: int, bias: bool) -> dict:
-        found = {"kernel": self.array(f"{name}.weight", outputs, inputs).T}
+    def read_dense(self, name: str, inputs: int, outputs: int, bias: bool) -> dict:
+        found = {"kernel": self.read(f"{name}.weight", outputs, inputs).T}
         if bias:
-            found["bias"] = self.array(f"{name}.bias", outputs)
+            found["bias"] = self.read(f"{name}.bias", outputs)
         return found
 
-    def out_of_heads(self, name: str, heads: int, size: int, outputs: int, bias: bool) -> dict:
-        found = self.plain(name, heads * size, outputs, bias)
+    def read_output_projection(
+        self, name: str, heads: int, size: int, outputs: int, bias: bool
+    ) -> dict:
+        found = self.read_dense(name, heads * size, outputs, bias)
         return {**found, "kernel": found["kernel"].reshape(heads, size, outputs)}
 
 
-def _grouped(of: _Layer, spec: AttentionSpec, config: AttentionConfig) -> dict[str, Any]:
+def _read_grouped_query(
+    tensors: _LayerTensors, spec: AttentionSpec, config: AttentionConfig
+) -> dict[str, Any]:
     features, heads, kv_heads = spec.in_features, config.num_heads, config.kv_heads
     size, bias, out = config.head_dim, config.use_bias, "o_proj"
     if spec.family == "falcon":  # group by group, each with its keys and values
-        fused = of.into_heads("query_key_value", features, heads + 2 * kv_heads, size, bias)
-        params, out = _split(fused, heads, kv_heads, groups=kv_heads), "dense"
+        fused = tensors.read_input_projection(
+            "query_key_value", features, heads + 2 * kv_heads, size, bias
+        )
+        params, out = _split_heads(fused, heads, kv_heads, groups=kv_heads), "dense"
     elif spec.family == "phi3":  # all queries, then all keys, then all values
-        fused = of.into_heads("qkv_proj", features, heads + 2 * kv_heads, size, bias)
-        params = _split(fused, heads, kv_heads, groups=1)
+        fused = tensors.read_input_projection(
+            "qkv_proj", features, heads + 2 * kv_heads, size, bias
+        )
+        params = _split_heads(fused, heads, kv_heads, groups=1)
     else:
         params = {
-            "query": of.into_heads("q_proj", features, heads, size, bias),
-            "key": of.into_heads("k_proj", features, kv_heads, size, bias),
-            "value": of.into_heads("v_proj", features, kv_heads, size, bias),
+            "query": tensors.read_input_projection("q_proj", features, heads, size, bias),
+            "key": tensors.read_input_projection("k_proj", features, kv_heads, size, bias),
+            "value": tensors.read_input_projection("v_proj", features, kv_heads, size, bias),
         }
-    params["out"] = of.out_of_heads(out, heads, size, features, config.out_has_bias)
+    params["out"] = tensors.read_output_projection(out, heads, size, features, config.out_has_bias)
     if config.sinks:
-        params["sinks"] = of.array("sinks", heads)
+        params["sinks"] = tensors.read("sinks", heads)
     if config.qk_norm:
         for name, theirs, count in (("query_ln", "q_norm", heads), ("key_ln", "k_norm", kv_heads)):
             if spec.family == "llama4_text":  # whose norms have no scales
                 scale = np.ones(size, params["query"]["kernel"].dtype)
             elif config.qk_norm_per_head:
-                scale = of.norm(f"{theirs}.weight", size, spec.family.startswith("gemma"))
+                scale = tensors.read_norm(f"{theirs}.weight", size, spec.family.startswith("gemma"))
             else:
-                scale = of.array(f"{theirs}.weight", count * size).reshape(count, size)
+                scale = tensors.read(f"{theirs}.weight", count * size).reshape(count, size)
             params[name] = {"scale": scale}
     return params
 
 
-def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, Any]:
+def _split_heads(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, Any]:
     """One projection's heads as those of queries, keys and values, which lie so in each group."""
     ends = (heads // groups, (heads + kv_heads) // groups)
     params: dict[str, dict] = {"query": {}, "key": {}, "value": {}}
@@ -208,29 +220,35 @@ def _split(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, 
     return params
 
 
-def _latent(of: _Layer, spec: AttentionSpec, config: LatentConfig) -> dict[str, Any]:
+def _read_latent(
+    tensors: _LayerTensors, spec: AttentionSpec, config: LatentConfig
+) -> dict[str, Any]:
     features, heads, bias = spec.in_features, config.num_heads, config.use_bias
     rank, q_rank = config.kv_lora_rank, config.q_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    up = of.array("kv_b_proj.weight", heads * (nope + value), rank)
+    up = tensors.read("kv_b_proj.weight", heads * (nope + value), rank)
     up = up.reshape(heads, nope + value, rank).transpose(2, 0, 1)
     params = {
-        "kv_down": of.plain("kv_a_proj_with_mqa", features, rank + rope, bias),
-        "kv_norm": {"scale": of.array("kv_a_layernorm.weight", rank)},
+        "kv_down": tensors.read_dense("kv_a_proj_with_mqa", features, rank + rope, bias),
+        "kv_norm": {"scale": tensors.read("kv_a_layernorm.weight", rank)},
         "key_up": {"kernel": up[..., :nope]},
         "value_up": {"kernel": up[..., nope:]},
-        "out": of.out_of_heads("o_proj", heads, value, features, bias),
+        "out": tensors.read_output_projection("o_proj", heads, value, features, bias),
     }
     if q_rank is None:
-        params["query"] = of.into_heads("q_proj", features, heads, nope + rope, False)
+        params["query"] = tensors.read_input_projection(
+            "q_proj", features, heads, nope + rope, False
+        )
     else:
-        params["query_down"] = of.plain("q_a_proj", features, q_rank, bias)
-        params["query_norm"] = {"scale": of.array("q_a_layernorm.weight", q_rank)}
-        params["query_up"] = of.into_heads("q_b_proj", q_rank, heads, nope + rope, False)
+        params["query_down"] = tensors.read_dense("q_a_proj", features, q_rank, bias)
+        params["query_norm"] = {"scale": tensors.read("q_a_layernorm.weight", q_rank)}
+        params["query_up"] = tensors.read_input_projection(
+            "q_b_proj", q_rank, heads, nope + rope, False
+        )
     return params
 
 
-def _dequantized(
+def _dequantize_blocks(
     name: str, codes: np.ndarray, scales: np.ndarray, block: Sequence[int]
 ) -> np.ndarray:
     """Codes times the scale of their block, float32."""
