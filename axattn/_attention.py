@@ -404,6 +404,6 @@ def explain_call(
         return explanation
     chip = _targets.target(target)
     explanation.platform = chip.platform
-    with _jax_compat.use_abstract_device(*_targets.traced_as(chip)):
+    with _jax_compat.use_abstract_device(*_targets.describe_device(chip)):
         trace_shapes(explain, arguments)
     return explanation

@@ -57,7 +57,7 @@ class Collective:
 
 _KINDS = {"k" + kind.title().replace("-", ""): kind for kind in KINDS}
 
-Found = dict[str, tuple[int, float]]  # by kind: count, bytes
+Counts = dict[str, tuple[int, float]]  # by kind: count, bytes
 
 
 def program_collectives(
@@ -86,80 +86,82 @@ def program_collectives(
     if num_devices == 1:
         return (), ()
     try:
-        return collectives(_jax_compat.optimized_hlo(compiled), num_devices)
+        return count_collectives(_jax_compat.optimized_hlo(compiled), num_devices)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         return (), (f"collectives are not known: this jaxlib's HLO is not understood ({error})",)
 
 
-def collectives(module: Any, num_devices: int) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
+def count_collectives(
+    module: Any, num_devices: int
+) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
     """The same of jaxlib's ``HloModule``."""
-    reader = _Reader(_hlo.Program(module), num_devices)
-    found = reader.read(reader.program.entry)
+    counter = _CollectiveCounter(_hlo.Program(module), num_devices)
+    found = counter.count_computation(counter.program.entry)
     listed = (Collective(kind, count, sent) for kind, (count, sent) in found.items())
-    notes = reader.program.notes("what loops send counts")
+    notes = counter.program.format_notes("what loops send counts")
     return tuple(sorted(listed, key=lambda c: -c.sent_bytes)), notes
 
 
-class _Reader:
+class _CollectiveCounter:
     def __init__(self, program: _hlo.Program, num_devices: int):
         self.program, self.num_devices = program, num_devices
 
-    def read(self, name: str) -> Found:
+    def count_computation(self, name: str) -> Counts:
         """What computation `name` sends."""
-        found = Found()
+        found = Counts()
         for instruction in self.program.instructions[name]:
             opcode = instruction.opcode.name
             kind = _KINDS.get(opcode.removesuffix("Start"))
             if kind:
-                _add(found, {kind: (1, self.sent(instruction, kind))})
+                _add_counts(found, {kind: (1, self._count_sent_bytes(instruction, kind))})
             elif opcode == "kWhile":
-                body = self.read(_hlo.body_of(instruction))
+                body = self.count_computation(_hlo.get_body(instruction))
                 if body:
-                    _add(found, body, self.program.trips(name, instruction))
+                    _add_counts(found, body, self.program.count_trips(name, instruction))
             elif opcode == "kConditional":
-                branches = map(self.read, self.program.called(instruction))
-                _add(found, max(branches, key=_total))
+                branches = map(self.count_computation, self.program.get_callees(instruction))
+                _add_counts(found, max(branches, key=_sum_bytes))
             elif opcode in ("kCall", "kFusion", "kAsyncStart"):
-                for callee in self.program.called(instruction):
-                    _add(found, self._in_one(callee))
+                for callee in self.program.get_callees(instruction):
+                    _add_counts(found, self._count_fused(callee))
         return found
 
-    def _in_one(self, callee: str) -> Found:
+    def _count_fused(self, callee: str) -> Counts:
         """Of a computation that is one operation for libtpu, which fuses with their users."""
-        found = self.read(callee)
+        found = self.count_computation(callee)
         if callee.startswith("all-reduce-scatter") and "all-reduce" in found:
             count, sent = found.pop("all-reduce")
-            _add(found, {"reduce-scatter": (count, sent / 2)})
+            _add_counts(found, {"reduce-scatter": (count, sent / 2)})
         return found
 
-    def sent(self, instruction: Any, kind: str) -> float:
+    def _count_sent_bytes(self, instruction: Any, kind: str) -> float:
         operands = instruction.operands()
         if kind in ("collective-permute", "ragged-all-to-all"):
             operands = operands[:1]  # behind it may be where the results go
-        size = sum(map(_nbytes, operands))
+        size = sum(map(_count_value_bytes, operands))
         if kind == "collective-permute":
             return size
-        n = group_size(instruction.to_string(), self.num_devices)
+        n = parse_group_size(instruction.to_string(), self.num_devices)
         share = (n - 1) / n
         return size * {"all-gather": n - 1, "all-reduce": 2 * share}.get(kind, share)
 
 
-def _nbytes(value: Any) -> float:
+def _count_value_bytes(value: Any) -> float:
     """Of a value, without what its layout pads; all elements of a tuple."""
-    shape = _hlo.attribute(value, r" = (.*?) [\w\-]+\(")
+    shape = _hlo.find_attribute(value, r" = (.*?) [\w\-]+\(")
     total = 0.0
     for dtype, sizes in re.findall(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]", shape):
-        total += math.prod(map(int, filter(None, sizes.split(",")))) * _bits(dtype) / 8
+        total += math.prod(map(int, filter(None, sizes.split(",")))) * _parse_bits(dtype) / 8
     return total
 
 
-def _bits(dtype: str) -> int:
+def _parse_bits(dtype: str) -> int:
     """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
     digits = re.search(r"\d+", dtype)
     return int(digits.group()) if digits else 8 if dtype == "pred" else 0
 
 
-def group_size(attributes: str, num_devices: int) -> int:
+def parse_group_size(attributes: str, num_devices: int) -> int:
     """How many devices take part together, by `replica_groups` in any of its three forms."""
     listed = re.search(r"replica_groups=\{\{([^}]*)\}", attributes)
     if listed:
@@ -176,11 +178,11 @@ def group_size(attributes: str, num_devices: int) -> int:
     return num_devices
 
 
-def _add(found: Found, more: Found, times: int = 1) -> None:
+def _add_counts(found: Counts, more: Counts, times: int = 1) -> None:
     for kind, (count, sent) in more.items():
         before = found.get(kind, (0, 0.0))
         found[kind] = before[0] + times * count, before[1] + times * sent
 
 
-def _total(found: Found) -> float:
+def _sum_bytes(found: Counts) -> float:
     return sum(sent for _, sent in found.values())

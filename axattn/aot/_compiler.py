@@ -14,7 +14,7 @@ import numpy as np
 from axattn import _jax_compat
 from axattn.aot import _toolchain
 from axattn.aot._collectives import program_collectives
-from axattn.aot._cost import program_cost
+from axattn.aot._cost import compute_program_cost
 from axattn.aot._report import Refusal, Report, parse_refusal
 from axattn.aot._targets import Target
 from axattn.aot._targets import target as find_target
@@ -66,15 +66,15 @@ def analyze(
     """
     chip = find_target(target)
     device = _toolchain.device(chip)
-    sharding = _sharding(device, (args, kwargs))
+    sharding = _choose_sharding(device, (args, kwargs))
     traceable, args, kwargs = _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums)
     report = functools.partial(
         Report,
         target=chip.name,
         device_kind=device.device_kind,
-        function=_name(fn),
+        function=_name_function(fn),
         num_devices=len(sharding.device_set),
-        versions=_toolchain.compiler_versions(chip),
+        versions=_toolchain.get_compiler_versions(chip),
     )
     with tracing_for(chip):
         try:
@@ -97,7 +97,7 @@ def analyze(
         seconds = time.perf_counter() - start
 
     memory = compiled.memory_analysis()
-    cost = program_cost(compiled)
+    cost = compute_program_cost(compiled)
     collectives, notes = program_collectives(compiled, len(sharding.device_set))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes
     total += memory.temp_size_in_bytes - memory.alias_size_in_bytes
@@ -113,7 +113,7 @@ def analyze(
         collectives=collectives,
         notes=cost.notes + notes,
         compile_seconds=seconds,
-        refusal=_over_capacity(chip, total),
+        refusal=_check_capacity(chip, total),
         compiled=compiled,
     )
 
@@ -154,7 +154,7 @@ def tracing_for(target: str | Target) -> Iterator[None]:
         yield
 
 
-def _over_capacity(chip: Target, total: int) -> Refusal | None:
+def _check_capacity(chip: Target, total: int) -> Refusal | None:
     """XLA's GPU compiler lets any size pass and leaves the rest to the allocator; we do not."""
     if chip.hbm_bytes is None or total <= chip.hbm_bytes:
         return None
@@ -162,16 +162,18 @@ def _over_capacity(chip: Target, total: int) -> Refusal | None:
     return Refusal("out_of_memory", message, "hbm", total, chip.hbm_bytes)
 
 
-def _sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
+def _choose_sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
     """Where arguments are that do not say: on ``device``, or on all devices of those that do."""
-    kept = [s for leaf in jax.tree.leaves(args) if (s := _kept(leaf, device)) is not None]
+    kept = [
+        s for leaf in jax.tree.leaves(args) if (s := _get_own_sharding(leaf, device)) is not None
+    ]
     for sharding in kept:
         if isinstance(sharding, jax.sharding.NamedSharding):
             return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return kept[0] if kept else jax.sharding.SingleDeviceSharding(device)
 
 
-def _kept(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
+def _get_own_sharding(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
     """The sharding that a ShapeDtypeStruct has over devices like ``device``, if it has one."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -193,7 +195,7 @@ def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
         constants = {k: v for k, v in kwargs.items() if not _holds_arrays(v)}
         kwargs = {k: v for k, v in kwargs.items() if k not in constants}
         fn = functools.partial(fn, **constants) if constants else fn
-    place = functools.partial(_placed, sharding=sharding)
+    place = functools.partial(_place_leaf, sharding=sharding)
     args = tuple(a if i in static else jax.tree.map(place, a) for i, a in enumerate(args))
     kwargs = jax.tree.map(place, kwargs)
     placed = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
@@ -205,11 +207,11 @@ def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
     return jax.jit(fn, **options, **outputs), args, kwargs
 
 
-def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
+def _place_leaf(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
     """An array's shape and dtype, where ``sharding`` or its own says; other leaves as they are."""
     if not _is_array(leaf):
         return leaf
-    own = _kept(leaf, next(iter(sharding.device_set)))
+    own = _get_own_sharding(leaf, next(iter(sharding.device_set)))
     weak = getattr(leaf, "weak_type", False)
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=own or sharding, weak_type=weak)
@@ -223,7 +225,7 @@ def _holds_arrays(value: Any) -> bool:
     return any(_is_array(leaf) for leaf in jax.tree.leaves(value))
 
 
-def _name(fn: Any) -> str:
+def _name_function(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__name__", None) or type(fn).__name__

@@ -17,7 +17,7 @@ from axattn.aot import _hlo
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class ProgramCost:
     """What a program does, as its compiler estimates it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Cost:
     notes: tuple[str, ...] = ()
 
 
-def program_cost(compiled: Any) -> Cost:
+def compute_program_cost(compiled: Any) -> ProgramCost:
     """Returns the cost of one run of a compiled program on one device.
 
     The compiler's own analysis is the basis (XLA's generic one on CUDA, which has none), with
@@ -46,71 +46,71 @@ def program_cost(compiled: Any) -> Cost:
     Args:
       compiled: a `jax.stages.Compiled`.
     """
-    own = _known(_jax_compat.compiler_cost_analysis(compiled))
+    own = _read_analysis(_jax_compat.compiler_cost_analysis(compiled))
     try:
         module = _jax_compat.optimized_hlo(compiled)
-        count = _Count(_hlo.Program(module))
+        counter = _CostCounter(_hlo.Program(module))
         if _jax_compat.hlo_cost_analysis(module) is not None:
-            once = count.whole(count.program.entry, lambda computation, loop: 1)
-            more = count.whole(count.program.entry, count.program.trips) - once
+            once = counter.count_run(counter.program.entry, lambda computation, loop: 1)
+            more = counter.count_run(counter.program.entry, counter.program.count_trips) - once
             total = more + (once if own is None else own)
-        elif own is None or count.program.has_loops:
-            return _not_known("counting them needs JAX's CPU backend")
+        elif own is None or counter.program.has_loops:
+            return _report_unknown("counting them needs JAX's CPU backend")
         else:
             total = own
-        kernels = count.without_estimate()
+        kernels = counter.note_missing_estimates()
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        return _not_known(f"this jaxlib's HLO is not understood ({error})")
-    notes = count.program.notes("loop bodies count") + kernels
+        return _report_unknown(f"this jaxlib's HLO is not understood ({error})")
+    notes = counter.program.format_notes("loop bodies count") + kernels
     flops, bytes_accessed = total
     if kernels and flops <= 0:
-        return Cost(None, None, True, notes)
-    return Cost(float(flops), float(bytes_accessed), bool(notes), notes)
+        return ProgramCost(None, None, True, notes)
+    return ProgramCost(float(flops), float(bytes_accessed), bool(notes), notes)
 
 
-def _not_known(reason: str) -> Cost:
-    return Cost(None, None, True, (f"FLOPs and bytes are not known: {reason}",))
+def _report_unknown(reason: str) -> ProgramCost:
+    return ProgramCost(None, None, True, (f"FLOPs and bytes are not known: {reason}",))
 
 
-class _Count:
+class _CostCounter:
     """Adds up what the computations of a program do: arrays of FLOPs and bytes."""
 
     def __init__(self, program: _hlo.Program):
         self.program = program
-        self._alone: dict[str, np.ndarray] = {}
+        self._analyses: dict[str, np.ndarray] = {}
 
-    def whole(self, name: str, trips: Callable[[str, Any], int]) -> np.ndarray:
+    def count_run(self, name: str, trips: Callable[[str, Any], int]) -> np.ndarray:
         """Of computation ``name``, whose loops run ``trips(computation, loop)`` times."""
-        total = self.alone(name)
+        total = self.analyze(name)
         for i in self.program.instructions[name]:
             kind = i.opcode.name
             if kind == "kCustomCall":
-                total = total + (_estimate(i) or (0.0, 0.0))  # XLA's analysis has none
+                total = total + (_read_estimate(i) or (0.0, 0.0))  # XLA's analysis has none
             elif kind == "kWhile":
-                body = _hlo.body_of(i)
-                total = total + trips(name, i) * self.whole(body, trips) - self.alone(body)
+                body = _hlo.get_body(i)
+                total = total + trips(name, i) * self.count_run(body, trips) - self.analyze(body)
             elif kind in ("kConditional", "kCall", "kAsyncStart"):
-                called = self.program.called(i)
-                total = total + np.max([self.whole(n, trips) for n in called], 0)
-                total = total - np.max([self.alone(n) for n in called], 0)
+                called = self.program.get_callees(i)
+                total = total + np.max([self.count_run(n, trips) for n in called], 0)
+                total = total - np.max([self.analyze(n) for n in called], 0)
         return total
 
-    def alone(self, name: str) -> np.ndarray:
+    def analyze(self, name: str) -> np.ndarray:
         """Of computation ``name`` by XLA's analysis, which counts its loops once and no kernels."""
-        if name not in self._alone:
-            module = _jax_compat.hlo_module_from_proto(self.program.alone(name))
-            found = _known(_jax_compat.hlo_cost_analysis(module))
-            self._alone[name] = np.zeros(2) if found is None else found
-        return self._alone[name]
+        if name not in self._analyses:
+            module = _jax_compat.hlo_module_from_proto(self.program.isolate(name))
+            found = _read_analysis(_jax_compat.hlo_cost_analysis(module))
+            self._analyses[name] = np.zeros(2) if found is None else found
+        return self._analyses[name]
 
-    def without_estimate(self) -> tuple[str, ...]:
+    def note_missing_estimates(self) -> tuple[str, ...]:
         """A note on the kernels that say nothing of their cost, if there are any."""
         found = collections.Counter(
             target
             for instructions in self.program.instructions.values()
             for i in instructions
-            if i.opcode.name == "kCustomCall" and _estimate(i) is None
-            if _is_kernel(target := _hlo.attribute(i, r'custom_call_target="([^"]*)"'))
+            if i.opcode.name == "kCustomCall" and _read_estimate(i) is None
+            if _is_kernel(target := _hlo.find_attribute(i, r'custom_call_target="([^"]*)"'))
         )
         names = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
         if not found:
@@ -121,14 +121,14 @@ class _Count:
         return (note,)
 
 
-def _known(analysis: Mapping[str, float] | None) -> np.ndarray | None:
+def _read_analysis(analysis: Mapping[str, float] | None) -> np.ndarray | None:
     """FLOPs and bytes of an XLA analysis, which says -1 for what it does not know."""
     if analysis is None:
         return None
     return np.maximum([analysis.get("flops", 0.0), analysis.get("bytes accessed", 0.0)], 0.0)
 
 
-def _estimate(kernel: Any) -> tuple[float, float] | None:
+def _read_estimate(kernel: Any) -> tuple[float, float] | None:
     """FLOPs and bytes as a custom call says; None where it says nothing."""
     # A field of Mosaic TPU's JSON; a string of Mosaic GPU's, with its quotes escaped.
     text = kernel.to_string().partition(", backend_config=")[2]

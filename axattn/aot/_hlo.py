@@ -24,7 +24,7 @@ _COMPARE = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "LT",
 _MOST_ROUNDS = 100_000  # that are followed, at a tenth of a millisecond each
 
 # The number that a computation is given as a parameter, or as an element of one.
-_Given = Callable[[int, int | None], int]
+_Lookup = Callable[[int, int | None], int]
 
 
 # Of a protobuf message: number, the field as it stands, its payload.
@@ -53,7 +53,9 @@ class Program:
     def __init__(self, module: Any):
         self._module = module  # which owns the instructions
         self._proto = memoryview(module.as_serialized_hlo_module_proto())
-        names = [bytes(name).decode() for n, _, name in _fields(self._proto) if n == _ENTRY_NAME]
+        names = [
+            bytes(name).decode() for n, _, name in _parse_fields(self._proto) if n == _ENTRY_NAME
+        ]
         self.entry = names[0] if names else ""
         self.instructions = {c.name: c.instructions() for c in module.computations()}
         if self.entry not in self.instructions:
@@ -64,28 +66,28 @@ class Program:
         self._loops: dict[str, list[tuple[str, Any]]] = {}
         for name, instructions in self.instructions.items():
             for loop in (i for i in instructions if i.opcode.name == "kWhile"):
-                self._loops.setdefault(body_of(loop), []).append((name, loop))
+                self._loops.setdefault(get_body(loop), []).append((name, loop))
 
     @property
     def has_loops(self) -> bool:
         return bool(self._loops)
 
-    def alone(self, name: str) -> bytes:
+    def isolate(self, name: str) -> bytes:
         """The computation as the entry of a serialized ``HloModuleProto``."""
-        return _with_entry(self._proto, name)
+        return _replace_entry(self._proto, name)
 
-    def called(self, instruction: Any) -> list[str]:
+    def get_callees(self, instruction: Any) -> list[str]:
         """The computations that an instruction runs; ValueError where its text names none."""
         if instruction.opcode.name == "kAsyncStart":  # printed as what it starts
             root = instruction.async_wrapped_root().name
             return [n for n, own in self.instructions.items() if any(i.name == root for i in own)]
         one = r"(?:calls|to_apply|true_computation|false_computation)=(%[\w.\-]+)"
         several = r"(?:branch_computations|called_computations)=\{([^}]*)\}"
-        found = re.findall(rf"\b(?:{one}|{several})", _text(instruction))
+        found = re.findall(rf"\b(?:{one}|{several})", _get_text(instruction))
         names = re.findall(r"%([\w.\-]+)", " ".join(map("".join, found)))
-        return names or [attribute(instruction, one)]
+        return names or [find_attribute(instruction, one)]
 
-    def trips(self, computation: str, loop: Any) -> int:
+    def count_trips(self, computation: str, loop: Any) -> int:
         """How often a ``while`` in ``computation`` runs its body; 1 where that is not known here.
 
         Raises:
@@ -96,7 +98,7 @@ class Program:
             return int(known[1])
         if loop.name not in self._followed:
             try:
-                trips = self._follow(loop, self._unchanged(computation))
+                trips = self._follow_loop(loop, self._make_invariant_lookup(computation))
             except _UnknownError as error:
                 place = re.search(r'op_name="([^"]*)"', loop.to_string())
                 self.unknown[loop.name] = f"{place[1] if place else loop.name}: {error}"
@@ -104,7 +106,7 @@ class Program:
             self._followed[loop.name] = trips
         return self._followed[loop.name]
 
-    def notes(self, counts: str) -> tuple[str, ...]:
+    def format_notes(self, counts: str) -> tuple[str, ...]:
         """One note where there are unknown trip counts, on loops that each ``counts`` once."""
         reasons = list(self.unknown.values())
         if not reasons:
@@ -112,106 +114,107 @@ class Program:
         loops = "a loop" if len(reasons) == 1 else f"{len(reasons)} loops, the first"
         return (f"{counts} once, as the trip count is not known here: {loops} at {reasons[0]}",)
 
-    def _follow(self, loop: Any, given: _Given) -> int:
+    def _follow_loop(self, loop: Any, lookup: _Lookup) -> int:
         """Runs the condition of a loop, round by round, on what it needs of the loop's state."""
-        test, results = self._root(attribute(loop, r"\bcondition=%([\w.\-]+)")), self._results(loop)
+        test = self._get_root(find_attribute(loop, r"\bcondition=%([\w.\-]+)"))
+        results = self._get_body_results(loop)
 
-        def after(before: _Given) -> _Given:
-            return functools.cache(lambda _, n: self._number(results[n], None, before))
+        def advance(before: _Lookup) -> _Lookup:
+            return functools.cache(lambda _, n: self._evaluate(results[n], None, before))
 
-        state: _Given = functools.cache(lambda _, n: self._number(loop.operands()[0], n, given))
+        state: _Lookup = functools.cache(lambda _, n: self._evaluate(loop.operands()[0], n, lookup))
         for rounds in range(_MOST_ROUNDS):
-            if not self._number(test, None, state):
+            if not self._evaluate(test, None, state):
                 return rounds
-            state = after(state)
+            state = advance(state)
         raise _UnknownError(f"it runs more than {_MOST_ROUNDS:,} times")
 
-    def _unchanged(self, computation: str) -> _Given:
+    def _make_invariant_lookup(self, computation: str) -> _Lookup:
         """What a computation is given if it is the body of a loop that hands it on unchanged."""
 
-        def given(_: int, n: int | None) -> int:
+        def look_up(_: int, n: int | None) -> int:
             loops = self._loops.get(computation, [])
             if len(loops) != 1 or n is None:
                 raise _UnknownError(f"it depends on what {computation} is given")
             outer, loop = loops[0]
-            if not self._hands_on(loop, n):
+            if not self._is_invariant(loop, n):
                 raise _UnknownError(f"it depends on what changes in {loop.name}, a loop around it")
-            return self._number(loop.operands()[0], n, self._unchanged(outer))
+            return self._evaluate(loop.operands()[0], n, self._make_invariant_lookup(outer))
 
-        return given
+        return look_up
 
-    def _results(self, loop: Any) -> list[Any]:
+    def _get_body_results(self, loop: Any) -> list[Any]:
         """What the body of a loop hands on, element by element."""
-        root = self._root(body_of(loop))
+        root = self._get_root(get_body(loop))
         while root.opcode.name in _SAME:
             root = root.operands()[0]
         if root.opcode.name != "kTuple":
             raise _UnknownError(f"it depends on {root.name}, which is no tuple")
         return root.operands()
 
-    def _hands_on(self, loop: Any, n: int) -> bool:
-        value = self._results(loop)[n]
+    def _is_invariant(self, loop: Any, n: int) -> bool:
+        value = self._get_body_results(loop)[n]
         while value.opcode.name in _SAME:
             value = value.operands()[0]
-        if value.opcode.name != "kGetTupleElement" or _index(value) != n:
+        if value.opcode.name != "kGetTupleElement" or _parse_index(value) != n:
             return False
         return value.operands()[0].opcode.name == "kParameter"
 
-    def _root(self, computation: str) -> Any:
+    def _get_root(self, computation: str) -> Any:
         """The result of a computation, of which jaxlib does not say which instruction it is."""
         if computation not in self._roots:
-            name = _root_name(self._proto, computation)
+            name = _find_root_name(self._proto, computation)
             own = (i for i in self.instructions[computation] if i.name == name)
             self._roots[computation] = next(own)
         return self._roots[computation]
 
-    def _number(self, value: Any, n: int | None, given: _Given) -> int:
+    def _evaluate(self, value: Any, n: int | None, lookup: _Lookup) -> int:
         """A value, or element ``n`` of it, in a computation that is given others."""
         kind, operands = value.opcode.name, value.operands()
 
-        def passed(parameter: int, element: int | None) -> int:
-            return self._number(operands[parameter], element, given)
+        def look_up_operand(parameter: int, element: int | None) -> int:
+            return self._evaluate(operands[parameter], element, lookup)
 
         if kind in _SAME:
-            return self._number(operands[0], n, given)
+            return self._evaluate(operands[0], n, lookup)
         if kind == "kGetTupleElement" and n is None:
-            return self._number(operands[0], _index(value), given)
+            return self._evaluate(operands[0], _parse_index(value), lookup)
         if kind == "kTuple" and n is not None:
-            return self._number(operands[n], None, given)
-        if kind == "kWhile" and n is not None and self._hands_on(value, n):
-            return self._number(operands[0], n, given)
+            return self._evaluate(operands[n], None, lookup)
+        if kind == "kWhile" and n is not None and self._is_invariant(value, n):
+            return self._evaluate(operands[0], n, lookup)
         if kind == "kParameter":
-            return given(int(attribute(value, r" parameter\((\d+)\)")), n)
+            return lookup(int(find_attribute(value, r" parameter\((\d+)\)")), n)
         if kind in ("kFusion", "kCall"):
-            return self._number(self._root(self.called(value)[0]), n, passed)
+            return self._evaluate(self._get_root(self.get_callees(value)[0]), n, look_up_operand)
         if kind == "kConstant":
-            shape, number = attribute(value, r" = (\S+ constant\([^)]*)").split(" constant(")
+            shape, number = find_attribute(value, r" = (\S+ constant\([^)]*)").split(" constant(")
             if re.match(r"(?:[su]\d+|pred)\[\]", shape):
                 return int({"true": 1, "false": 0}.get(number, number))
         elif kind in _ARITHMETIC or kind == "kCompare":
-            compare = kind == "kCompare" and _COMPARE[attribute(value, r"\bdirection=(\w+)")]
-            return int((compare or _ARITHMETIC[kind])(*(passed(i, None) for i in (0, 1))))
+            compare = kind == "kCompare" and _COMPARE[find_attribute(value, r"\bdirection=(\w+)")]
+            return int((compare or _ARITHMETIC[kind])(*(look_up_operand(i, None) for i in (0, 1))))
         raise _UnknownError(f"it depends on {value.name}, a {kind[1:]}")
 
 
-def body_of(loop: Any) -> str:
+def get_body(loop: Any) -> str:
     """The computation that a ``while`` repeats; ValueError where its text names none."""
-    return attribute(loop, r"\bbody=%([\w.\-]+)")
+    return find_attribute(loop, r"\bbody=%([\w.\-]+)")
 
 
-def _index(value: Any) -> int:
-    return int(attribute(value, r"\bindex=(\d+)"))
+def _parse_index(value: Any) -> int:
+    return int(find_attribute(value, r"\bindex=(\d+)"))
 
 
-def attribute(instruction: Any, pattern: str) -> str:
+def find_attribute(instruction: Any, pattern: str) -> str:
     """What a pattern's group finds in an instruction's text; ValueError where it finds nothing."""
-    found = re.search(pattern, _text(instruction))
+    found = re.search(pattern, _get_text(instruction))
     if found is None:
-        raise ValueError(f"no {pattern!r} in the HLO {_text(instruction)[:200]!r}")
+        raise ValueError(f"no {pattern!r} in the HLO {_get_text(instruction)[:200]!r}")
     return found[1]
 
 
-def _text(instruction: Any) -> str:
+def _get_text(instruction: Any) -> str:
     """An instruction without what its compiler added, which for a kernel is its program."""
     return instruction.to_string().partition(", backend_config=")[0]
 
@@ -226,44 +229,44 @@ _AS_ENTRY = {1: _ENTRY_NAME, 4: _SHAPE, 5: _ENTRY_ID}
 _INSTRUCTIONS, _ROOT_ID, _INSTRUCTION_ID = 2, 6, 35
 
 
-def _root_name(module: memoryview, computation: str) -> str:
-    own = _computation(module, computation)
+def _find_root_name(module: memoryview, computation: str) -> str:
+    own = _find_computation(module, computation)
     root = next((bytes(value) for n, _, value in own if n == _ROOT_ID), None)
     for instruction in (value for n, _, value in own if n == _INSTRUCTIONS):
-        fields = {n: bytes(value) for n, _, value in _fields(instruction)}
+        fields = {n: bytes(value) for n, _, value in _parse_fields(instruction)}
         if fields.get(_INSTRUCTION_ID) == root:  # 0 is not written
             return fields[_NAME].decode()
     raise ValueError(f"no root of {computation!r} in the HLO module")
 
 
-def _with_entry(module: memoryview, name: str) -> bytes:
+def _replace_entry(module: memoryview, name: str) -> bytes:
     """Schedule, aliasing and whatever else describes the old entry is dropped."""
     made = bytearray()
-    for number, field, _ in _fields(module):
+    for number, field, _ in _parse_fields(module):
         if number in (_NAME, _COMPUTATIONS, _ID, _STACK_FRAMES):
             made += field
-    for number, field, _ in _computation(module, name):
+    for number, field, _ in _find_computation(module, name):
         if number in _AS_ENTRY:  # number and wire type are one byte
             made += bytes([_AS_ENTRY[number] << 3 | field[0] & 7]) + field[1:]
     return bytes(made)
 
 
-def _computation(module: memoryview, name: str) -> list[_Field]:
+def _find_computation(module: memoryview, name: str) -> list[_Field]:
     """The fields of a computation."""
-    for number, _, message in _fields(module):
-        own = list(_fields(message)) if number == _COMPUTATIONS else []
+    for number, _, message in _parse_fields(module):
+        own = list(_parse_fields(message)) if number == _COMPUTATIONS else []
         if any(n == _NAME and bytes(value) == name.encode() for n, _, value in own):
             return own
     raise ValueError(f"no computation {name!r} in the HLO module")
 
 
-def _fields(message: memoryview) -> Iterator[_Field]:
+def _parse_fields(message: memoryview) -> Iterator[_Field]:
     """Yields the fields of a protobuf message."""
     at = 0
     while at < len(message):
         start = at
-        key, begin = _varint(message, at)
-        value, at = _varint(message, begin)
+        key, begin = _parse_varint(message, at)
+        value, at = _parse_varint(message, begin)
         if key & 7 == 2:
             begin, at = at, at + value
         elif key & 7 != 0:
@@ -271,7 +274,7 @@ def _fields(message: memoryview) -> Iterator[_Field]:
         yield key >> 3, message[start:at], message[begin:at]
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _parse_varint(message: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while message[at] >= 0x80:
         value |= (message[at] & 0x7F) << shift

@@ -46,10 +46,11 @@ def mesh(target: str | Target, axes: Mapping[str, int]) -> jax.sharding.Mesh:
     shape, names = tuple(axes.values()), tuple(axes)
     if not names or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"axes takes names of axes with sizes of at least 1, got {dict(axes)}")
-    return jax.sharding.Mesh(_arranged(_devices(chip, math.prod(shape)), shape), names)
+    devices = _select_devices(chip, math.prod(shape))
+    return jax.sharding.Mesh(_arrange_devices(devices, shape), names)
 
 
-def _devices(chip: Target, count: int) -> tuple[jax.Device, ...]:
+def _select_devices(chip: Target, count: int) -> tuple[jax.Device, ...]:
     if chip.platform == "cpu":
         there = jax.devices("cpu")
         if count > len(there):
@@ -67,10 +68,10 @@ def _devices(chip: Target, count: int) -> tuple[jax.Device, ...]:
         raise ValueError(
             f"axes takes sizes whose product is a slice of {chip.name}: {sizes}; got {count}"
         )
-    return _toolchain.tpu_devices(chip, chip.slices[count])
+    return _toolchain.get_tpu_devices(chip, chip.slices[count])
 
 
-def _arranged(devices: tuple[jax.Device, ...], shape: tuple[int, ...]) -> np.ndarray:
+def _arrange_devices(devices: tuple[jax.Device, ...], shape: tuple[int, ...]) -> np.ndarray:
     from jax.experimental import mesh_utils
 
     if devices[0].platform != "tpu" or len(devices) == 1:
@@ -80,15 +81,15 @@ def _arranged(devices: tuple[jax.Device, ...], shape: tuple[int, ...]) -> np.nda
     found = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     for axis in range(found.ndim):
         line = found[tuple(slice(None) if i == axis else 0 for i in range(found.ndim))]
-        found = np.take(found, _ring_order([_place(d) for d in line]), axis)
+        found = np.take(found, _order_ring([_get_coordinates(d) for d in line]), axis)
     return found
 
 
-def _place(device: jax.Device) -> tuple[int, ...]:
+def _get_coordinates(device: jax.Device) -> tuple[int, ...]:
     return (*device.coords, getattr(device, "core_on_chip", 0))
 
 
-def _ring_order(places: list[tuple[int, ...]]) -> list[int]:
+def _order_ring(places: list[tuple[int, ...]]) -> list[int]:
     """Indices of ``places`` in the order of a ring; as they are where they are no grid."""
     levels = [sorted(set(coordinates)) for coordinates in zip(*places, strict=True)]
     sizes = tuple(len(level) for level in levels if len(level) > 1)
@@ -97,16 +98,16 @@ def _ring_order(places: list[tuple[int, ...]]) -> list[int]:
     index = {place: i for i, place in enumerate(places)}
     varying = [i for i, level in enumerate(levels) if len(level) > 1]
 
-    def at(point: tuple[int, ...]) -> int:
+    def find_index(point: tuple[int, ...]) -> int:
         place = list(places[0])
         for i, step in zip(varying, point, strict=True):
             place[i] = levels[i][step]
         return index[tuple(place)]
 
-    return [at(point) for point in grid_ring(sizes)]
+    return [find_index(point) for point in make_grid_ring(sizes)]
 
 
-def grid_ring(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+def make_grid_ring(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All points of a grid, each a step from the one before and the last a step from the first.
 
     Where no size is even, or only one is not 1, there is no such ring: the points then are a path,
@@ -114,9 +115,9 @@ def grid_ring(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """
     even = next((i for i, n in enumerate(sizes) if n % 2 == 0), None)
     if even is None or len(sizes) < 2:
-        return _snake(sizes)
+        return _make_path(sizes)
     # Rows there and back over all but the first column, which is the way home.
-    rows, columns = sizes[even], _snake(sizes[:even] + sizes[even + 1 :])
+    rows, columns = sizes[even], _make_path(sizes[:even] + sizes[even + 1 :])
     ring = []
     for row in range(rows):
         there = columns[1:] if row % 2 == 0 else columns[:0:-1]
@@ -125,11 +126,11 @@ def grid_ring(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(*column[:even], row, *column[even:]) for row, column in ring]
 
 
-def _snake(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _make_path(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All points of a grid, each a step from the one before."""
     if not sizes:
         return [()]
-    rest = _snake(sizes[1:])
+    rest = _make_path(sizes[1:])
     return [
         (i, *point) for i in range(sizes[0]) for point in (rest if i % 2 == 0 else reversed(rest))
     ]

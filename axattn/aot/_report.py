@@ -39,7 +39,7 @@ class Refusal:
 
     def __str__(self) -> str:
         if self.kind == "out_of_memory" and self.requested_bytes and self.available_bytes:
-            asked, there = _bytes(self.requested_bytes), _bytes(self.available_bytes)
+            asked, there = _format_bytes(self.requested_bytes), _format_bytes(self.available_bytes)
             return f"out of memory ({self.memory}): {asked} requested, {there} available"
         return f"{self.kind.replace('_', ' ')}: {self.message.splitlines()[0]}"
 
@@ -86,12 +86,12 @@ def parse_refusal(message: str) -> Refusal:
             return Refusal(
                 "out_of_memory",
                 message,
-                _memory_named(message),
+                _find_memory(message),
                 _parse_size(requested, unit),
                 _parse_size(available, available_unit),
             )
     if "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
-        return Refusal("out_of_memory", message, _memory_named(message))
+        return Refusal("out_of_memory", message, _find_memory(message))
     if "UNIMPLEMENTED" in message or "not implemented" in message.lower():
         return Refusal("unsupported", message)
     return Refusal("compiler_error", message)
@@ -103,7 +103,7 @@ def _parse_size(digits: str, unit: str) -> int:
     return int(float(digits) * _UNITS[unit])
 
 
-def _memory_named(message: str) -> str | None:
+def _find_memory(message: str) -> str | None:
     lowered = message.lower()
     if "smem" in lowered or "shared" in lowered:
         return "smem"
@@ -223,25 +223,25 @@ class Report:
     def __str__(self) -> str:
         bound = ">= " if self.cost_is_lower_bound else ""
         rows = [
-            ("arguments", _bytes(self.argument_bytes)),
-            ("outputs", _bytes(self.output_bytes)),
-            ("temporaries", _bytes(self.temp_bytes)),
-            ("aliased", _bytes(self.alias_bytes)),
-            (f"{self.memory} in all", _bytes(self.total_bytes)),
-            ("FLOPs", bound + _si(self.flops) if self.flops is not None else "unknown"),
+            ("arguments", _format_bytes(self.argument_bytes)),
+            ("outputs", _format_bytes(self.output_bytes)),
+            ("temporaries", _format_bytes(self.temp_bytes)),
+            ("aliased", _format_bytes(self.alias_bytes)),
+            (f"{self.memory} in all", _format_bytes(self.total_bytes)),
+            ("FLOPs", bound + _format_si(self.flops) if self.flops is not None else "unknown"),
             (
                 "bytes accessed",
-                bound + _si(self.bytes_accessed) + "B"
+                bound + _format_si(self.bytes_accessed) + "B"
                 if self.bytes_accessed is not None
                 else "unknown",
             ),
         ]
         capacity = find_target(self.target).hbm_bytes
         if capacity and self.total_bytes is not None:
-            share = f"  ({100 * self.total_bytes / capacity:.1f} % of {_bytes(capacity)})"
+            share = f"  ({100 * self.total_bytes / capacity:.1f} % of {_format_bytes(capacity)})"
             rows[4] = (rows[4][0], rows[4][1] + share)
         for found in self.collectives:
-            rows.append((found.kind, f"{_si(found.sent_bytes)}B sent, x{found.count:g}"))
+            rows.append((found.kind, f"{_format_si(found.sent_bytes)}B sent, x{found.count:g}"))
         if self.compile_seconds is not None:
             rows.append(("compiled in", f"{self.compile_seconds:.2f} s"))
         rows.append(("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items())))
@@ -261,7 +261,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _bytes(n: int | None) -> str:
+def _format_bytes(n: int | None) -> str:
     """Binary units, as memory is sold."""
     if n is None:
         return "unknown"
@@ -271,7 +271,7 @@ def _bytes(n: int | None) -> str:
     return f"{n} B"
 
 
-def _si(n: float | None) -> str:
+def _format_si(n: float | None) -> str:
     """Decimal units, as rates are quoted."""
     if n is None:
         return "unknown"

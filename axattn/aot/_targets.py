@@ -141,7 +141,7 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
-def _tpu(
+def _make_tpu(
     name: str, shapes: tuple[str, ...], hbm: int, flops: float, bandwidth: float, ici: float,
     description: str, cores: int, devices_per_chip: int = 1, **options: str,
 ) -> Target:  # fmt: skip
@@ -155,7 +155,7 @@ def _tpu(
     )  # fmt: skip
 
 
-def _gpu(
+def _make_gpu(
     name: str, hbm: int, flops: float, bandwidth: float, nvlink: float, description: str,
     limits: GpuLimits,
 ) -> Target:  # fmt: skip
@@ -171,7 +171,7 @@ TARGETS: Mapping[str, Target] = {
     for t in (
         # JAX runs a v4 chip as one device with both cores ("megacore"); the bare topology would
         # describe two devices of half a chip each.
-        _tpu(
+        _make_tpu(
             "v4",
             _CUBES,
             32 * _GIB,
@@ -182,17 +182,21 @@ TARGETS: Mapping[str, Target] = {
             2,
             chip_config_name="megacore",
         ),  # fmt: skip
-        _tpu("v5e", _SQUARES, 16 * _GIB, 197e12, 0.819e12, 2e11, "TPU v5 lite", 1),
+        _make_tpu("v5e", _SQUARES, 16 * _GIB, 197e12, 0.819e12, 2e11, "TPU v5 lite", 1),
         # Sold as 95 GB; the compiler offers 95.73 GiB of 96.
-        _tpu("v5p", _CUBES, 96 * _GIB, 459e12, 2.765e12, 6e11, "TPU v5", 2),
-        _tpu("v6e", _SQUARES, 32 * _GIB, 918e12, 1.64e12, 4e11, "TPU v6 lite", 1),
+        _make_tpu("v5p", _CUBES, 96 * _GIB, 459e12, 2.765e12, 6e11, "TPU v5", 2),
+        _make_tpu("v6e", _SQUARES, 32 * _GIB, 918e12, 1.64e12, 4e11, "TPU v6 lite", 1),
         # One JAX device is one of the chip's two cores: half of 192 GiB, 2307 TFLOP/s, 7.38 TB/s
         # and 600 GB/s to other chips.
-        _tpu("tpu7x", _CUBES, 96 * _GIB, 1153.5e12, 3.69e12, 3e11, "TPU7x", 1, devices_per_chip=2),
-        _gpu("a100", 85_100_068_864, 312e12, 2.039e12, 3e11, "NVIDIA A100-SXM4-80GB", _AMPERE),
-        _gpu("h100", 84_942_979_072, 989e12, 3.35e12, 4.5e11, "NVIDIA H100 80GB HBM3", _HOPPER),
-        _gpu("h200", 150_754_820_096, 989e12, 4.8e12, 4.5e11, "NVIDIA H200", _HOPPER),
-        _gpu("b200", 191_514_411_008, 2250e12, 8.0e12, 9e11, "NVIDIA B200", _BLACKWELL),
+        _make_tpu(
+            "tpu7x", _CUBES, 96 * _GIB, 1153.5e12, 3.69e12, 3e11, "TPU7x", 1, devices_per_chip=2
+        ),
+        _make_gpu("a100", 85_100_068_864, 312e12, 2.039e12, 3e11, "NVIDIA A100-SXM4-80GB", _AMPERE),
+        _make_gpu(
+            "h100", 84_942_979_072, 989e12, 3.35e12, 4.5e11, "NVIDIA H100 80GB HBM3", _HOPPER
+        ),
+        _make_gpu("h200", 150_754_820_096, 989e12, 4.8e12, 4.5e11, "NVIDIA H200", _HOPPER),
+        _make_gpu("b200", 191_514_411_008, 2250e12, 8.0e12, 9e11, "NVIDIA B200", _BLACKWELL),
         Target("cpu", "cpu", description="cpu"),
     )
 }
@@ -221,7 +225,7 @@ def target(name: str | Target) -> Target:
         raise ValueError(f"target={name!r} is unknown; it takes one of {known}") from None
 
 
-def traced_as(chip: Target) -> tuple[str, int, str, str | None]:
+def describe_device(chip: Target) -> tuple[str, int, str, str | None]:
     """Kind, cores, platform and compute capability of its device, as code that is traced asks.
 
     Known without a compiler.

@@ -74,7 +74,7 @@ def check_installed(target: Target) -> None:
       >>> from axattn import aot
       >>> aot.check_installed(aot.target("cpu"))  # comes with jax
     """
-    missing = [" or ".join(group) for group in _wheels(target) if not _versions(group)]
+    missing = [" or ".join(group) for group in _list_wheels(target) if not _find_versions(group)]
     if missing:
         raise MissingCompilerError(
             f"compiling for {target.name} needs {', '.join(missing)}, not installed here: "
@@ -83,20 +83,20 @@ def check_installed(target: Target) -> None:
     if target.platform == "cuda":
         jaxlib = metadata.version("jaxlib")
         for group in _CUDA_WHEELS:
-            name, found = next(iter(_versions(group).items()))
-            if _release(found) != _release(jaxlib):
+            name, found = next(iter(_find_versions(group).items()))
+            if _parse_release(found) != _parse_release(jaxlib):
                 raise MissingCompilerError(
                     f"compiling for {target.name} needs {name} of the version of jaxlib "
                     f"({jaxlib}), but {found} is installed: {_INSTALL}"
                 )
 
 
-def compiler_versions(target: Target) -> dict[str, str]:
+def get_compiler_versions(target: Target) -> dict[str, str]:
     """Versions of jax, jaxlib and of the wheels that compile for ``target``."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
     wheels = {"tpu": _TPU_WHEELS, "cuda": _CUDA_WHEELS + _CUDA_TOOLKIT_WHEELS}
     for group in wheels.get(target.platform, ()):
-        versions |= dict(list(_versions(group).items())[:1])
+        versions |= dict(list(_find_versions(group).items())[:1])
     return versions
 
 
@@ -120,18 +120,18 @@ def device(target: Target) -> jax.Device:
     if target.platform == "cpu":
         return _jax_compat.cpu_device()
     if target.platform == "tpu":
-        return tpu_devices(target, target.topology)[0]
-    _wake(target)
+        return get_tpu_devices(target, target.topology)[0]
+    _set_up_compiler(target)
     return _jax_compat.aot_cuda_device(target.name, target.topology, target.config())
 
 
-def tpu_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
+def get_tpu_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
     """All devices of a topology such as ``"v5p:4x4x4"``; of one name always the same ones."""
-    _wake(target)
+    _set_up_compiler(target)
     return _jax_compat.aot_tpu_devices(topology, tuple(target.topology_options.items()))
 
 
-def _wake(target: Target) -> None:
+def _set_up_compiler(target: Target) -> None:
     check_installed(target)
     # Both, whatever the target: JAX, if it has not started yet, tries every plugin it finds.
     if not _jax_compat.has_tpu():
@@ -145,7 +145,7 @@ def _set_defaults(environment: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def _wheels(target: Target) -> tuple[tuple[str, ...], ...]:
+def _list_wheels(target: Target) -> tuple[tuple[str, ...], ...]:
     if target.platform == "tpu":
         # A libtpu.so that is not from the wheel is the user's own business.
         return () if os.environ.get("TPU_LIBRARY_PATH") else _TPU_WHEELS
@@ -155,7 +155,7 @@ def _wheels(target: Target) -> tuple[tuple[str, ...], ...]:
     return ()
 
 
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
+def _find_versions(names: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
@@ -165,7 +165,7 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _release(version: str) -> tuple[str, ...]:
+def _parse_release(version: str) -> tuple[str, ...]:
     """The numbers of a version, as jaxlib compares them (no ``.dev``, ``rc`` or local part)."""
     release = version.split("+")[0].split("rc")[0].split(".dev")[0]
     return tuple(release.split("."))

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn import aot
-from axattn.aot._collectives import collectives, group_size
+from axattn.aot._collectives import count_collectives, parse_group_size
 from tests.aot.compilers import need
 
 BYTES = 32 * 64 * 4  # of what one of four devices has
@@ -96,7 +96,7 @@ def test_groups_are_not_all_devices():
     ],
 )
 def test_replica_groups(text, size):
-    assert group_size(text, 64) == size
+    assert parse_group_size(text, 64) == size
 
 
 # What XLA's TPU compiler makes of some: asynchronous operations, and one fused with its user.
@@ -138,7 +138,7 @@ source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
 def test_asynchronous_and_fused():
     from jaxlib import _hlo
 
-    found, notes = collectives(_hlo.hlo_module_from_text(TPU), 4)
+    found, notes = count_collectives(_hlo.hlo_module_from_text(TPU), 4)
     assert {c.kind: (c.count, c.sent_bytes) for c in found} == {
         "reduce-scatter": (1, 3 / 4 * 64 * 8 * 4),
         "all-gather": (1, 3 * 16 * 8 * 2),

@@ -10,7 +10,7 @@ import pytest
 
 from axattn import _jax_compat
 from axattn.aot import _hlo as hlo
-from axattn.aot._cost import program_cost
+from axattn.aot._cost import compute_program_cost
 
 # The shape of a TPU program: no known_trip_count, the counter's start copied in from outside, the
 # bound in a fusion, an invariant carried through an outer loop.
@@ -64,7 +64,7 @@ def program(text):
 def loops(found):
     """Trip counts by the loops' names."""
     return {
-        loop.name: found.trips(name, loop)
+        loop.name: found.count_trips(name, loop)
         for name, instructions in found.instructions.items()
         for loop in instructions
         if loop.opcode.name == "kWhile"
@@ -232,11 +232,11 @@ def test_a_body_alone_costs_what_it_does():
     for instructions in found.instructions.values():
         for loop in instructions:
             if loop.opcode.name == "kWhile":
-                alone = _jax_compat.hlo_module_from_proto(found.alone(hlo.body_of(loop)))
+                alone = _jax_compat.hlo_module_from_proto(found.isolate(hlo.get_body(loop)))
                 costs.append(_jax_compat.hlo_cost_analysis(alone)["flops"])
     assert all(2 * 64**3 <= cost < 2.1 * 64**3 for cost in costs), costs
     with pytest.raises(ValueError, match="no computation 'x'"):
-        found.alone("x")
+        found.isolate("x")
 
 
 KERNELS = r"""HloModule jit_f
@@ -275,12 +275,12 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"7000000","bytes_
 def test_what_kernels_say(monkeypatch):
     monkeypatch.setattr(_jax_compat, "compiler_cost_analysis", lambda compiled: None)
     monkeypatch.setattr(_jax_compat, "optimized_hlo", hlo_module)
-    found = program_cost(KERNELS)
+    found = compute_program_cost(KERNELS)
     assert found.flops == pytest.approx(7e6 + 5 * 6e5, abs=100)
     assert found.bytes_accessed == pytest.approx(9e3 + 5 * 8e4, abs=1000)
     assert (found.is_lower_bound, found.notes) == (False, ())
 
-    found = program_cost(KERNELS.replace("cost_estimate_json", "nothing"))
+    found = compute_program_cost(KERNELS.replace("cost_estimate_json", "nothing"))
     assert found.flops == pytest.approx(7e6, abs=100)
     assert found.is_lower_bound
     (note,) = found.notes
@@ -290,9 +290,9 @@ def test_what_kernels_say(monkeypatch):
 
 def test_text_that_is_not_understood_is_no_lower_bound(monkeypatch):
     """Another way of printing attributes: nothing is known, and the reason has the text."""
-    text = hlo._text
-    monkeypatch.setattr(hlo, "_text", lambda i: text(i).replace("body=", "loop_body="))
-    cost = program_cost(compiled(nested))
+    text = hlo._get_text
+    monkeypatch.setattr(hlo, "_get_text", lambda i: text(i).replace("body=", "loop_body="))
+    cost = compute_program_cost(compiled(nested))
     assert (cost.flops, cost.bytes_accessed, cost.is_lower_bound) == (None, None, True)
     assert len(cost.notes) == 1
     assert re.match(
@@ -305,9 +305,9 @@ def test_text_that_is_not_understood_is_no_lower_bound(monkeypatch):
 def test_without_a_cpu_backend_loops_are_not_guessed(monkeypatch):
     straight, looped = compiled(lambda x: x @ x), compiled(nested)
     monkeypatch.setattr(_jax_compat, "hlo_cost_analysis", lambda module: None)
-    cost = program_cost(straight)
+    cost = compute_program_cost(straight)
     assert (cost.flops, cost.is_lower_bound) == (pytest.approx(2 * 64**3, rel=0.1), False)
-    cost = program_cost(looped)
+    cost = compute_program_cost(looped)
     assert (cost.flops, cost.bytes_accessed) == (None, None)
     assert cost.notes == ("FLOPs and bytes are not known: counting them needs JAX's CPU backend",)
 

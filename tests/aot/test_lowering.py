@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from axattn import aot
-from axattn.aot._targets import traced_as
+from axattn.aot._targets import describe_device
 from tests.aot.compilers import need
 from tests.test_lowering import attend, gradients, hopper, kernels, structs
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.aot
 
 @pytest.mark.parametrize("name", [n for n in aot.TARGETS if n != "cpu"])
 def test_what_traced_code_is_told_is_what_the_compiler_says(name):
-    device, told = aot.device(aot.target(need(name))), traced_as(aot.target(name))
+    device, told = aot.device(aot.target(need(name))), describe_device(aot.target(name))
     if name.startswith(("v", "tpu")):
         assert told == (device.device_kind, device.num_cores, "tpu", None)
     else:

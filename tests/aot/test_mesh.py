@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axattn import _jax_compat, aot
-from axattn.aot._meshes import grid_ring
+from axattn.aot._meshes import make_grid_ring
 from tests.aot.compilers import need
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (4, 4, 4), (3, 4), (2, 3, 5), (4, 8, 8), (2, 1, 2)])
 def test_a_ring_through_a_grid(sizes):
-    ring = grid_ring(sizes)
+    ring = make_grid_ring(sizes)
     assert sorted(ring) == sorted(itertools.product(*map(range, sizes)))
     for one, other in zip(ring, [*ring[1:], ring[0]], strict=True):
         assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) == 1
@@ -26,7 +26,7 @@ def test_a_ring_through_a_grid(sizes):
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 3), (3, 1, 5)])
 def test_where_there_is_no_ring_there_is_a_path(sizes):
-    path = grid_ring(sizes)
+    path = make_grid_ring(sizes)
     assert sorted(path) == sorted(itertools.product(*map(range, sizes)))
     for one, other in itertools.pairwise(path):
         assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) == 1
