@@ -72,7 +72,7 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     kernels = set()
     for path, _ in flat:
-        names = [_get_key(entry) for entry in path]
+        names = _list_keys(path)
         kernels |= {tuple(names[: i + 1]) for i, name in enumerate(names) if name == "kernel"}
     layers = {
         kernel[:-2]
@@ -86,11 +86,11 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
         )
 
     def pool_leaf(path, leaf):
-        names = [_get_key(entry) for entry in path]
+        names = _list_keys(path)
         for i in range(len(names) - 1):
             in_layer = tuple(names[:i]) in layers
             if in_layer and names[i] in ("key", "value") and names[i + 1] in ("kernel", "bias"):
-                return _pool_heads(leaf, num_kv_heads, "/".join(map(str, names[: i + 2])))
+                return _pool_heads(leaf, num_kv_heads, "/".join(names[: i + 2]))
         return leaf
 
     return jax.tree_util.tree_map_with_path(pool_leaf, params)
@@ -267,16 +267,14 @@ def _rename_axes(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
     return jax.tree.map(rename_leaf, tree, is_leaf=is_named)
 
 
+def _list_keys(path: Any) -> list[str]:
+    """Return the keys, attributes and indices of a tree path."""
+    return [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+
+
 def _format_path(path: Any) -> str:
-    return "/".join(str(_get_key(entry)) for entry in path) or "params"
-
-
-def _get_key(entry: Any) -> Any:
-    """What a step of a tree path is called: key, attribute or index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return str(entry)
+    """Return a tree path for error messages."""
+    return "/".join(_list_keys(path)) or "params"
 
 
 def _pool_heads(leaf, num_kv_heads: int, where: str):

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from axattn.plotting import _axes as furniture
-from axattn.plotting import _style
-from axattn.plotting._library import pyplot
+from axattn.plotting import _axes, _style
+from axattn.plotting._library import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +54,7 @@ def sown_weights(intermediates: Any) -> dict[str, jax.Array]:
     """
     found: dict[str, list[jax.Array]] = {}
     for path, weights in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
-        names = [_name(entry) for entry in path]
+        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
         if _SOWN in names:
             # Behind the name are the number of the call and, in NNX, the variable's field.
             place = "/".join(names[: names.index(_SOWN) + 1])
@@ -70,13 +69,6 @@ def sown_weights(intermediates: Any) -> dict[str, jax.Array]:
         for place, calls in found.items()
         for number, weights in enumerate(calls)
     }
-
-
-def _name(entry: Any) -> str:
-    for field in ("key", "name", "idx"):
-        if hasattr(entry, field):
-            return str(getattr(entry, field))
-    return str(entry)
 
 
 def plot_attention(
@@ -119,7 +111,7 @@ def plot_attention(
       >>> [ax.get_title() for ax in figure.axes[:2]]
       ['head 0', 'head 1']
     """
-    maps, heads = _chosen(weights, row, heads)
+    maps, heads = _select_maps(weights, row, heads)
     _, queries, keys = maps.shape
     for name, labels, count in (
         ("query_labels", query_labels, queries),
@@ -128,14 +120,14 @@ def plot_attention(
         if labels is not None and len(labels) != count:
             raise ValueError(f"{name} takes {count} names, got {len(labels)}")
 
-    across = _columns(len(maps))
+    across = _count_columns(len(maps))
     down = math.ceil(len(maps) / across)
     side = _WIDTH / max(across, 2)
     tall = side * min(1.5, max(0.35, queries / keys))
     # Names of keys stand upright, under the last row and where it is short.
     names = 0.08 * max(map(len, map(str, key_labels)), default=0) if key_labels is not None else 0.0
     names *= 1 + (len(maps) % across > 0)
-    figure, axes = pyplot().subplots(
+    figure, axes = import_pyplot().subplots(
         down,
         across,
         figsize=(1.8 + side * across, 0.9 + names + (0.35 + tall) * down),
@@ -149,17 +141,17 @@ def plot_attention(
         axis.set_visible(False)
     for axis, head, values in zip(axes.flat, heads, maps, strict=False):
         image = axis.imshow(
-            values, cmap=_style.SEQUENTIAL, vmin=0.0, vmax=top, aspect=_aspect(queries, keys)
+            values, cmap=_style.SEQUENTIAL, vmin=0.0, vmax=top, aspect=_choose_aspect(queries, keys)
         )
         axis.set_title("weights" if np.ndim(weights) == 2 else f"head {head}", fontsize=10)
-        furniture.slot_ticks(axis, queries, keys)
+        _axes.set_slot_ticks(axis, queries, keys)
     for axis in axes[:, 0]:
-        _label(axis.yaxis, query_labels)
+        _label_axis(axis.yaxis, query_labels)
         axis.set_ylabel("query")
     for column in range(across):
         # The lowest that is drawn: the last row may be short.
         lowest = axes[(len(maps) - 1 - column) // across][column]
-        _label(lowest.xaxis, key_labels, rotation=90)
+        _label_axis(lowest.xaxis, key_labels, rotation=90)
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("key")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
@@ -170,19 +162,19 @@ def plot_attention(
     return figure
 
 
-def _columns(count: int) -> int:
+def _count_columns(count: int) -> int:
     most = 3 if count in (1, 2, 3, 6) else 4 if count <= 16 else 8
     return min(count, 2 if count == 4 else most)
 
 
-def _chosen(weights: Any, row: int, heads: Any) -> tuple[np.ndarray, list[int]]:
+def _select_maps(weights: Any, row: int, heads: Any) -> tuple[np.ndarray, list[int]]:
     """float32 ``[heads, T, S]``, and which heads these are."""
     maps = np.asarray(weights)
     if maps.ndim not in (2, 3, 4) or 0 in maps.shape:
         raise ValueError(f"weights takes [T, S], [N, T, S] or [B, N, T, S], got shape {maps.shape}")
     maps = maps.astype(np.float32)
     if maps.ndim == 4:
-        _check("row", row, len(maps))
+        _check_index("row", row, len(maps))
         maps = maps[row]
     elif row:
         raise ValueError(f"row takes 0 for weights without rows, got {row}")
@@ -194,23 +186,23 @@ def _chosen(weights: Any, row: int, heads: Any) -> tuple[np.ndarray, list[int]]:
         if not chosen:
             raise ValueError("heads takes an int or several, got none")
         for head in chosen:
-            _check("heads", head, len(maps))
+            _check_index("heads", head, len(maps))
     maps = maps[chosen]
     if not np.isfinite(maps).any():
         raise ValueError("weights takes finite numbers, got none")
     return maps, chosen
 
 
-def _check(name: str, value: int, count: int) -> None:
+def _check_index(name: str, value: int, count: int) -> None:
     if not 0 <= value < count:
         raise ValueError(f"{name} takes ints from 0 to {count - 1}, got {value}")
 
 
-def _aspect(queries: int, keys: int) -> str:
+def _choose_aspect(queries: int, keys: int) -> str:
     return "equal" if 0.25 <= queries / keys <= 4 else "auto"
 
 
-def _label(axis: Any, labels: Sequence[str] | None, **options: Any) -> None:
+def _label_axis(axis: Any, labels: Sequence[str] | None, **options: Any) -> None:
     if labels is None:
         return
     step = math.ceil(len(labels) / _MOST_LABELS)

@@ -19,14 +19,14 @@ _POINT = 1 / 72  # inches
 _LABEL = 9  # points, of the text at ticks and in legends
 
 
-def rgb(color: str) -> np.ndarray:
+def parse_color(color: str) -> np.ndarray:
     """``"#RRGGBB"`` as ``[3]`` in 0 to 1."""
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
-def slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
+def set_slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
     """Ticks on both axes at multiples of a power of two, as many as there is room for."""
-    width, height = _inches(ax)
+    width, height = _get_axes_size(ax)
     letters = len(str(kv_len))
     for axis, length, most in (
         (ax.xaxis, kv_len, width / ((0.65 * letters + 1) * _LABEL * _POINT)),
@@ -37,26 +37,26 @@ def slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
     ax.tick_params(labelsize=_LABEL)
 
 
-def _inches(ax: Axes) -> tuple[float, float]:
+def _get_axes_size(ax: Axes) -> tuple[float, float]:
     """Width and height of the axes, before a layout makes room for labels."""
     box = ax.get_position()
-    width, height = _size(ax.figure)
+    width, height = _get_figure_size(ax.figure)
     return width * box.width, height * box.height
 
 
-def _size(figure: Figure | SubFigure) -> tuple[float, float]:
+def _get_figure_size(figure: Figure | SubFigure) -> tuple[float, float]:
     """Width and height in inches, also of what is part of a figure."""
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
-def patches(colors: Iterable[str]) -> tuple[Any, ...]:
+def make_patches(colors: Iterable[str]) -> tuple[Any, ...]:
     """A legend's handle: patches of these colours, side by side."""
     from matplotlib.patches import Patch
 
     return tuple(Patch(facecolor=color, edgecolor="#999999") for color in colors)
 
 
-def sample(face: str, dash: Literal["-", "none"]) -> Any:
+def make_marker(face: str, dash: Literal["-", "none"]) -> Any:
     """A legend's handle for markers of any implementation whose inside has this colour."""
     from matplotlib.lines import Line2D
 
@@ -65,33 +65,34 @@ def sample(face: str, dash: Literal["-", "none"]) -> Any:
     )
 
 
-def below(ax: Axes, transform: Any, points: float) -> Any:
+def shift_down(ax: Axes, transform: Any, points: float) -> Any:
     """The transform, so many points further down."""
     from matplotlib.transforms import ScaledTranslation
 
     return transform + ScaledTranslation(0, -points * _POINT, ax.figure.dpi_scale_trans)
 
 
-def legend_below(ax: Axes, handles: Mapping[str, Any]) -> None:
+def add_axes_legend(ax: Axes, handles: Mapping[str, Any]) -> None:
     """A legend under the axes and their labels."""
     from matplotlib.legend_handler import HandlerTuple
 
     alone = len(ax.figure.axes) == 1
+    width, _ = _get_figure_size(ax.figure) if alone else _get_axes_size(ax)
     ax.legend(
         list(handles.values()),
         list(handles),
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
-        bbox_transform=below(ax, ax.transAxes, 36),
+        bbox_transform=shift_down(ax, ax.transAxes, 36),
         borderaxespad=0,
         frameon=False,
         fontsize=_LABEL,
-        ncols=_columns(handles, _size(ax.figure)[0] if alone else _inches(ax)[0]),
+        ncols=_fit_columns(handles, width),
     )
 
 
-def _columns(names: Iterable[str], width: float) -> int:
+def _fit_columns(names: Iterable[str], width: float) -> int:
     """How many columns a legend of these names may have in so many inches."""
     # A letter is a bit more than half the size of its font wide; lines and gaps take five.
     widths = [(len(name) * 0.56 + 5) * _LABEL * _POINT for name in names]
@@ -100,7 +101,7 @@ def _columns(names: Iterable[str], width: float) -> int:
     return max(1, min(int(width / max(widths)), len(widths)))
 
 
-def readable(ax: Axes, base: int, text: Callable[[float], str], side: str = "y") -> None:
+def set_log_scale(ax: Axes, base: int, text: Callable[[float], str], side: str = "y") -> None:
     """A logarithmic axis with a handful of labels such as "20 ms", however short its range.
 
     To be called when everything is drawn.
@@ -119,7 +120,7 @@ def readable(ax: Axes, base: int, text: Callable[[float], str], side: str = "y")
     ax.tick_params(labelsize=_LABEL)
 
 
-def grid(ax: Axes) -> None:
+def add_grid(ax: Axes) -> None:
     """A grid behind everything, and no frame."""
     ax.margins(x=0.08, y=0.12)
     ax.grid(True, color=_style.RULES, linewidth=0.6)
@@ -128,7 +129,7 @@ def grid(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
+def set_size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
     """A logarithmic horizontal axis with these sizes, less the names of those that have no room.
 
     Args:
@@ -150,11 +151,11 @@ def size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
     ax.tick_params(labelsize=_LABEL)
 
 
-def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+def add_figure_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     """One legend for all axes, below them; the figure grows by its rows."""
     if not handles:
         return
-    ncols = _columns(handles, figure.get_figwidth())
+    ncols = _fit_columns(handles, figure.get_figwidth())
     rows = math.ceil(len(handles) / ncols)
     figure.set_figheight(figure.get_figheight() + 0.2 + rows * 1.7 * _LABEL * _POINT)
     figure.legend(

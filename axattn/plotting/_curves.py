@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from axattn._typing import present
-from axattn.plotting import _axes as furniture
-from axattn.plotting import _results as benchmark
-from axattn.plotting import _style, _units
-from axattn.plotting._library import pyplot
+from axattn.plotting import _axes, _results, _style, _units
+from axattn.plotting._library import import_pyplot
 from axattn.plotting._results import Row
 
 if TYPE_CHECKING:
@@ -40,21 +38,21 @@ class _Quantity:
     base: int = 10
 
 
-def _bytes(label: str) -> _Quantity:
-    return _Quantity(label, _units.size, 2)
+def _make_bytes_quantity(label: str) -> _Quantity:
+    return _Quantity(label, _units.format_bytes, 2)
 
 
 QUANTITIES = {
-    "time": _Quantity("time", _units.seconds),
-    "roofline": _Quantity("roofline\n(not measured)", _units.seconds),
-    "estimate": _Quantity("estimate\n(not measured)", _units.seconds),
-    "compile_seconds": _Quantity("time to compile", _units.seconds),
-    "memory_bytes": _bytes("memory"),
-    "temp_bytes": _bytes("temporaries"),
-    "argument_bytes": _bytes("arguments"),
-    "bytes_accessed": _bytes("bytes accessed"),
-    "flops": _Quantity("FLOPs", _units.amount),
-    "compiled_flops": _Quantity("FLOPs, compiled", _units.amount),
+    "time": _Quantity("time", _units.format_seconds),
+    "roofline": _Quantity("roofline\n(not measured)", _units.format_seconds),
+    "estimate": _Quantity("estimate\n(not measured)", _units.format_seconds),
+    "compile_seconds": _Quantity("time to compile", _units.format_seconds),
+    "memory_bytes": _make_bytes_quantity("memory"),
+    "temp_bytes": _make_bytes_quantity("temporaries"),
+    "argument_bytes": _make_bytes_quantity("arguments"),
+    "bytes_accessed": _make_bytes_quantity("bytes accessed"),
+    "flops": _Quantity("FLOPs", _units.format_amount),
+    "compiled_flops": _Quantity("FLOPs, compiled", _units.format_amount),
 }
 # Those that the compiler may have counted too low.
 _BOUNDED = ("roofline", "bytes_accessed", "flops", "compiled_flops")
@@ -129,17 +127,17 @@ def plot_curves(
       ['time', 'memory']
     """
     quantities = [quantities] if isinstance(quantities, str) else quantities
-    rows, environment = benchmark.read(results)
+    rows, environment = _results.read_rows(results)
     if not rows:
         raise ValueError("results takes rows of implementations, got none")
-    groups = benchmark.panels(benchmark.only(rows, only), x)
+    groups = _results.group_panels(_results.filter_rows(rows, only), x)
     # The caption of an environment has the places.
-    own, common = benchmark.titles(list(groups), ["where"] if environment else [])
+    own, common = _results.make_titles(list(groups), ["where"] if environment else [])
     panels = [Panel(text, x, group) for text, group in zip(own, groups.values(), strict=True)]
-    return draw(panels, quantities, [title, common], environment)
+    return draw_panels(panels, quantities, [title, common], environment)
 
 
-def draw(
+def draw_panels(
     panels: Sequence[Panel],
     quantities: Sequence[str] | None,
     title: Sequence[str | None],
@@ -152,14 +150,14 @@ def draw(
         if quantity not in QUANTITIES:
             raise ValueError(f"quantities takes {', '.join(QUANTITIES)}; got {quantity!r}")
     rows = [row for panel in panels for row in panel.rows]
-    kinds = quantities or _default(rows)
+    kinds = quantities or _choose_quantities(rows)
     across = min(2 if len(panels) == 4 and across == 3 else across, len(panels))
     bands = math.ceil(len(panels) / across)
-    looks = _style.styles(map(_line_of, rows))
-    names = _names(rows, kinds)
+    looks = _style.choose_styles(map(_get_line_name, rows))
+    names = _make_names(rows, kinds)
     width = max(5.0, _PANEL_WIDTH * across)
-    heading = _heading(title, benchmark.caption(rows, environment), width)
-    figure, axes = pyplot().subplots(
+    heading = _make_heading(title, _results.make_caption(rows, environment), width)
+    figure, axes = import_pyplot().subplots(
         bands * len(kinds),
         across,
         figsize=(width, 0.3 + 0.2 * len(heading) + 2.4 * bands * len(kinds)),
@@ -173,53 +171,53 @@ def draw(
         column = axes[position // across * len(kinds) :, position % across]
         for kind, axis in zip(kinds, column, strict=False):
             axis.set_visible(True)
-            picture = _Picture(axis, panel, _field(kind, panel, quantities is None), handles)
+            picture = _Picture(axis, panel, _choose_field(kind, panel, quantities is None), handles)
             picture.draw(looks, names, at_foot=kind == kinds[-1], width=width / across - 1.0)
-        column[0].set_title("\n".join(benchmark.wrapped(panel.title, 28)), fontsize=10)
+        column[0].set_title("\n".join(_results.wrap_text(panel.title, 28)), fontsize=10)
         column[len(kinds) - 1].set_xlabel(_X.get(panel.x, panel.x.replace("_", " ")))
     order = {name: i for i, name in enumerate(names.values())}
-    furniture.legend(
+    _axes.add_figure_legend(
         figure, dict(sorted(handles.items(), key=lambda item: order.get(item[0], len(order))))
     )
     figure.suptitle("\n".join(heading), fontsize=10, color=_style.TEXT)
     return figure
 
 
-def _default(rows: Sequence[Row]) -> list[str]:
-    timed = any(_there(row, "time") or _there(row, "roofline") for row in rows)
+def _choose_quantities(rows: Sequence[Row]) -> list[str]:
+    timed = any(_has_value(row, "time") or _has_value(row, "roofline") for row in rows)
     return ["time", "memory_bytes"] if timed else ["memory_bytes"]
 
 
-def _there(row: Row, field: str) -> bool:
-    return benchmark.drawable(row.get(field))
+def _has_value(row: Row, field: str) -> bool:
+    return _results.is_drawable(row.get(field))
 
 
-def _field(kind: str, panel: Panel, may_differ: bool) -> str:
+def _choose_field(kind: str, panel: Panel, may_differ: bool) -> str:
     """Where nothing of a panel was run, its roofline stands for the time."""
-    if kind == "time" and may_differ and not any(_there(row, "time") for row in panel.rows):
+    if kind == "time" and may_differ and not any(_has_value(row, "time") for row in panel.rows):
         return "roofline"
     return kind
 
 
-def _line_of(row: Row) -> str:
+def _get_line_name(row: Row) -> str:
     """What the row's line is called, which rows without a name of one were left out for."""
-    return present(benchmark.line(row))
+    return present(_results.name_line(row))
 
 
-def _names(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, str]:
+def _make_names(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, str]:
     """What the legend calls each line; those that are refused everywhere say so."""
     words = {"out_of_memory": "out of memory", "unsupported": "refused"}
     names: dict[str, str] = {}
-    for line in dict.fromkeys(map(_line_of, rows)):
-        own = [row for row in rows if _line_of(row) == line]
+    for line in dict.fromkeys(map(_get_line_name, rows)):
+        own = [row for row in rows if _get_line_name(row) == line]
         there = [row for row in own if row.get("status", _OK) == _OK]
         names[line] = line if there else f"{line}: {words.get(own[0]['status'], 'failed')}"
     return names
 
 
-def _heading(title: Sequence[str | None], caption: str, width: float) -> list[str]:
+def _make_heading(title: Sequence[str | None], caption: str, width: float) -> list[str]:
     lines = [text for text in (*title, caption) if text]
-    return [part for text in lines for part in benchmark.wrapped(text, int(width * 13))]
+    return [part for text in lines for part in _results.wrap_text(text, int(width * 13))]
 
 
 @dataclasses.dataclass
@@ -239,27 +237,27 @@ class _Picture:
         width: float,
     ) -> None:
         quantity = QUANTITIES[self.field]
-        furniture.grid(self.axis)
-        furniture.size_ticks(self.axis, self.panel.sizes, width)
-        self.axis.set_ylabel(self._label(quantity))
+        _axes.add_grid(self.axis)
+        _axes.set_size_ticks(self.axis, self.panel.sizes, width)
+        self.axis.set_ylabel(self._make_label(quantity))
         drawn, refused = False, []
-        for name, rows in self._lines().items():
+        for name, rows in self._group_rows().items():
             there = [
-                row for row in rows if row.get("status", _OK) == _OK and _there(row, self.field)
+                row for row in rows if row.get("status", _OK) == _OK and _has_value(row, self.field)
             ]
             drawn |= bool(there)
             if there:
-                self._line(there, looks[name], names[name])
+                self._draw_line(there, looks[name], names[name])
             for row in rows:
                 if row.get("status", _OK) == _OK:
                     continue
                 if self.field == "memory_bytes" and row.get("requested_bytes"):
                     drawn = True
-                    self._asked(row, looks[name], names[name])
+                    self._draw_request(row, looks[name], names[name])
                 elif at_foot:
                     refused.append((name, row))
         if drawn:
-            furniture.readable(self.axis, quantity.base, quantity.text)
+            _axes.set_log_scale(self.axis, quantity.base, quantity.text)
         else:
             self.axis.set_yticks([])
             self.axis.grid(False)
@@ -267,9 +265,9 @@ class _Picture:
                 0.5, 0.5, "not measured" if self.field == "time" else "not known",
                 transform=self.axis.transAxes, ha="center", color=_style.TEXT, fontsize=9,
             )  # fmt: skip
-        self._below(refused, looks, names)
+        self._draw_refusals(refused, looks, names)
 
-    def _label(self, quantity: _Quantity) -> str:
+    def _make_label(self, quantity: _Quantity) -> str:
         if self.field != "memory_bytes":
             return quantity.label
         kinds = {str(row["memory_kind"]) for row in self.panel.rows if row.get("memory_kind")}
@@ -278,13 +276,13 @@ class _Picture:
         (kind,) = kinds
         return {"host": "host memory"}.get(kind, kind)
 
-    def _lines(self) -> dict[str, list[Row]]:
+    def _group_rows(self) -> dict[str, list[Row]]:
         lines: dict[str, list[Row]] = {}
         for row in sorted(self.panel.rows, key=lambda row: row[self.panel.x]):
-            lines.setdefault(_line_of(row), []).append(row)
+            lines.setdefault(_get_line_name(row), []).append(row)
         return lines
 
-    def _line(self, rows: Sequence[Row], look: _style.Style, name: str) -> None:
+    def _draw_line(self, rows: Sequence[Row], look: _style.Style, name: str) -> None:
         x, y = [row[self.panel.x] for row in rows], [row[self.field] for row in rows]
         deviation = [row.get("time_stddev") or row.get("time_std") or 0 for row in rows]
         options: dict[str, Any] = dict(
@@ -304,11 +302,11 @@ class _Picture:
         if bounds:
             white = dict(options, linestyle="none", markerfacecolor="white")
             self.axis.plot(*zip(*bounds, strict=True), **white)
-            self.handles.setdefault("white: lower bound", furniture.sample("white", "-"))
+            self.handles.setdefault("white: lower bound", _axes.make_marker("white", "-"))
 
-    def _asked(self, row: Row, look: _style.Style, name: str) -> None:
-        drawn = self._hollow(row[self.panel.x], row["requested_bytes"], look, markersize=7)
-        if name != _line_of(row):
+    def _draw_request(self, row: Row, look: _style.Style, name: str) -> None:
+        drawn = self._draw_hollow(row[self.panel.x], row["requested_bytes"], look, markersize=7)
+        if name != _get_line_name(row):
             self.handles.setdefault(name, drawn)
         if row.get("available_bytes"):
             rule = self.axis.axhline(
@@ -316,7 +314,7 @@ class _Picture:
             )
             self.handles.setdefault("memory there is", rule)
 
-    def _below(
+    def _draw_refusals(
         self, refused: Sequence[tuple[str, Row]], looks: Mapping[str, _style.Style],
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
@@ -326,11 +324,11 @@ class _Picture:
             return
         frame = self.axis.get_xaxis_transform()
         for name, row in refused:
-            drawn = self._hollow(
+            drawn = self._draw_hollow(
                 row[self.panel.x],
                 0,
                 looks[name],
-                transform=furniture.below(self.axis, frame, 8 + 9 * lines.index(name)),
+                transform=_axes.shift_down(self.axis, frame, 8 + 9 * lines.index(name)),
                 clip_on=False,
                 markersize=5,
             )
@@ -338,10 +336,10 @@ class _Picture:
                 self.handles.setdefault(names[name], drawn)
         self.axis.tick_params(axis="x", pad=9 * len(lines) + 4)
 
-    def _hollow(self, x: float, y: float, look: _style.Style, **options: Any) -> Any:
+    def _draw_hollow(self, x: float, y: float, look: _style.Style, **options: Any) -> Any:
         (drawn,) = self.axis.plot(
             x, y, color=look.color, marker=look.marker, markerfacecolor="none", linestyle="none",
             **options,
         )  # fmt: skip
-        self.handles.setdefault("hollow: refused", furniture.sample("none", "none"))
+        self.handles.setdefault("hollow: refused", _axes.make_marker("none", "none"))
         return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def pyplot() -> Any:
+def import_pyplot() -> Any:
     """``matplotlib.pyplot``.
 
     Raises:

@@ -11,9 +11,8 @@ import numpy as np
 
 from axattn._mask_parts import EMPTY, FULL, PARTIAL
 from axattn._masks import Mask, checked_positions
-from axattn.plotting import _axes as furniture
-from axattn.plotting import _style
-from axattn.plotting._library import pyplot
+from axattn.plotting import _axes, _style
+from axattn.plotting._library import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,69 +86,69 @@ def plot_mask(
       ['full: 0', 'partial: 21 (dark: attended)', 'empty: 43']
     """
     mask = mask if isinstance(mask, Mask) else Mask.dense(mask)
-    blocks = _blocks(block_q, block_kv)
+    blocks = _check_blocks(block_q, block_kv)
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
-        _at_least_one(name, value)
+        _check_positive(name, value)
     q_positions = checked_positions("q_positions", q_positions, q_len)
     kv_positions = checked_positions("kv_positions", kv_positions, kv_len)
     _check_choice(mask, q_positions, kv_positions, row, head)
     kinds = [type(part).__name__.lower() for part in mask.parts]
     title = (" & ".join(kinds) or "everything") if title is None else title
     if blocks is not None:
-        _check_count(q_len, kv_len, *blocks)
+        _check_block_count(q_len, kv_len, *blocks)
     mask = mask.normalized(None, q_len, kv_len).row(row)
-    q_positions, kv_positions = _row(q_positions, row), _row(kv_positions, row)
+    q_positions, kv_positions = _select_row(q_positions, row), _select_row(kv_positions, row)
     cells = [
-        _cell(length, block)
+        _choose_cell_size(length, block)
         for length, block in zip((q_len, kv_len), blocks or (None, None), strict=True)
     ]
-    queries = _Sample.of(q_len, cells[0], q_positions)
-    keys = _Sample.of(kv_len, cells[1], kv_positions)
-    shares = _shares(mask, queries, keys, head)
+    queries = _SlotSample.create(q_len, cells[0], q_positions)
+    keys = _SlotSample.create(kv_len, cells[1], kv_positions)
+    shares = _compute_shares(mask, queries, keys, head)
     if blocks is None:
-        pixels, handles = _elements(shares)
+        pixels, handles = _color_elements(shares)
     else:
         states = np.asarray(
             mask.block_map(
                 q_len, kv_len, *blocks, q_positions=q_positions, kv_positions=kv_positions
             )
         )[0]
-        pixels, handles = _blocks_and_elements(shares, states, cells, blocks)
+        pixels, handles = _color_blocks(shares, states, cells, blocks)
 
     if ax is None:
-        _, ax = pyplot().subplots(figsize=(6.4, 6.0), layout="constrained")
+        _, ax = import_pyplot().subplots(figsize=(6.4, 6.0), layout="constrained")
     down, across = pixels.shape[0] * cells[0], pixels.shape[1] * cells[1]
     ax.imshow(pixels, extent=(-0.5, across - 0.5, down - 0.5, -0.5), aspect="auto")
     ax.set(xlim=(-0.5, kv_len - 0.5), ylim=(q_len - 0.5, -0.5), xlabel="key", ylabel="query")
     # A picture of few queries and many keys would be a hairline.
     ax.set_aspect("equal" if 0.25 <= q_len / kv_len <= 4 else "auto")
-    _lines(ax, (q_len, kv_len), blocks or (1, 1), "white" if blocks is None else "#999999")
-    furniture.slot_ticks(ax, q_len, kv_len)
+    _draw_lines(ax, (q_len, kv_len), blocks or (1, 1), "white" if blocks is None else "#999999")
+    _axes.set_slot_ticks(ax, q_len, kv_len)
     ax.set_title(title, fontsize=10)
-    furniture.legend_below(
-        ax, {name: furniture.patches(colors) for name, colors in handles.items()}
+    _axes.add_axes_legend(
+        ax, {name: _axes.make_patches(colors) for name, colors in handles.items()}
     )
     return ax
 
 
-def _at_least_one(name: str, value: Any) -> None:
+def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} takes an int >= 1, got {value!r}")
 
 
-def _blocks(block_q: int | None, block_kv: int | None) -> tuple[int, int] | None:
+def _check_blocks(block_q: int | None, block_kv: int | None) -> tuple[int, int] | None:
     if (block_q is None) != (block_kv is None):
         raise ValueError(
             f"block_q and block_kv go together, got block_q={block_q}, block_kv={block_kv}"
         )
     if block_q is None or block_kv is None:
         return None
-    _at_least_one("block_q", block_q)
-    _at_least_one("block_kv", block_kv)
+    _check_positive("block_q", block_q)
+    _check_positive("block_kv", block_kv)
     return block_q, block_kv
 
 
-def _check_count(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
+def _check_block_count(q_len: int, kv_len: int, block_q: int, block_kv: int) -> None:
     for name, length, block in (("block_q", q_len, block_q), ("block_kv", kv_len, block_kv)):
         if -(-length // block) > _MOST_BLOCKS:
             raise ValueError(
@@ -170,11 +169,11 @@ def _check_choice(mask: Mask, q_positions, kv_positions, row: int, head: int) ->
             raise ValueError(f"{name} takes an int from 0 to {count - 1}, got {value}")
 
 
-def _row(positions: jax.Array, row: int) -> jax.Array:
+def _select_row(positions: jax.Array, row: int) -> jax.Array:
     return positions[row : row + 1] if positions.shape[0] > 1 else positions
 
 
-def _cell(length: int, block: int | None) -> int:
+def _choose_cell_size(length: int, block: int | None) -> int:
     """Slots along a cell's side: few enough cells, and no cell in two blocks."""
     least = -(-length // _CELLS)
     if block is None:
@@ -183,7 +182,7 @@ def _cell(length: int, block: int | None) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sample:
+class _SlotSample:
     """Slots of one axis that a picture looks at, as `axattn._mask_parts.Span` is consecutive ones.
 
     ``slots`` int32 ``[cells * per_cell]``; ``real``, of the same shape, is False behind the end.
@@ -195,57 +194,59 @@ class _Sample:
     per_cell: int
 
     @staticmethod
-    def of(length: int, cell: int, positions: jax.Array) -> _Sample:
+    def create(length: int, cell: int, positions: jax.Array) -> _SlotSample:
         cells = -(-length // cell)
         per_cell = max(1, min(cell, _SAMPLES // cells))
         steps = np.arange(per_cell) * cell // per_cell
         slots = (np.arange(cells)[:, None] * cell + steps).reshape(-1)
         real = slots < length
         there = jnp.asarray(np.minimum(slots, length - 1), jnp.int32)
-        return _Sample(there, jnp.take(positions, there, axis=1), real, per_cell)
+        return _SlotSample(there, jnp.take(positions, there, axis=1), real, per_cell)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
         return array if array.shape[axis] == 1 else jnp.take(array, self.slots, axis)
 
-    def part(self, start: int, size: int) -> _Sample:
+    def select_cells(self, start: int, size: int) -> _SlotSample:
         """``size`` cells from cell ``start`` on."""
         some = slice(start * self.per_cell, (start + size) * self.per_cell)
-        return _Sample(self.slots[some], self.positions[:, some], self.real[some], self.per_cell)
+        return _SlotSample(
+            self.slots[some], self.positions[:, some], self.real[some], self.per_cell
+        )
 
-    def counts(self) -> np.ndarray:
+    def count_slots(self) -> np.ndarray:
         return self.real.reshape(-1, self.per_cell).sum(1)
 
 
-def _shares(mask: Mask, queries: _Sample, keys: _Sample, head: int) -> np.ndarray:
+def _compute_shares(mask: Mask, queries: _SlotSample, keys: _SlotSample, head: int) -> np.ndarray:
     """The share of each cell that may be attended to, float64 ``[cells down, cells across]``."""
     strips = []
     across = len(keys.slots)
     per_strip = max(1, _PAIRS // (across * queries.per_cell))
     total = len(queries.slots) // queries.per_cell
     for start in range(0, total, per_strip):
-        strip = queries.part(start, min(per_strip, total - start))
+        strip = queries.select_cells(start, min(per_strip, total - start))
         allowed = mask.tile(strip, keys)
         tile = np.ones((1, 1, 1, 1), bool) if allowed is None else np.asarray(allowed)
         tile = tile[0, head if tile.shape[1] > 1 else 0]
         tile = tile & strip.real[:, None] & keys.real
         sums = tile.reshape(len(strip.slots), -1, keys.per_cell).sum(2, dtype=np.int32)
         sums = sums.reshape(-1, queries.per_cell, sums.shape[1]).sum(1)
-        strips.append(sums / np.outer(strip.counts(), keys.counts()))
+        strips.append(sums / np.outer(strip.count_slots(), keys.count_slots()))
     return np.concatenate(strips)
 
 
-def _mixed(shares: np.ndarray, masked: str, attended: str) -> np.ndarray:
+def _mix_colors(shares: np.ndarray, masked: str, attended: str) -> np.ndarray:
     """RGB ``[..., 3]`` in 0 to 1: from the one colour to the other."""
-    first, last = furniture.rgb(masked), furniture.rgb(attended)
+    first, last = _axes.parse_color(masked), _axes.parse_color(attended)
     return first + shares[..., None] * (last - first)
 
 
-def _elements(shares: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
+def _color_elements(shares: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
     handles: dict[str, tuple[str, ...]] = {"attended": (_style.FULL,), "masked": (_style.EMPTY,)}
-    return _mixed(shares, _style.EMPTY, _style.FULL), handles
+    return _mix_colors(shares, _style.EMPTY, _style.FULL), handles
 
 
-def _blocks_and_elements(
+def _color_blocks(
     shares: np.ndarray, states: np.ndarray, cells: list[int], blocks: tuple[int, int]
 ) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
     down, across = (
@@ -253,9 +254,9 @@ def _blocks_and_elements(
         for count, cell, block in zip(shares.shape, cells, blocks, strict=True)
     )
     state = states[np.ix_(down, across)][..., None]
-    partial = _mixed(shares, _style.PARTIAL_MASKED, _style.PARTIAL_ATTENDED)
-    pixels = np.where(state == FULL, furniture.rgb(_style.FULL), partial)
-    pixels = np.where(state == EMPTY, furniture.rgb(_style.EMPTY), pixels)
+    partial = _mix_colors(shares, _style.PARTIAL_MASKED, _style.PARTIAL_ATTENDED)
+    pixels = np.where(state == FULL, _axes.parse_color(_style.FULL), partial)
+    pixels = np.where(state == EMPTY, _axes.parse_color(_style.EMPTY), pixels)
     full, some, empty = ((states == kind).sum() for kind in (FULL, PARTIAL, EMPTY))
     both = (_style.PARTIAL_MASKED, _style.PARTIAL_ATTENDED)
     return pixels, {
@@ -265,7 +266,7 @@ def _blocks_and_elements(
     }
 
 
-def _lines(ax: Axes, lengths: tuple[int, int], sizes: tuple[int, int], color: str) -> None:
+def _draw_lines(ax: Axes, lengths: tuple[int, int], sizes: tuple[int, int], color: str) -> None:
     down, across = (np.arange(s, n, s) - 0.5 for n, s in zip(lengths, sizes, strict=True))
     if max(len(down), len(across)) < _MOST_LINES:
         ax.hlines(down, -0.5, lengths[1] - 0.5, color=color, linewidth=0.5)

@@ -41,7 +41,7 @@ _TAKES = (
 )
 
 
-def read(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
+def read_rows(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
     """Rows, and the environment where it is known, of what `plot_curves` takes."""
     environment = None
     if isinstance(results, (str, os.PathLike)):
@@ -60,10 +60,10 @@ def read(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
         if not isinstance(row, Mapping):
             raise TypeError(f"{_TAKES}, got a row of type {type(row).__name__}")
     # Summaries, such as the best of each layer, are not of one case.
-    return [dict(row) for row in results if line(row) is not None], environment
+    return [dict(row) for row in results if name_line(row) is not None], environment
 
 
-def line(row: Row) -> str | None:
+def name_line(row: Row) -> str | None:
     """What a row's line is called: the implementation, and what is particular of it."""
     name = row.get("implementation") or row.get("strategy")
     if name is None:
@@ -76,33 +76,33 @@ def line(row: Row) -> str | None:
     return ", ".join(parts)
 
 
-def only(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
+def filter_rows(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
     """The rows whose fields have these values, or one of several.
 
     Raises:
       ValueError: no row has the field, or none has the value.
     """
     for field, value in wanted.items():
-        there = dict.fromkeys(row[field] for row in rows if _plain(row.get(field)))
+        there = dict.fromkeys(row[field] for row in rows if _is_plain(row.get(field)))
         if not there:
             fields = dict.fromkeys(field for row in rows for field in row)
             raise ValueError(f"{field} is no field of the rows; they have {', '.join(fields)}")
         values = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
         rows = [row for row in rows if row.get(field) in values]
         if not rows:
-            raise ValueError(f"{field}={value!r} leaves no row; it is {_listed(there)}")
+            raise ValueError(f"{field}={value!r} leaves no row; it is {_format_values(there)}")
     return list(rows)
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return value is not None and not isinstance(value, (Mapping, list))
 
 
-def _listed(values: Any) -> str:
+def _format_values(values: Any) -> str:
     return ", ".join(map(repr, values))
 
 
-def panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
+def group_panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
     """Rows by what they share apart from ``x`` and implementation.
 
     Groups with a single ``x`` are left out where others have several.
@@ -110,29 +110,29 @@ def panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
     Raises:
       ValueError: ``x`` is no field with numbers above 0.
     """
-    there = [row for row in rows if drawable(row.get(x))]
+    there = [row for row in rows if is_drawable(row.get(x))]
     if not there:
-        known = dict.fromkeys(f for row in rows for f, value in row.items() if _number(value))
+        known = dict.fromkeys(f for row in rows for f, value in row.items() if _is_number(value))
         raise ValueError(f"x takes a field with numbers: {', '.join(known)}; got {x!r}")
     left_out = (x, *_GROW_WITH.get(x, ()))
     groups: dict[tuple, list[Row]] = {}
     for row in there:
-        key = tuple((f, row[f]) for f in _CASE if f not in left_out and _plain(row.get(f)))
+        key = tuple((f, row[f]) for f in _CASE if f not in left_out and _is_plain(row.get(f)))
         groups.setdefault(key, []).append(row)
     several = {k: g for k, g in groups.items() if len({row[x] for row in g}) > 1}
     return several or groups
 
 
-def drawable(value: Any) -> bool:
+def is_drawable(value: Any) -> bool:
     """Whether it has a place on a logarithmic axis."""
-    return _number(value) and 0 < value < float("inf")
+    return _is_number(value) and 0 < value < float("inf")
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
-def titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[str], str]:
+def make_titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[str], str]:
     """For each panel what is particular of it, and what all have in common, less some fields.
 
     Spaces within an item are such that lines do not break there: see `wrapped`.
@@ -145,24 +145,25 @@ def titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[st
     ]
     # Names of tables tell less than what they are of.
     left_out = ("table", *left_out)
-    common = [_text(field, cases[0][field]) for field in same if field not in left_out]
+    common = [_format_field(field, cases[0][field]) for field in same if field not in left_out]
     own = [
-        [_text(f, v) for f, v in case.items() if f not in same and f != "table"] for case in cases
+        [_format_field(f, v) for f, v in case.items() if f not in same and f != "table"]
+        for case in cases
     ]
     return list(map(", ".join, own)), ", ".join(common)
 
 
-def _text(field: str, value: Any) -> str:
+def _format_field(field: str, value: Any) -> str:
     text = "run here" if (field, value) == ("where", "here") else f"{_CASE[field]}{value}"
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def wrapped(text: str, letters: int) -> list[str]:
+def wrap_text(text: str, letters: int) -> list[str]:
     """Lines of at most so many letters."""
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(text, letters)]
 
 
-def caption(rows: Sequence[Row], environment: Mapping[str, Any] | None) -> str:
+def make_caption(rows: Sequence[Row], environment: Mapping[str, Any] | None) -> str:
     """Where the numbers are from."""
     if environment is None:
         return ""

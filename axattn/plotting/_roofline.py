@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,8 @@ from axattn._typing import present
 from axattn.aot._report import Report
 from axattn.aot._targets import TARGETS, Target
 from axattn.aot._targets import target as find_target
-from axattn.plotting import _axes as furniture
-from axattn.plotting import _style, _units
-from axattn.plotting._library import pyplot
+from axattn.plotting import _axes, _style, _units
+from axattn.plotting._library import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,14 +53,14 @@ class RooflinePoint:
             if value is None or not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} of {self.label!r} takes a number > 0, got {value}")
 
-    @staticmethod
-    def of(label: str, report: Report, seconds: float | None = None) -> RooflinePoint:
-        """The point of a program that `axattn.aot.analyze` compiled.
+    @classmethod
+    def from_report(cls, label: str, report: Report, seconds: float | None = None) -> RooflinePoint:
+        """Make the point of a program that `axattn.aot.analyze` compiled.
 
         Args:
           label: what the legend calls it.
-          report: FLOPs and bytes of one device. The bytes of a TPU program have copies within the
-            chip among them, which makes its intensity look lower than it is.
+          report: FLOPs and bytes of one device. The bytes of a TPU program include copies within
+            the chip, so that its intensity looks lower than it is.
           seconds: what one run took, if it was measured.
 
         Returns:
@@ -72,16 +72,33 @@ class RooflinePoint:
         Example:
           >>> from axattn import aot, plotting
           >>> report = aot.Report("v5p", "TPU v5", "f", flops=1e12, bytes_accessed=1e9)
-          >>> plotting.RooflinePoint.of("xla", report).intensity
+          >>> plotting.RooflinePoint.from_report("xla", report).intensity
           1000.0
         """
         if report.refusal is not None:
             raise ValueError(f"report of {label!r} takes a compiled program, got {report.refusal}")
         # The point refuses None.
         counts: dict[str, Any] = dict(flops=report.flops, bytes_accessed=report.bytes_accessed)
-        return RooflinePoint(
-            label, **counts, seconds=seconds, is_lower_bound=report.cost_is_lower_bound
+        return cls(label, **counts, seconds=seconds, is_lower_bound=report.cost_is_lower_bound)
+
+    @classmethod
+    def of(cls, label: str, report: Report, seconds: float | None = None) -> RooflinePoint:
+        """Call `from_report`. Deprecated: this is its former name.
+
+        Args:
+          label: what the legend calls it.
+          report: FLOPs and bytes of one device.
+          seconds: what one run took, if it was measured.
+
+        Raises:
+          ValueError: as `from_report`.
+        """
+        warnings.warn(
+            "RooflinePoint.of is deprecated: call RooflinePoint.from_report",
+            DeprecationWarning,
+            stacklevel=2,
         )
+        return cls.from_report(label, report, seconds)
 
     @property
     def intensity(self) -> float:
@@ -136,7 +153,7 @@ def plot_roofline(
 
     if ax is None:
         height = 4.0 + 0.12 * len(points)
-        _, ax = pyplot().subplots(figsize=(9.0, height), layout="constrained")
+        _, ax = import_pyplot().subplots(figsize=(9.0, height), layout="constrained")
     ridge = chip.peak_bf16_flops / chip.hbm_bandwidth
     roof = [
         min([ridge / 10, *(p.intensity / 2 for p in points)]),
@@ -144,18 +161,18 @@ def plot_roofline(
         max([ridge * 4, *(p.intensity * 2 for p in points)]),
     ]
     peaks = (
-        f"{_units.amount(chip.peak_bf16_flops, 'FLOP/s')} (bfloat16), "
-        f"{_units.amount(chip.hbm_bandwidth, 'B/s')} (HBM)"
+        f"{_units.format_amount(chip.peak_bf16_flops, 'FLOP/s')} (bfloat16), "
+        f"{_units.format_amount(chip.hbm_bandwidth, 'B/s')} (HBM)"
     )
     handles: dict[str, Any] = {}
     (handles[peaks],) = ax.plot(
-        roof, [_roof(chip, x) for x in roof], color=_style.TEXT, linewidth=1.5
+        roof, [_compute_roof(chip, x) for x in roof], color=_style.TEXT, linewidth=1.5
     )
     ax.axvline(ridge, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)))
-    looks = _style.styles([point.label for point in points])
+    looks = _style.choose_styles([point.label for point in points])
     for point in points:
         look, measured = looks[point.label], point.seconds is not None
-        most = _roof(chip, point.intensity)
+        most = _compute_roof(chip, point.intensity)
         rate = most if point.seconds is None else point.flops / point.seconds
         label = f"{point.label}{': lower bounds' if point.is_lower_bound else ''}"
         if measured:
@@ -172,13 +189,13 @@ def plot_roofline(
             label=point.label,
         )
     if any(point.seconds is None for point in points):
-        handles["hollow: not measured"] = furniture.sample("none", "none")
-    furniture.grid(ax)
+        handles["hollow: not measured"] = _axes.make_marker("none", "none")
+    _axes.add_grid(ax)
     ax.margins(x=0)
-    furniture.readable(ax, 10, "{:g}".format, side="x")
-    furniture.readable(ax, 10, lambda value: _units.amount(value, "FLOP/s"))
+    _axes.set_log_scale(ax, 10, "{:g}".format, side="x")
+    _axes.set_log_scale(ax, 10, lambda value: _units.format_amount(value, "FLOP/s"))
     ax.annotate(
-        f"{_units.three(ridge)} FLOP/B",
+        f"{_units.format_digits(ridge)} FLOP/B",
         (ridge, 0.02),
         xycoords=("data", "axes fraction"),
         xytext=(-4, 0),
@@ -190,9 +207,9 @@ def plot_roofline(
     ax.set_xlabel("arithmetic intensity (FLOP/B)")
     ax.set_ylabel("rate")
     ax.set_title(f"roofline of {chip.name}" if title is None else title, fontsize=11)
-    furniture.legend_below(ax, handles)
+    _axes.add_axes_legend(ax, handles)
     return ax
 
 
-def _roof(chip: Target, intensity: float) -> float:
+def _compute_roof(chip: Target, intensity: float) -> float:
     return min(present(chip.peak_bf16_flops), present(chip.hbm_bandwidth) * intensity)

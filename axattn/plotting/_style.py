@@ -57,7 +57,7 @@ _OTHER_MARKERS = ("<", ">", "p", "*", "d", "h", "8")
 _OTHER_DASHES = ("-", "--", ":", "-.")
 
 
-def styles(names: Iterable[str]) -> dict[str, Style]:
+def choose_styles(names: Iterable[str]) -> dict[str, Style]:
     """A style for each name, all different.
 
     A name such as ``"xla, naive"`` has the colour of ``"xla"``, and another marker than ``"xla"``.
@@ -69,8 +69,8 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     names = list(dict.fromkeys(names))
     found: dict[str, Style] = {}
     # Names that are known first: what they look like depends on no other name.
-    for name in sorted(names, key=lambda name: _known(name) is None):
-        style = _known(name)
+    for name in sorted(names, key=lambda name: _find_style(name) is None):
+        style = _find_style(name)
         taken = [taken.color for taken in found.values()]
         color = style.color if style else min(COLORS, key=taken.count)
         taken = [taken.marker for taken in found.values()]
@@ -82,5 +82,5 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     return {name: found[name] for name in names}
 
 
-def _known(name: str) -> Style | None:
+def _find_style(name: str) -> Style | None:
     return _STYLES.get(name.partition(",")[0])

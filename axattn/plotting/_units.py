@@ -5,18 +5,18 @@ from __future__ import annotations
 NOTHING = "-"
 
 
-def seconds(value: float | None) -> str:
+def format_seconds(value: float | None) -> str:
     """Three digits, in s, ms or us."""
     if value is None:
         return NOTHING
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         # 999.6 ms would print as 1.00e+03 ms.
         if value >= 0.9995 * size or unit == "us":
-            return f"{three(value / size)} {unit}"
+            return f"{format_digits(value / size)} {unit}"
     raise AssertionError
 
 
-def size(value: float | None) -> str:
+def format_bytes(value: float | None) -> str:
     """Bytes in binary units, as memory is sold."""
     if value is None:
         return NOTHING
@@ -26,17 +26,17 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def amount(value: float | None, unit: str = "") -> str:
+def format_amount(value: float | None, unit: str = "") -> str:
     """Decimal units, as rates are quoted."""
     if value is None:
         return NOTHING
     for prefix, one in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= one:
-            return f"{three(value / one)} {prefix}{unit}"
+            return f"{format_digits(value / one)} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
 
 
-def three(value: float) -> str:
+def format_digits(value: float) -> str:
     """Three significant digits, never in exponents."""
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}"

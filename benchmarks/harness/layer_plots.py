@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from axattn.plotting._curves import Panel, draw
+from axattn.plotting._curves import Panel, draw_panels
 from benchmarks.harness import plotting
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.layer_rows import HERE, Cell
@@ -31,5 +31,6 @@ def plot(path: pathlib.Path, cells: Sequence[Cell], environment: Environment) ->
         for (sweep, where), group in groups.items()
     ]
     described = environment.to_dict()
-    plotting.save(path, lambda: draw(panels, None, [], described, across=min(4, len(panels))))
+    across = min(4, len(panels))
+    plotting.save(path, lambda: draw_panels(panels, None, [], described, across=across))
     return True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from axattn.plotting import plot_curves
-from axattn.plotting._library import pyplot
+from axattn.plotting._library import import_pyplot
 from axattn.plotting._style import COLORS, GREY, RULES, TEXT
 from benchmarks.harness.environment import Environment
 from benchmarks.harness.rows import Row
@@ -28,7 +28,7 @@ def check_path(path: str) -> pathlib.Path:
     if not checked.parent.is_dir():
         raise ValueError(f"--plot: {path!r}: the folder does not exist")
     try:
-        pyplot()
+        import_pyplot()
     except ImportError as error:
         raise ImportError(f"--plot: {error}") from error
     return checked
@@ -42,7 +42,7 @@ def plot(path: pathlib.Path, results: Sequence[Row], environment: Environment) -
 
 def save(path: pathlib.Path, draw: Callable[[], Any]) -> None:
     """Writes the figure that ``draw`` returns, without a window."""
-    plt = pyplot()
+    plt = import_pyplot()
     plt.switch_backend("Agg")
     figure = draw()
     figure.savefig(path, dpi=150)

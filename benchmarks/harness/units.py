@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from axattn.plotting._units import NOTHING, amount, seconds, size, three
+from axattn.plotting._units import NOTHING, format_digits
+from axattn.plotting._units import format_amount as amount
+from axattn.plotting._units import format_bytes as size
+from axattn.plotting._units import format_seconds as seconds
 from benchmarks.harness import noise
 
 __all__ = ["NOTHING", "amount", "percent", "quotient", "ratio", "seconds", "size"]
@@ -15,7 +18,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 def ratio(value: float | None, noisy: bool = False) -> str:
     """``3.42x``, marked where it is ``noisy``: see `benchmarks.harness.noise`."""
-    return NOTHING if value is None else f"{three(value)}x" + f" {noise.MARK}" * noisy
+    return NOTHING if value is None else f"{format_digits(value)}x" + f" {noise.MARK}" * noisy
 
 
 def percent(part: float | None, whole: float | None) -> str:

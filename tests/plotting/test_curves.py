@@ -96,7 +96,7 @@ def test_time_above_memory():
     assert drawn(time_here)["xla"] == {(n, 2e-6 * n) for n in (256, 512, 1024)}
     # Nothing was run, and no roofline is known.
     assert not drawn(time_v5p) and time_v5p.texts[0].get_text() == "not known"
-    looks = _style.styles(["xla", "xla_chunked"])
+    looks = _style.choose_styles(["xla", "xla_chunked"])
     lines = memory_here.get_legend_handles_labels()[0]
     assert [(line.get_color(), line.get_marker()) for line in lines] == [
         (look.color, look.marker) for look in looks.values()

@@ -36,9 +36,11 @@ def test_blocks_have_the_colours_of_their_states(name):
     allowed = np.asarray(mask.materialize(q_len, kv_len))[0, 0]
     state = np.kron(states, np.ones((block_q, block_kv), int))[..., None]
     inside = np.where(
-        allowed[..., None], _axes.rgb(_style.PARTIAL_ATTENDED), _axes.rgb(_style.PARTIAL_MASKED)
+        allowed[..., None],
+        _axes.parse_color(_style.PARTIAL_ATTENDED),
+        _axes.parse_color(_style.PARTIAL_MASKED),
     )
-    outside = _axes.rgb(_style.EMPTY), _axes.rgb(_style.FULL)
+    outside = _axes.parse_color(_style.EMPTY), _axes.parse_color(_style.FULL)
     want = np.select([state == EMPTY, state == FULL], outside, inside)
     np.testing.assert_allclose(pixels(ax, allowed.shape, image), want, atol=0.02)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -51,7 +53,9 @@ def test_elements_without_blocks():
     mask = Mask.window(3, 1)
     ax = plot_mask(mask, 9, 12, title="a title")
     image, allowed = rendered(ax.figure), np.asarray(mask.materialize(9, 12))[0, 0]
-    want = np.where(allowed[..., None], _axes.rgb(_style.FULL), _axes.rgb(_style.EMPTY))
+    want = np.where(
+        allowed[..., None], _axes.parse_color(_style.FULL), _axes.parse_color(_style.EMPTY)
+    )
     np.testing.assert_allclose(pixels(ax, (9, 12), image), want, atol=0.02)
     assert ax.get_title() == "a title"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["attended", "masked"]
@@ -72,7 +76,7 @@ def cells(ax):
 
 def share(pixels, masked, attended):
     """The inverse of the mixture of two colours."""
-    masked, attended = _axes.rgb(masked), _axes.rgb(attended)
+    masked, attended = _axes.parse_color(masked), _axes.parse_color(attended)
     return (pixels - masked) @ (attended - masked) / ((attended - masked) @ (attended - masked))
 
 
@@ -93,7 +97,7 @@ def test_cells_lie_in_one_block():
     assert pixels.shape[:2] == (500, 500)
     states = np.asarray(Mask.causal().block_map(2500, 2500, 35, 35))[0]
     blocks = np.arange(500) // 7
-    full = np.abs(pixels - _axes.rgb(_style.FULL)).max(-1) < 1e-6
+    full = np.abs(pixels - _axes.parse_color(_style.FULL)).max(-1) < 1e-6
     np.testing.assert_array_equal(full, states[np.ix_(blocks, blocks)] == FULL)
 
 

@@ -72,15 +72,22 @@ def test_of_a_report():
     report = aot.Report(
         "v5p", "TPU v5", "f", flops=1e12, bytes_accessed=1e9, cost_is_lower_bound=True
     )
-    assert RooflinePoint.of("f", report) == RooflinePoint("f", 1e12, 1e9, None, True)
-    assert RooflinePoint.of("f", report, seconds=2.0).seconds == 2.0
+    assert RooflinePoint.from_report("f", report) == RooflinePoint("f", 1e12, 1e9, None, True)
+    assert RooflinePoint.from_report("f", report, seconds=2.0).seconds == 2.0
+
+
+def test_the_former_name_warns():
+    report = aot.Report("v5p", "TPU v5", "f", flops=1e12, bytes_accessed=1e9)
+    with pytest.warns(DeprecationWarning, match="call RooflinePoint.from_report"):
+        point = RooflinePoint.of("f", report, 2.0)
+    assert point == RooflinePoint("f", 1e12, 1e9, 2.0)
 
 
 def test_of_a_compiled_program():
     import jax.numpy as jnp
 
     x = jnp.ones((64, 64))
-    point = RooflinePoint.of("product", aot.analyze(jnp.matmul, x, x, target="cpu"))
+    point = RooflinePoint.from_report("product", aot.analyze(jnp.matmul, x, x, target="cpu"))
     assert point.intensity > 0
     check_legible(plot_roofline([point], target="h100").figure)
 
@@ -89,9 +96,9 @@ def test_of_a_refusal():
     refusal = aot.Refusal("out_of_memory", "too much", "hbm", 200 << 30, 95 << 30)
     report = aot.Report("v5p", "TPU v5", "f", refusal=refusal)
     with pytest.raises(ValueError, match="report of 'f' takes a compiled program, got out of mem"):
-        RooflinePoint.of("f", report)
+        RooflinePoint.from_report("f", report)
     with pytest.raises(ValueError, match="flops of 'f' takes a number > 0, got None"):
-        RooflinePoint.of("f", aot.Report("v5p", "TPU v5", "f"))
+        RooflinePoint.from_report("f", aot.Report("v5p", "TPU v5", "f"))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ WHITE = np.array([0.95047, 1.0, 1.08883])
 
 def lab(color, vision):
     """CIELAB of what a viewer sees; distances of 2.3 are just noticeable."""
-    rgb = _axes.rgb(color) if isinstance(color, str) else np.asarray(color)
+    rgb = _axes.parse_color(color) if isinstance(color, str) else np.asarray(color)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = XYZ @ np.clip(VISION[vision] @ linear, 0, 1) / WHITE
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
@@ -97,7 +97,7 @@ def test_names_have_styles_of_their_own():
         "xla, absorbed",
     ]
     names += [f"unknown {i}" for i in range(40)]
-    found = _style.styles(names)
+    found = _style.choose_styles(names)
     assert list(found) == names
     assert len(set(found.values())) == len(names)
     assert found["xla, naive"].color == found["xla"].color
@@ -105,5 +105,5 @@ def test_names_have_styles_of_their_own():
 
 
 def test_a_style_does_not_depend_on_unknown_names():
-    alone = _style.styles(["mosaic_tpu"])["mosaic_tpu"]
-    assert _style.styles(["a", "b", "c", "d", "mosaic_tpu"])["mosaic_tpu"] == alone
+    alone = _style.choose_styles(["mosaic_tpu"])["mosaic_tpu"]
+    assert _style.choose_styles(["a", "b", "c", "d", "mosaic_tpu"])["mosaic_tpu"] == alone
