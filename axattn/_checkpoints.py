@@ -1,11 +1,4 @@
-"""Turning the parameters of one model into those of another.
-
-`mha_to_gqa` and `mha_to_mqa` make grouped- or multi-query attention of multi-head attention. The
-recipe is that of the GQA paper (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245): each key
-and value head of the new model is the mean of the heads it replaces; then training goes on for a
-few percent of the original steps. `unstack_layers` and `stack_layers` turn a model whose layers
-are scanned into one whose layers are apart, as generation wants them, and back.
-"""
+"""Trees of parameters: key/value heads pooled, layers stacked. `axattn.checkpoints` says why."""
 
 from __future__ import annotations
 
@@ -25,7 +18,7 @@ _PROJECTIONS = ("query", "key", "value", "out")
 
 
 def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
-    """Mean-pools the key and value heads of every attention layer in ``params``.
+    """Mean-pool the key and value heads of every attention layer in ``params``.
 
     Section 2.1 of https://arxiv.org/abs/2305.13245. Query head n of the result reads key/value head
     ``n // (N / num_kv_heads)``, as everywhere in axattn: new head j is the mean of the old heads
@@ -97,7 +90,7 @@ def mha_to_gqa(params: Any, num_kv_heads: int) -> Any:
 
 
 def mha_to_mqa(params: Any) -> Any:
-    """`mha_to_gqa` to a single key/value head: multi-query attention.
+    """Call `mha_to_gqa` for a single key/value head: multi-query attention.
 
     Multi-query attention is https://arxiv.org/abs/1911.02150.
 
@@ -125,11 +118,11 @@ def mha_to_mqa(params: Any) -> Any:
 
 
 def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
-    """Takes apart what ``nn.scan``, ``nnx.scan`` or ``vmap`` stacked: one tree for each layer.
+    """Take apart what ``nn.scan``, ``nnx.scan`` or ``vmap`` stacked: one tree for each layer.
 
-    A scan over layers is what compiles a deep model fast, with parameters ``[L, ...]``. It is not
-    what to generate with: caches that go through it as ``xs`` and ``ys`` are copied, all of them at
-    each step. Apart, each layer has a cache of its own, which is written in place.
+    A scan over layers compiles a deep model fast, with parameters ``[L, ...]``. It does not suit
+    generation: caches that go through it as ``xs`` and ``ys`` are all copied at each step. A layer
+    that is called by itself has a cache of its own, which is written in place.
 
     Args:
       params: of the scanned layers, and of nothing else: Linen parameters, an ``nnx.State``, a
@@ -138,8 +131,8 @@ def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
       axis: of the layers in every array; negative ones count from the end.
 
     Returns:
-      L trees like ``params``, whose arrays are without that axis. Boxes (``nn.Partitioned`` ...)
-      and NNX variables keep their metadata; of names of axes that of the layers is taken out.
+      L trees like ``params``, whose arrays lack that axis. Boxes (``nn.Partitioned`` ...) and NNX
+      variables keep their metadata, except for the name of that axis.
 
     Raises:
       ValueError: there are no arrays, one has no such axis, or they have it in different sizes; the
@@ -180,12 +173,12 @@ def unstack_layers(params: Any, axis: int = 0) -> list[Any]:
 
 
 def stack_layers(layers: Sequence[Any], axis: int = 0, *, axis_name: str | None = None) -> Any:
-    """Stacks the parameters of like layers for a scan over them; undoes `unstack_layers`.
+    """Stack the parameters of like layers for a scan over them; undo `unstack_layers`.
 
     Args:
       layers: trees of arrays of one structure, with the same shapes and dtypes.
       axis: the new axis in every array; negative ones count from the end of the result's.
-      axis_name: of it, in names of axes that boxes (``nn.Partitioned`` ...) and NNX variables have.
+      axis_name: its name, for boxes (``nn.Partitioned`` ...) and NNX variables that name axes.
 
     Returns:
       The tree with arrays ``[..., L, ...]``; of numpy where all of its layers' are.
@@ -241,16 +234,18 @@ def _check_axis(axis: Any) -> int:
 
 
 def _drop_axis(names: tuple, axis: int) -> tuple:
+    """Return names of axes without the one at ``axis``."""
     return names[:axis] + names[axis + 1 :]
 
 
 def _insert_axis(names: tuple, axis: int, name: str | None) -> tuple:
+    """Return names of axes with one more at ``axis``."""
     names += (None,) * (axis - len(names))
     return names[:axis] + (name,) + names[axis:]
 
 
 def _rename_axes(tree: Any, rename: Callable[[tuple, int], tuple]) -> Any:
-    """``tree`` with ``rename(names, rank)`` of names of axes, where arrays carry them."""
+    """Apply ``rename(names, rank)`` to the names of axes that a tree's arrays carry."""
 
     def is_named(x: Any) -> bool:  # Flax's boxes, and its NNX variables; without importing Flax
         return hasattr(x, "replace_boxed") or hasattr(x, "set_metadata")
@@ -278,6 +273,7 @@ def _format_path(path: Any) -> str:
 
 
 def _pool_heads(leaf, num_kv_heads: int, where: str):
+    """Return ``leaf`` with ``num_kv_heads`` heads, each the mean of those that it replaces."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{where} must be floating-point, got {leaf.dtype}")
     if leaf.ndim < 2:

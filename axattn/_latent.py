@@ -1,24 +1,4 @@
-"""Multi-head latent attention: one latent vector per token in place of its keys and values.
-
-DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1). A token is its latent ``c``, R numbers
-that all heads share, and P rotated features of a key, which all heads share too. The key of head n
-is ``[c @ key_up[:, n], key_rope]``, its value ``c @ value_up[:, n]``. Two forms give one result:
-
-naive
-    Keys and values of all N heads are written out: attention with N key/value heads of size D + P
-    and h. Fewer FLOPs where queries are many: training, prompts.
-absorbed
-    Since ``(c @ key_up) . q = c . (key_up @ q)``, queries take key_up in: multi-query attention, N
-    heads of size R + P over the one head ``[c, key_rope]`` whose first R features are the values.
-    Nothing is written out: a cache has R + P numbers per token.
-
-Letters besides those of `axattn.dot_product_attention`, with their names in configurations:
-R ``kv_lora_rank``, D ``qk_nope_head_dim``, P ``qk_rope_head_dim``, h ``v_head_dim``. In DeepSeek-V3
-N = 128, R = 512, D = 128, P = 64, h = 128. Over a cache::
-
-    cache = DenseCache.create(batch, capacity, **latent.cache_sizes(512, 64), dtype="bfloat16")
-    out, cache = latent.extend(cache, query, c, key_rope, key_up, value_up)
-"""
+"""Latent attention of arrays and over caches. `axattn.latent` describes its two forms."""
 
 from __future__ import annotations
 
@@ -51,7 +31,7 @@ Form = Literal["naive", "absorbed"]
 def preferred_form(
     q_len: int, kv_len: int, *, rank: int, nope_dim: int, rope_dim: int, value_dim: int
 ) -> Form:
-    """The form with fewer FLOPs for T queries over S tokens.
+    """Choose the form with fewer FLOPs for T queries over S tokens.
 
     Multiply-adds of a head: to write out keys and values takes ``S R (D + h)``, to attend to them
     ``T S (D + P + h)``; to bring the projections to queries and outputs ``T R (D + h)``, to attend
@@ -94,7 +74,7 @@ def latent_attention(
     attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
 ) -> Float[Array, "*batch T N h"]:
-    """Latent attention over the tokens' latents.
+    """Compute latent attention over the tokens' latents.
 
     Args:
       query: ``[..., T, N, D + P]``, floating point; the last P features are rotated.
@@ -105,8 +85,8 @@ def latent_attention(
       scale: of the logits, a number or an array ``[]``; 1 / sqrt(D + P) by default. YaRN changes
         it: `axattn.rotary.yarn_softmax_scale`.
       precision: of the projections and of attention.
-      attend: what takes the arguments of `axattn.dot_product_attention`, of which it is given those
-        that are not at their defaults: over a mesh
+      attend: a function with the arguments of `axattn.dot_product_attention`, which gets those
+        that are not at their defaults. Over a mesh:
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
       **options: as in `axattn.dot_product_attention`.
 
@@ -157,7 +137,7 @@ def write_out(
     *,
     precision: Precision | None = None,
 ) -> tuple[Float[Array, "*batch S N D+P"], Float[Array, "*batch S N h"]]:
-    """Keys and values of all heads, as the naive form has them.
+    """Compute the keys and values of all heads, as the naive form takes them.
 
     Args:
       latent: ``[..., S, R]``, after its norm.
@@ -194,7 +174,7 @@ def absorb(
     *,
     precision: Precision | None = None,
 ) -> Float[Array, "*batch T N R+P"]:
-    """Queries over latents: their first D features are brought through ``key_up``.
+    """Map queries to the space of latents: project their first D features by ``key_up``.
 
     Args:
       query: ``[..., T, N, D + P]``, the last P features rotated.
@@ -220,15 +200,15 @@ def absorb(
 
 # ---- over caches ------------------------------------------------------------------------------
 
-# So many tokens that what is done once per query does not count.
+# A length at which only costs that grow with the number of keys count.
 _LONG = 2**40
 
-# With these a step speaks of the cache's slots, or of positions of its own.
-_OF_CACHES = ("mask", "bias", "q_positions", "query_segment_ids", "key_value_segment_ids")
+# Options that are about the cache's slots, or about positions in it: not of a prompt alone.
+_CACHE_OPTIONS = ("mask", "bias", "q_positions", "query_segment_ids", "key_value_segment_ids")
 
 
 def cache_sizes(kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, Any]:
-    """What ``create`` of any cache takes so that it stores R + P numbers per token, once.
+    """Return what ``create`` of a cache takes to store R + P numbers per token, once.
 
     Args:
       kv_lora_rank: R, the size of a latent.
@@ -262,7 +242,7 @@ def attend(
     precision: Precision | None = None,
     **options: Any,
 ) -> Float[Array, "B T N h"]:
-    """Absorbed attention of the newest tokens over all that ``cache`` holds.
+    """Attend in the absorbed form from the newest tokens over all that ``cache`` holds.
 
     Args:
       cache: one made with `cache_sizes`.
@@ -314,7 +294,7 @@ def extend(
     attend: Callable[..., Any] = dot_product_attention,
     **options: Any,
 ) -> tuple[Float[Array, "B T N h"], CacheType]:
-    """Appends tokens to a cache and attends from them over all that it holds: a layer's step.
+    """Append tokens to a cache and attend from them over all that it holds: a layer's step.
 
     Args:
       cache: one made with `cache_sizes`.
@@ -324,10 +304,10 @@ def extend(
       key_up, value_up: ``[R, N, D]`` and ``[R, N, h]``.
       scale, precision: as in `latent_attention`; ``[]`` is the shape of a scale that is an array.
       lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
-      form: None: where tokens are many (in DeepSeek-V3 more than 170) and come into an empty cache
-        they attend to one another in the naive form, so that a prompt costs what it costs in
-        training. Whether the cache is empty is asked when the program runs, which then has both
-        forms. "absorbed": never. Rings, and steps with ``mask``, ``bias``, segment ids or
+      form: None: many tokens (in DeepSeek-V3 more than 170) that come into an empty cache attend
+        to one another in the naive form, so that a prompt costs what it costs in training. The
+        program has both forms, and looks whether the cache is empty when it runs. "absorbed":
+        never the naive form. Rings, and steps with ``mask``, ``bias``, segment ids or
         ``q_positions``, are always absorbed.
       attend: as in `latent_attention`, of prompts in the naive form.
       **options: as in `axattn.cache.Cache.extend`.
@@ -362,10 +342,10 @@ def extend(
     if cache.stores_floats:
         key = key.astype(cache.dtype)
 
-    whole = form is None and not isinstance(cache, RingCache)
-    whole = whole and all(options.get(name) is None for name in _OF_CACHES)
-    whole = whole and preferred_form(query.shape[1], _LONG, **sizes) == "naive"
-    was_empty = _is_empty(cache) if whole else False
+    may_be_naive = form is None and not isinstance(cache, RingCache)
+    may_be_naive = may_be_naive and all(options.get(name) is None for name in _CACHE_OPTIONS)
+    may_be_naive = may_be_naive and preferred_form(query.shape[1], _LONG, **sizes) == "naive"
+    was_empty = _is_empty(cache) if may_be_naive else False
     if was_empty is False:
         query = absorb(query, key_up, precision=precision)
         out, cache = cache.extend(query, key, lengths=lengths, **options)
@@ -386,28 +366,27 @@ def extend(
 
     if was_empty is True:
         return attend_naive(), cache
-    # The cache stays outside: at the doors of a conditional XLA on TPUs would lay it out anew.
-    # Without queries to answer, attention over it costs nothing.
-    among_the_new, rows = lax.cond(
+    # The cache stays outside of the conditionals, at whose borders XLA on TPUs would change its
+    # layout. Without queries, attention over it costs nothing.
+    naive_out, absorbed = lax.cond(
         was_empty,
         lambda: (attend_naive(), _make_zeros(absorb_query)),
         lambda: (_make_zeros(attend_naive), absorb_query()),
     )
     count = jnp.where(was_empty, 0, written)
-    over_all = cache.attend(rows, query_seq_lengths=count, **options)
-    out = lax.cond(
-        was_empty, lambda: among_the_new, lambda: _expand_output(over_all, value_up, precision)
-    )
+    found = cache.attend(absorbed, query_seq_lengths=count, **options)
+    out = lax.cond(was_empty, lambda: naive_out, lambda: _expand_output(found, value_up, precision))
     return out, cache
 
 
 def _is_empty(cache: CacheType) -> bool | Array:
-    """Whether no row holds a token: a bool where this can be known."""
+    """Return whether no row holds a token: a bool where that is known, else an array."""
     empty = (cache.lengths == 0).all()
     return bool(empty) if is_concrete(empty) else empty
 
 
 def _make_zeros(function: Any) -> Any:
+    """Return zeros of the shapes and dtypes that a function would return, without a call."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
 
 
@@ -419,19 +398,19 @@ def _get_default_scale(query: Array) -> float:
 
 
 def _join_shared_key(latent: Array, key_rope: Array) -> Array:
-    """The one key head of the absorbed form, [..., S, 1, R + P]."""
+    """Join latents and rotated features to the one key head ``[..., S, 1, R + P]``."""
     return jnp.concatenate([latent, key_rope.astype(latent.dtype)], -1)[..., None, :]
 
 
 def _expand_output(found: Any, value_up: Array, precision: Any) -> Any:
-    """The output over latents, [..., T, N, R], brought through ``value_up``; an LSE as it is."""
+    """Project an output over latents, ``[..., T, N, R]``, by ``value_up``; keep an LSE."""
     out, *rest = found if isinstance(found, tuple) else (found,)
     out = jnp.einsum("...tnr,rnh->...tnh", out, value_up, precision=precision).astype(out.dtype)
     return (out, *rest) if rest else out
 
 
 def _check_sizes(query, latent, key_rope, key_up, value_up) -> dict[str, int]:
-    """R, D, P and h of arrays that fit together."""
+    """Check that arrays fit together and return R, D, P and h by name."""
     for name, x, axes in (
         ("query", query, "[..., T, N, D + P]"),
         ("latent", latent, "[..., S, R]"),
@@ -465,7 +444,10 @@ def _check_ups(query: Array, rank: int, rope: int, key_up: Array, value_up: Arra
 
 
 def _check_cache(cache: Any, rank: int | None = None, rope: int | None = None) -> tuple[int, int]:
-    """R and P of a cache for latents: ``rank`` and ``rope`` where these are given."""
+    """Check that a cache is made for latents and return its R and P.
+
+    ``rank`` and ``rope`` are what it must have; None: what its own sizes say.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"cache takes a cache of axattn.cache, got {type(cache).__name__}")
     rank = cache.value_head_dim if rank is None else rank

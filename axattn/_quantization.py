@@ -1,15 +1,4 @@
-"""Keys and values in fewer bits: one scale per token and head, symmetric, rounded to nearest.
-
-::
-
-    x ~ scale * codes,   scale = max|x| / limit,   limit = 127 (int8), 448 (float8_e4m3fn), 7 (int4)
-
-A scale per token and head is what a cache can keep while it grows, and attention can fold it: a
-key's scale multiplies its score, a value's scale its softmax weight, so nothing is dequantized to
-memory. float8 codes are stored as bytes: XLA moves bytes in place on every backend, and float8 not
-on CPU, where it widens the whole array for one token. It does that to int4, too; but int4 packed by
-hand, two to a byte, is copied on TPUs, where half a row of bytes does not fill the lanes.
-"""
+"""Codes and scales of keys and values. `axattn.quantization` describes them."""
 
 from __future__ import annotations
 
@@ -57,7 +46,7 @@ _serialization.register_named_tuple(Quantized)
 
 
 def check_dtype(dtype: Any) -> str:
-    """The name of a dtype that a cache can have; TypeError for another."""
+    """Return the name of a dtype that a cache can have; raise TypeError for another."""
     try:
         name = repr(None) if dtype is None else jnp.dtype(dtype).name
     except TypeError:
@@ -72,7 +61,7 @@ def is_quantized(dtype: str) -> bool:
 
 
 def get_storage_dtype(dtype: str) -> Any:
-    """The JAX dtype of the array that holds numbers of ``dtype``, or their bits."""
+    """Return the JAX dtype of the array that holds numbers of ``dtype``, or their bits."""
     if dtype == "float8_e4m3fn":
         return jnp.dtype(jnp.uint8)
     if dtype == "bfloat16" and not _jax_compat.cpu_moves_bfloat16():
@@ -81,19 +70,19 @@ def get_storage_dtype(dtype: str) -> Any:
 
 
 def cast_to_storage(x: Array, dtype: str, stored: Any) -> Array:
-    """Numbers of ``dtype`` as an array that holds them in ``stored``."""
+    """Cast numbers to ``dtype`` and return them, or their bits, as an array of dtype ``stored``."""
     x = x.astype(dtype)
     return x if x.dtype == stored else lax.bitcast_convert_type(x, stored)
 
 
 def count_bytes(array: Any) -> int:
-    """Bytes of an array (or its shape) in memory: int4 takes half a byte."""
+    """Return the bytes of an array or its shape in memory: an int4 takes half a byte."""
     bits = 4 if array.dtype == jnp.int4 else 8 * array.dtype.itemsize
     return -(-math.prod(array.shape) * bits // 8)
 
 
 def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
-    """Codes and float32 scales of the vectors along the last axis.
+    """Compute codes and float32 scales of the vectors along the last axis.
 
     The scale of a vector is its largest magnitude over the largest code: 127, 448 or 7. A zero
     vector has codes and scale 0. A vector with a NaN or an infinity comes back as NaN from
@@ -126,7 +115,7 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
     limit = LIMITS[name]
     x = x.astype(jnp.float32)
     top = jnp.abs(x).max(-1)
-    # Of a finite vector no code is NaN; of another one, no code need be: its scale says it all.
+    # No code is NaN: the scale alone tells that a vector is not finite.
     finite = jnp.isfinite(top)
     scales = jnp.where(finite, top / limit, jnp.nan)
     # In two steps, since limit / top overflows where top is denormal.
@@ -140,7 +129,7 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
 
 
 def cast_codes(codes: Array, dtype: str, compute_dtype: Any) -> Array:
-    """What is stored ``[..., H]`` as numbers of ``compute_dtype``, without their scales.
+    """Cast stored codes ``[..., H]`` to numbers of ``compute_dtype``, without their scales.
 
     Codes are exact in bfloat16, float16 and float32.
     """
@@ -150,7 +139,7 @@ def cast_codes(codes: Array, dtype: str, compute_dtype: Any) -> Array:
 
 
 def dequantize(quantized: Quantized, dtype: Any) -> Float[Array, "... H"]:
-    """The vectors again, for tests and for looking at a cache: attention folds the scales.
+    """Restore the vectors, to test or to look at a cache: attention folds the scales instead.
 
     Args:
       quantized: what `quantize` returned.
@@ -177,7 +166,7 @@ def dequantize(quantized: Quantized, dtype: Any) -> Float[Array, "... H"]:
 def key_center(
     key: Float[Array, "B T K H"], lengths: Integer[Array, " B"] | None = None
 ) -> Float[Array, "K H"]:
-    """Mean key per head and channel, to give to a cache as ``key_center``.
+    """Compute the mean key per head and channel, to give to a cache as ``key_center``.
 
     A few channels of keys often carry large constant offsets (KIVI,
     https://arxiv.org/abs/2402.02750, has figures of them), which take up the range of the scales.
@@ -211,7 +200,7 @@ def key_center(
 
 
 def get_product_dtype(dtype: str, query_dtype: Any) -> Any:
-    """The dtype in which a query meets stored keys and values in a matrix product."""
+    """Return the dtype in which a query is multiplied with stored keys and values."""
     if is_quantized(dtype):
         # A weight times a small value scale would leave the range of float16.
         return common(query_dtype, jnp.bfloat16)
@@ -219,7 +208,7 @@ def get_product_dtype(dtype: str, query_dtype: Any) -> Any:
 
 
 def bytes_per_vector(dtype: Any, head_dim: int) -> int:
-    """Bytes of one stored vector, its scale included.
+    """Return the bytes of one stored vector, its scale included.
 
     Args:
       dtype: float32, bfloat16, float16, float64, or int8, float8_e4m3fn, int4, which have a

@@ -1,36 +1,4 @@
-"""Rotary position embeddings on BTNH arrays (RoPE, Su et al., 2021).
-
-RoPE is https://arxiv.org/abs/2104.09864. Pair ``i`` of a head's features is a point in the plane
-and is turned by the angle ``position * frequency[i]``, ``frequency[i] = base ** (-2 i / R)`` for
-the ``R`` features that are rotated. A dot product of a rotated query and a rotated key then depends
-on the difference of their positions only.
-
-Which features form a pair is a convention of the checkpoint:
-
-=================  ======================  =================================================
-layout             pair ``i``              where
-=================  ======================  =================================================
-split-half         ``(i, i + R / 2)``      Llama, GPT-NeoX, Gemma, Qwen
-``interleaved``    ``(2i, 2i + 1)``        RoFormer, GPT-J, Llama as published by Meta,
-                                           DeepSeek
-``output_halves``  in ``(2i, 2i + 1)``,    DeepSeek as transformers runs it
-                   out ``(i, i + R / 2)``
-=================  ======================  =================================================
-
-``output_halves`` reads interleaved pairs and leaves the results as two halves, even features
-then odd ones. Attention scores are those of ``interleaved``, if query and key are treated alike;
-the arrays themselves (and so a KV cache filled by one and read by the other) are not.
-
-Long contexts: `LinearScaling` (position interpolation, https://arxiv.org/abs/2306.15595),
-`Llama3Scaling` (Llama 3.1) and `YarnScaling` (https://arxiv.org/abs/2309.00071) change the
-frequencies; ``Scaling`` is the type of these three. YaRN also makes attention sharper, which models
-write in one of two ways:
-
-* Llama-style models multiply cosine and sine by `yarn_attention_factor`. `apply_rotary` does so.
-* DeepSeek V2/V3 set ``mscale`` and ``mscale_all_dim`` to the same value. The factor on cosine and
-  sine is then 1, and the softmax scale is to be replaced by `yarn_softmax_scale`, which reaches
-  the features that are not rotated too. That is the caller's to pass as ``scale=``.
-"""
+"""Rotary position embeddings. `axattn.rotary` describes their layouts and scalings."""
 
 from __future__ import annotations
 
@@ -62,6 +30,7 @@ __all__ = [
 
 
 def _check_real(name: str, value, *, zero: bool = False) -> None:
+    """Raise TypeError or ValueError unless ``value`` is finite and positive, or 0 where allowed."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
@@ -215,6 +184,7 @@ class YarnScaling:
         half = len(frequencies)
 
         def find_index(times: float) -> float:
+            """Return the index, a fraction, of the pair that turns so many times in the context."""
             slowest = self.original_max_position / (2 * math.pi * times)
             return half * math.log(slowest) / math.log(base)
 
@@ -241,7 +211,7 @@ def _check_scaling(scaling) -> None:
 def rotary_frequencies(
     head_dim: int, base: float = 10000.0, scaling: Scaling | None = None
 ) -> np.ndarray:
-    """The angle, in radians per position, of each pair of features.
+    """Compute the angle per position, in radians, of each pair of features.
 
     Args:
       head_dim: the number of features that are rotated (``rotary_dim`` where that is less than
@@ -272,11 +242,12 @@ def rotary_frequencies(
 
 
 def _compute_mscale(factor: float, mscale: float) -> float:
+    """Return YaRN's m: ``0.1 mscale ln(factor) + 1``, or 1 where ``factor`` is at most 1."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def yarn_attention_factor(scaling: Scaling | None) -> float:
-    """What cosine and sine are multiplied by; 1 for everything but YaRN.
+    """Return the factor of cosine and sine: 1 for everything but YaRN.
 
     In order: ``scaling.attention_factor``; the ratio ``m(mscale) / m(mscale_all_dim)`` where both
     are given and not 0; the paper's ``m(1)``; with ``m(a) = 0.1 a ln(factor) + 1``, or 1 where
@@ -308,7 +279,7 @@ def yarn_attention_factor(scaling: Scaling | None) -> float:
 
 
 def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
-    """The softmax scale of a DeepSeek-style model, to pass as ``scale=`` to attention.
+    """Return the softmax scale of a DeepSeek-style model, to pass as ``scale=`` to attention.
 
     ``head_dim ** -0.5`` times ``m(mscale_all_dim) ** 2`` (`yarn_attention_factor` defines m); the
     plain ``head_dim ** -0.5`` where scaling is not YaRN or has no ``mscale_all_dim``.
@@ -338,7 +309,7 @@ def yarn_softmax_scale(head_dim: int, scaling: Scaling | None) -> float:
 def rotary_cos_sin(
     positions: Integer[Array, "*batch T"], frequencies: np.ndarray, dtype=jnp.float32
 ) -> tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]:
-    """Cosine and sine of ``positions * frequencies``, right for every int32 position.
+    """Compute cosine and sine of ``positions * frequencies``, right for every int32 position.
 
     A float32 product ``position * frequency`` is off by 0.03 radians at a position of a million.
     Here whole turns are dropped in integer arithmetic first, so the error stays at a few float32
@@ -386,6 +357,7 @@ def rotary_cos_sin(
 
 
 def _check_arguments(x, positions, rotary_dim) -> int:
+    """Check the arguments of a rotation and return the number of features that it rotates."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating-point, got dtype {x.dtype}")
     if x.ndim < 3:
@@ -423,7 +395,7 @@ def apply_rotary(
     rotary_dim: int | None = None,
     output_halves: bool = False,
 ) -> Float[Array, "*batch T N H"]:
-    """Rotates queries or keys by their positions (RoPE, https://arxiv.org/abs/2104.09864).
+    """Rotate queries or keys by their positions (RoPE, https://arxiv.org/abs/2104.09864).
 
     Args:
       x: ``[..., T, N, H]``, floating-point.
@@ -505,7 +477,7 @@ class RotaryEmbedding:
     def apply(
         self, x: Float[Array, "*batch T N H"], positions: Integer[Array, "*leading T"]
     ) -> Float[Array, "*batch T N H"]:
-        """`apply_rotary` with these settings.
+        """Call `apply_rotary` with these settings.
 
         Args:
           x: ``[..., T, N, H]``, floating-point.

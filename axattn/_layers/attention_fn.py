@@ -1,4 +1,4 @@
-"""Calling whatever function a user gave as ``attention_fn``."""
+"""Calls of whatever function a user gave as ``attention_fn``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axattn._layers.masking import cast_mask, materialize_mask
 from axattn._masks import Mask
 from axattn._typing import Array, Float, Integer
 
-# The option of the layers, where its name is another than that of the function's argument.
+# Names of arguments that are options of the layers under another name.
 _LAYER_NAMES = {
     "local_window_size": "window",
     "query_segment_ids": "segment_ids",
@@ -21,6 +21,7 @@ _LAYER_NAMES = {
 
 
 def _describe_function(fn: Callable) -> str:
+    """Return a function's name for error messages."""
     fn = getattr(fn, "func", fn)  # functools.partial
     return getattr(fn, "__qualname__", None) or repr(fn)
 
@@ -37,7 +38,7 @@ def call_attention(
     decode_index: Integer[Array, ""] | None = None,
     only_known: bool = False,
 ) -> Float[Array, "*batch T N h"]:
-    """Calls ``attention_fn`` with Flax's arguments and with those options that were asked for.
+    """Call ``attention_fn`` with Flax's arguments and with the options that are asked for.
 
     Args:
       attention_fn: Flax's, ours or the user's.
@@ -45,10 +46,12 @@ def call_attention(
       flax_kwargs: the arguments that Flax's own layer would pass.
       options: more, by the names of `axattn.dot_product_attention`. Each must be honoured.
       is_causal: whether to ask for a causal mask.
-      decode_index: of the one query token, where ``key`` and ``value`` are a cache that is filled
-        up to and including this index. A function that takes ``q_offset`` is told so; another one
-        gets a mask array.
+      decode_index: int ``[]``, where ``key`` and ``value`` are a cache that is filled up to the
+        one query token, which is at this index. A function without ``q_offset`` gets a mask array.
       only_known: drop those of ``flax_kwargs`` that the function does not name (Linen does).
+
+    Returns:
+      ``[..., T, N, h]``.
 
     Raises:
       ValueError: the function takes no argument for one of ``options``.
@@ -64,7 +67,7 @@ def call_attention(
         mask, positions = flax_kwargs.get("mask"), None
         structure = mask if isinstance(mask, Mask) else None
         if decode_index is not None:
-            # The one query is the newest token: what is in its future is not in the cache yet.
+            # The query is the newest token: slots after it are not filled yet.
             positions, is_causal = decode_index[None], False
             structure = (structure or Mask()) & Mask.causal()
             window = options.pop("local_window_size", None)
@@ -81,9 +84,9 @@ def call_attention(
                 q_positions=positions,
             )
             if not (mask is None or isinstance(mask, Mask)):
-                given: Any = cast_mask(mask)
-                missing = tuple(range(array.ndim - given.ndim))
-                array &= jnp.expand_dims(given, missing)
+                own: Any = cast_mask(mask)
+                missing = tuple(range(array.ndim - own.ndim))
+                array &= jnp.expand_dims(own, missing)
             flax_kwargs["mask"] = array
     if is_causal:
         options["is_causal"] = True
@@ -100,7 +103,7 @@ def call_attention(
                 "that does"
             )
     if flax_kwargs.get("deterministic") and "deterministic" not in parameters and not takes_any:
-        flax_kwargs["dropout_rate"] = 0.0  # said in the words that the function does take
+        flax_kwargs["dropout_rate"] = 0.0  # the same, for a function that has no `deterministic`
     if only_known:
         flax_kwargs = {name: v for name, v in flax_kwargs.items() if name in parameters}
     return attention_fn(query, key, value, **{**flax_kwargs, **options})

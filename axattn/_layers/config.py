@@ -1,4 +1,4 @@
-"""What a layer is made of: fields that Linen and NNX have in common, as one checked value."""
+"""Fields that Linen and NNX layers have in common, as one checked value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drop_unset(**options) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Fields of every layer, by the names and with the meanings of its constructor.
+    """Fields of every layer, with the names and meanings of its constructor.
 
     Raises:
       ValueError, TypeError: ``num_heads`` is no positive integer.
@@ -47,18 +47,18 @@ class LayerConfig:
 
     @classmethod
     def from_layer(cls, layer: Any, **others: Any) -> Self:
-        """That of a layer, which has the fields as attributes, but for ``others``."""
+        """Read the fields of a layer from its attributes, except those given as ``others``."""
         names = [f.name for f in dataclasses.fields(cls) if f.name not in others]
         return cls(**{name: getattr(layer, name) for name in names}, **others)
 
     @property
     def fields(self) -> dict[str, Any]:
-        """All, by name: what constructors take."""
+        """All fields by name, as constructors take them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of `axattn.dot_product_attention`, by its names, as far as they are asked for."""
+        """The fields that `axattn.dot_product_attention` takes, by its names, where set."""
         return drop_unset(
             scale=self.scale,
             local_window_size=self.window,
@@ -73,8 +73,8 @@ class AttentionConfig(LayerConfig):
 
     Raises:
       ValueError: a count is not positive, ``num_heads`` is not a multiple of ``num_kv_heads``, or
-        ``qkv_features`` (the size of all query heads together) is not one of ``num_heads``; a
-        ``qk_norm`` that there is not, or none for ``qk_norm_per_head=False``.
+        ``qkv_features`` (the size of all query heads together) is not one of ``num_heads``; an
+        unknown ``qk_norm``, or ``qk_norm_per_head=False`` without one.
       TypeError: a count is not an integer, ``rope`` is no rotary embedding.
     """
 
@@ -116,31 +116,31 @@ class AttentionConfig(LayerConfig):
 
     @property
     def kv_heads(self) -> int:
-        """K."""
+        """K, key/value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """H."""
+        """H, features of a head."""
         return self.qkv_features // self.num_heads
 
     @property
     def out_has_bias(self) -> bool:
-        """Whether ``out`` has one."""
+        """Whether the output projection has a bias."""
         return self.use_bias if self.out_use_bias is None else self.out_use_bias
 
     @property
     def norm_axes(self) -> tuple[int, ...]:
-        """The axes of ``[..., heads, H]`` that one norm of queries or keys is over."""
+        """Axes of ``[..., heads, H]`` over which queries or keys are normalized."""
         return (-1,) if self.qk_norm_per_head else (-2, -1)
 
     @property
     def parameter_axes(self) -> Mapping[tuple[str, ...], tuple[str, ...]]:
-        """Names of the axes of parameters."""
+        """Logical names of the parameters' axes, by path."""
         return LOGICAL_AXES if self.qk_norm_per_head else LOGICAL_AXES | ALL_HEADS_NORM_AXES
 
     def check_products(self, qkv_dot_general_cls: Any) -> None:
-        """Raises ValueError where one product is asked for, and a class that makes one for each."""
+        """Raise ValueError where ``fused_qkv`` meets a class with a product per projection."""
         if self.fused_qkv and qkv_dot_general_cls is not None:
             raise ValueError(
                 "fused_qkv=True has one product and cannot make one per projection with "
@@ -153,7 +153,7 @@ class LatentConfig(LayerConfig):
     """Fields of a layer of latent attention; sizes have their names in DeepSeek's configurations.
 
     Raises:
-      ValueError: a size is not positive, or ``qk_rope_head_dim`` is odd; another ``form``.
+      ValueError: a size is not positive, or ``qk_rope_head_dim`` is odd; an unknown ``form``.
       TypeError: a size is not an integer, ``rope`` is no rotary embedding.
     """
 
@@ -183,9 +183,9 @@ class LatentConfig(LayerConfig):
             )
 
     def get_features(self, projection: str) -> int | tuple[int, int]:
-        """What a projection other than ``out`` makes of each token."""
+        """Return the output features of a projection, ``out`` apart."""
         query = (self.num_heads, self.qk_nope_head_dim + self.qk_rope_head_dim)
-        of_each: dict[str, int | tuple[int, int]] = {
+        features: dict[str, int | tuple[int, int]] = {
             "query": query,
             "query_down": self.q_lora_rank or 0,
             "query_up": query,
@@ -193,11 +193,11 @@ class LatentConfig(LayerConfig):
             "key_up": (self.num_heads, self.qk_nope_head_dim),
             "value_up": (self.num_heads, self.v_head_dim),
         }
-        return of_each[projection]
+        return features[projection]
 
 
 def merge_qk_norm(normalize_qk: bool, qk_norm: QkNorm | None) -> QkNorm | None:
-    """Which norm queries and keys get, where ``normalize_qk=True``, Flax's word, is "layer"."""
+    """Return the norm of queries and keys, where Flax's ``normalize_qk=True`` means "layer"."""
     if normalize_qk and qk_norm == "rms":
         raise ValueError(
             "normalize_qk=True is a layer norm and contradicts qk_norm='rms'; leave normalize_qk "
@@ -207,7 +207,7 @@ def merge_qk_norm(normalize_qk: bool, qk_norm: QkNorm | None) -> QkNorm | None:
 
 
 def check_one_kv_head(num_kv_heads: int | None) -> None:
-    """Raises ValueError unless it is one: in ``MultiQueryAttention``."""
+    """Raise ValueError unless ``num_kv_heads`` is 1, as ``MultiQueryAttention`` has it."""
     if num_kv_heads != 1:
         raise ValueError(
             f"num_kv_heads must be 1 in MultiQueryAttention, got {num_kv_heads}; "

@@ -1,4 +1,4 @@
-"""Flax's key/value cache: one token at a time, written at an index that counts up."""
+"""Flax's key/value cache: it takes one token at a time, at an index that counts up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axattn._typing import Array, Float, Integer
 
 
 def check_token(query_shape, key_shape, cache_shape) -> None:
-    """Raises ValueError unless query and key are one token for a cache [..., S, K, H]."""
+    """Raise ValueError unless query and key are one token for a cache ``[..., S, K, H]``."""
     *batch, _, _, head_dim = cache_shape
     expected_query = (*batch, 1, query_shape[-2], head_dim)
     expected_key = (*batch, 1, *cache_shape[-2:])
@@ -31,17 +31,17 @@ def write_token(
     index: Integer[Array, ""],
     token: Float[Array, "*batch 1 K H"],
 ) -> Float[Array, "*batch S K H"]:
-    """The cache with ``token`` at ``index``; it keeps its dtype."""
+    """Return the cache with ``token`` written at ``index``, in the cache's dtype."""
     cached = lax.dynamic_update_slice_in_dim(
         cached, token.astype(cached.dtype), index, axis=cached.ndim - 3
     )
-    # Else XLA on CPU fuses the update into each reader of the cache, and copies it for each.
+    # Without this XLA on CPU fuses the update into each reader of the cache, and copies it there.
     return lax.optimization_barrier(cached)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlaxCache:
-    """The arrays of Flax's cache, and what writes all three back to where the dialect has them."""
+    """The arrays of Flax's cache, and a function that writes all three back into the layer."""
 
     key: Float[Array, "*batch S K H"]
     value: Float[Array, "*batch S K H"]

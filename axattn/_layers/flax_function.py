@@ -1,4 +1,4 @@
-"""The common body of the two functions that speak Flax's ``attention_fn`` dialects."""
+"""The common body of both functions that have the signature of Flax's ``attention_fn``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ def attend_with_flax_hooks(
     qk_einsum: Callable[..., Array] | None = None,
     value_einsum: Callable[..., Array] | None = None,
 ) -> Float[Array, "*batch T N h"]:
-    """Attends on arrays of one dtype, with masks of any dtype and with Flax's hooks.
+    """Attend on arrays of one dtype, with masks of any dtype and with Flax's hooks.
 
     Args:
       query, key, value: as for `axattn.dot_product_attention`.
-      options: as there, but for the mask: an `axattn.Mask`, or an array that broadcasts to
-        [..., N, T, S] in which everything but zero says "attend"; those that Flax's helpers make
-        are float32. Layers project the query and the output, which is said here.
+      options: as there, but for the mask: an `axattn.Mask`, or an array of any dtype (Flax's
+        helpers make float32) that broadcasts to ``[..., N, T, S]``; nonzero: attend.
+        ``is_projected`` is set, since layers project the query and the output.
       deterministic: no dropout, whatever the rate is.
-      attend: `axattn.dot_product_attention`, or what takes its arguments.
-      sow: called with the weights [..., N, T, S] before dropout, in float32 or wider.
+      attend: `axattn.dot_product_attention`, or a function with its arguments.
+      sow: called with the weights ``[..., N, T, S]`` before dropout, in float32 or wider.
       qk_einsum, value_einsum: both or neither, in place of ``jnp.einsum``. With them all weights
         are written out, and no implementation but "xla" can be asked for.
 
     Returns:
-      [..., T, N, h] in the query's dtype.
+      ``[..., T, N, h]`` in the query's dtype.
+
+    Raises:
+      NotImplementedError: einsums with another implementation, or with another ``attend``.
     """
     rate = 0.0 if deterministic else options.dropout_rate
     options = dataclasses.replace(

@@ -20,19 +20,19 @@ def project_fused(
     dot_general: Callable[..., Array] | None = None,
     **dot_general_kwargs,
 ) -> tuple[Float[Array, "*batch T heads H"], ...]:
-    """Projects each of ``inputs`` with its kernel, in one product per distinct input.
+    """Project each of ``inputs`` with its kernel, in one product per distinct input.
 
     The kernels stay separate parameters; those of one input are joined here, along their heads.
 
     Args:
-      inputs: each [..., T, E]. Inputs are the same where they are the same object.
-      kernels: one per input, each [E, heads, H]; the numbers of heads may differ.
-      biases: one per input, each [heads, H]; or None.
+      inputs: each ``[..., T, E]``. Those that are one object share a product.
+      kernels: one per input, each ``[E, heads, H]``; the numbers of heads may differ.
+      biases: one per input, each ``[heads, H]``; or None.
       promote: ``promote(input, kernel, bias)`` brings the three (bias may be None) to one dtype.
       dot_general: in place of `jax.lax.dot_general`; ``dot_general_kwargs`` go to it.
 
     Returns:
-      [..., T, heads, H] for each input.
+      ``[..., T, heads, H]`` for each input.
     """
     groups: dict[int, list[int]] = {}
     for i, x in enumerate(inputs):

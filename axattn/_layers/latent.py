@@ -19,22 +19,22 @@ from axattn._rotary import RotaryEmbedding, yarn_softmax_scale
 from axattn._typing import Array, Float, Integer
 from axattn.cache._checks import is_concrete
 
-# A projection's kernel, or what stands in its place and has to be called: [..., R] -> [..., N, D].
+# A projection's kernel, or a module in its place that has to be called: [..., R] -> [..., N, D].
 UpProjection = Array | Callable[[Array], Array]
 
-# Projections that ``use_bias`` is about.
+# Projections that have a bias where ``use_bias`` is set.
 BIASED = ("query_down", "kv_down", "out")
 
-# By how much of a module's outputs (root mean square) those of a linear map may miss what its
-# kernel says: sums in 16 bits, which TPUs take for float32 as well.
+# The relative error (root mean square) up to which a module counts as a linear map: that of
+# products of 16-bit numbers, by which TPUs multiply float32 as well.
 _LINEAR = 2.0**-5
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentOperands:
-    """What a layer's projections made of its inputs, and the two that attention brings in.
+    """What latent attention takes, in the order of `axattn.latent.latent_attention`.
 
-    In the order of `axattn.latent.latent_attention`.
+    ``key_up`` and ``value_up`` are kernels, or modules that have to be called.
     """
 
     query: Float[Array, "*batch T N D+P"]
@@ -45,11 +45,11 @@ class LatentOperands:
 
     @property
     def has_modules(self) -> bool:
-        """Whether one of the two has no kernel to read."""
+        """Whether ``key_up`` or ``value_up`` is a module whose kernel cannot be read."""
         return callable(self.key_up) or callable(self.value_up)
 
     def cast(self, promote: Callable[[tuple[Array, ...]], Sequence[Array]]) -> LatentOperands:
-        """The same in one dtype, as ``promote(arrays)`` brings them to it."""
+        """Bring all arrays to one dtype by ``promote(arrays)``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {name: x for name, x in fields.items() if not callable(x)}
         found = promote(tuple(arrays.values()))
@@ -58,7 +58,7 @@ class LatentOperands:
     def rotate(
         self, rope: RotaryEmbedding, positions: Integer[Array, "*leading T"] | None
     ) -> LatentOperands:
-        """The same, the last P features of queries and the shared keys turned by positions."""
+        """Rotate the last P features of queries, and the shared keys, by their positions."""
         size = self.key_rope.shape[-1]
         plain, turned = jnp.split(self.query, [self.query.shape[-1] - size], axis=-1)
         key = self.key_rope[..., None, :]
@@ -67,7 +67,7 @@ class LatentOperands:
         return dataclasses.replace(self, query=query, key_rope=key[..., 0, :])
 
     def resolve_kernels(self) -> tuple[Array, ...]:
-        """All five as arrays: of what has to be called, the kernel that its outputs are made with.
+        """Return all five as arrays: kernels of modules are recovered from their outputs.
 
         Raises:
           ValueError: one of the two is no linear map.
@@ -79,7 +79,7 @@ class LatentOperands:
         return self.query, self.latent, self.key_rope, *ups
 
     def write_out(self, precision: Any) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of the naive form, the latter made by calling what there is."""
+        """Return queries, keys and values of the naive form; modules are called."""
 
         def project_up(up: UpProjection) -> Array:
             if callable(up):
@@ -95,15 +95,16 @@ class LatentOperands:
 def recover_kernel(
     name: str, up: Callable[[Array], Array], latents: Float[Array, "*batch T R"]
 ) -> Array:
-    """The kernel ``[R, N, D]`` of a linear map that can only be called, with its gradient.
+    """Recover the kernel ``[R, N, D]`` of a linear map that can only be called.
 
-    It is what comes out for the unit vectors, as tokens. Two more tokens tell whether that is all:
-    zeros, of which a linear map makes zeros, and one of all features.
+    The kernel's rows are the map's outputs for the R unit vectors, as tokens, and gradients pass
+    through them. Two more tokens tell whether the map is linear: zeros, which it must map to zeros,
+    and one with all features.
 
     Args:
       name: of the map, for errors.
       up: maps ``[..., T, R]`` to ``[..., T, N, D]``.
-      latents: what it would be called with.
+      latents: ``[..., T, R]``, what it would be called with.
 
     Returns:
       ``[R, N, D]`` in the dtype of ``latents``; under jit NaN where the map is not linear.
@@ -145,13 +146,13 @@ def project_latents(
     find_up: Callable[[str, Array], UpProjection],
     promote: Callable[[tuple[Array, ...]], Sequence[Array]],
 ) -> LatentOperands:
-    """What a layer's projections and norms make of its inputs.
+    """Apply a layer's projections and norms to its inputs.
 
     Args:
       inputs: ``[..., T, E]``.
       config: of the layer.
-      find: the projection or norm of a name.
-      find_up: ``key_up`` or ``value_up``, which would be called with these latents.
+      find: returns the projection or norm of this name.
+      find_up: returns ``key_up`` or ``value_up``, by its name and the latents that it takes.
       promote: brings arrays to one dtype.
     """
     if config.q_lora_rank is None:
@@ -167,10 +168,10 @@ def project_latents(
 def apply_latent_attention(
     layer: Any, config: LatentConfig, call: LayerCall, projected: LatentOperands
 ) -> tuple[Float[Array, "*batch T N h"], Any]:
-    """Rotates, appends to a cache, and attends over that or over the tokens themselves.
+    """Rotate, append to a cache, and attend over it or over the tokens themselves.
 
     Args:
-      layer: of either dialect; read are ``attend``, ``precision`` and what it drops.
+      layer: of either dialect, for its ``attend``, ``precision`` and dropout.
       config: of the layer.
       call: its arguments, of one input.
       projected: of the inputs.
@@ -215,7 +216,7 @@ def apply_latent_attention(
     projected = projected.rotate(config.rope, call.positions)
     options["is_causal"] = bool(call.is_causal)
     if projected.has_modules and config.form != "absorbed":
-        # Called with the latents themselves: right whatever stands there.
+        # A call with the latents themselves is right for any module.
         return layer.attend(*projected.write_out(layer.precision), **options), None
     arrays = projected.resolve_kernels()
     return _latent.latent_attention(*arrays, form=config.form, attend=layer.attend, **options), None

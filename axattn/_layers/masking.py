@@ -1,4 +1,4 @@
-"""Masks as layers are given them, and as arrays for what cannot take their structure."""
+"""Masks that layers are given, as booleans, and as arrays for functions that know no structure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from axattn.cache._checks import is_concrete
 
 
 def cast_mask(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
-    """Flax's masks have any dtype, nonzero is "attend": such a one as bool, others as they are.
+    """Cast a mask array of any dtype to bool, nonzero being "attend"; return others unchanged.
 
     Raises:
-      ValueError: its numbers are those of a bias (0 and -1e9, which would mean the opposite); they
-        are not looked at while tracing.
+      ValueError: it has the numbers of a bias (0 and -1e9 would mean the opposite). Numbers that
+        are being traced are not known, and not checked.
     """
     if mask is None or isinstance(mask, Mask):
         return mask
@@ -25,6 +25,7 @@ def cast_mask(mask: Array | Mask | None) -> Bool[Array, "..."] | Mask | None:
 
 
 def _check_no_bias(mask: np.ndarray) -> None:
+    """Raise ValueError where a mask has other numbers than 0 and 1."""
     if jnp.issubdtype(mask.dtype, jnp.floating):
         odd = mask[(mask != 0) & (mask != 1)]
     elif jnp.issubdtype(mask.dtype, jnp.signedinteger):
@@ -48,9 +49,9 @@ def materialize_mask(
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
 ) -> Bool[Array, "..."]:
-    """``mask`` as an array [*batch, N or 1, T, S].
+    """Return ``mask`` as an array ``[*batch, N or 1, T, S]``.
 
-    Positions are [T] and [S], or [B, T] and [B, S] with the batch flattened.
+    Positions are ``[T]`` and ``[S]``, or ``[B, T]`` and ``[B, S]`` with the batch flattened.
     """
     mask = mask.normalized(batch, q_len, kv_len)
     array = mask.materialize(q_len, kv_len, q_positions=q_positions, kv_positions=kv_positions)

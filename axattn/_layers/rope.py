@@ -16,19 +16,21 @@ def rotate_query_key(
     kv_positions: Integer[Array, "*leading S"] | None,
     first: Integer[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "*batch T N H"], Float[Array, "*batch S K H"]]:
-    """Applies ``rope`` to queries and keys; without one, returns them as they are.
+    """Apply ``rope`` to queries and keys; without one, return them unchanged.
 
     Args:
       rope: the embedding or None.
-      query, key: [..., T, N, H] and [..., S, K, H].
-      positions: of the queries, and of the keys as well where T == S; by default they count from
-        ``first``.
-      kv_positions: of the keys.
+      query, key: ``[..., T, N, H]`` and ``[..., S, K, H]``.
+      positions: int ``[..., T]`` of the queries, and of the keys as well where T == S; by default
+        they count from ``first``.
+      kv_positions: int ``[..., S]`` of the keys.
       first: the position of the first token where no positions are given (a cache's length).
 
+    Returns:
+      Queries and keys, in their shapes and dtypes.
+
     Raises:
-      ValueError: positions without a ``rope`` to use them, or positions for queries only where
-        keys are of another number.
+      ValueError: positions without a ``rope``, or positions of the queries only where T != S.
     """
     if rope is None:
         if positions is not None or kv_positions is not None:

@@ -1,7 +1,7 @@
 """One step of a layer, the same in Linen and NNX: inputs, rotation, a cache, attention.
 
-A dialect brings what is its own: parameters, what its projections and norms make of the inputs, the
-key of dropout, and the variables of Flax's cache.
+Linen and NNX add what differs between them: parameters, projections and norms, the key of dropout,
+and the variables of Flax's cache.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Inputs = tuple[Float[Array, "*batch T E"], Float[Array, "*batch S E"], Float[Arr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """What a layer is called with, as far as both dialects have it; None: not given.
+    """Arguments of a layer's call that both dialects have; None: not given.
 
     Attributes:
-      inputs: of queries, keys and values, or one for all.
+      inputs: ``[..., T, E]`` of queries and ``[..., S, E]`` of keys and values, or one for all.
       cache: one of `axattn.cache`.
       deterministic: nothing is dropped, whatever the layer's rate is.
     """
@@ -57,7 +57,7 @@ def fill_inputs(
     inputs_k: Float[Array, "*batch S E"] | None,
     inputs_v: Float[Array, "*batch S E"] | None,
 ) -> Inputs:
-    """The inputs of queries, keys and values: what is None is the one before it."""
+    """Return the inputs of queries, keys and values; one that is None is the one before it."""
     if inputs_k is None:
         if inputs_v is not None:
             raise ValueError(
@@ -71,7 +71,7 @@ def fill_inputs(
 def apply_norm(
     norm: Callable[[Array], Array], x: Float[Array, "*batch H"]
 ) -> Float[Array, "*batch H"]:
-    """``norm(x)``, a norm of Flax: it mixes 16-bit numbers with float32, which is not asked about.
+    """Call a norm of Flax, which mixes 16-bit numbers with float32.
 
     Under jax_numpy_dtype_promotion="strict" Flax's own layers cannot normalize in 16 bits.
     """
@@ -92,26 +92,26 @@ def apply_attention(
     excluded: Mapping[str, bool],
     only_known: bool = False,
 ) -> tuple[Float[Array, "*batch T N H"], Any]:
-    """Rotates, appends to a cache, and attends over that or over the keys and values themselves.
+    """Rotate, append to a cache, and attend over it or over the keys and values themselves.
 
     Args:
-      layer: of either dialect; read are what Flax gives ``attention_fn``, and that itself.
+      layer: of either dialect, for its ``attention_fn`` and the options that Flax passes to it.
       config: of the layer.
-      call: with a cache, keys and values are cast to its dtype, which its maker chose.
+      call: its arguments. Keys and values are cast to the dtype of a cache.
       projected: queries ``[..., T, N, H]``, keys and values ``[..., S, K, H]``, normalized.
-      flax_cache: Flax's own, where this is a step of it.
-      own_fn: the dialect's own function, which can be replaced by attention over a cache.
-      flax_kwargs: what Flax's layer of this dialect gives ``attention_fn`` besides.
+      flax_cache: Flax's own cache, where this call is a step over it.
+      own_fn: the dialect's ``dot_product_attention``, the one function that ``cache`` replaces.
+      flax_kwargs: further arguments that Flax's layer of this dialect passes to ``attention_fn``.
       options: more for ``attention_fn`` or a cache; None and False: not asked for.
-      excluded: what else does not go with a cache, by name, and whether it was asked for.
+      excluded: what this dialect refuses with a cache, by name: whether the call asks for it.
       only_known: as in `call_attention`.
 
     Returns:
-      What ``out`` projects, and the cache or None.
+      ``[..., T, N, H]``, which ``out`` projects, and the cache or None.
 
     Raises:
       ValueError: arguments that do not fit together, or with the cache.
-      TypeError: a cache that is none.
+      TypeError: ``cache`` is no cache.
     """
     query, key, value = projected
     options = {
@@ -123,7 +123,7 @@ def apply_attention(
         ),
     }
     if call.cache is not None:
-        # Of a partial the function counts: what it binds is the implementation, or a mesh.
+        # A partial of our function is ours: it binds the implementation, or a mesh.
         own = getattr(layer.attention_fn, "func", layer.attention_fn) is own_fn
         excluded = {**excluded, "an attention_fn of your own": not own}
         cache = check_cache("inputs_q", call, query, excluded)
@@ -173,9 +173,11 @@ def apply_attention(
 def check_cache(
     inputs: str, call: LayerCall, query: Float[Array, "..."], excluded: Mapping[str, bool]
 ) -> Cache:
-    """The cache of a call; errors say what does not go with it, or with any.
+    """Check the cache of a call, and that no argument contradicts it; return it.
 
-    ``inputs`` is the name of what ``query`` is made of, for the rest see `attend`.
+    Args:
+      inputs: the name of the layer's argument from which ``query`` is projected.
+      call, query, excluded: as for `apply_attention`.
     """
     cache = call.cache
     if not isinstance(cache, Cache):

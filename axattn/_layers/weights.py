@@ -1,7 +1,7 @@
-"""Attention with all its weights written out: for looking at them, and for einsum hooks.
+"""Attention that writes out all its weights: to look at them, and for einsum hooks.
 
 `axattn.dot_product_attention` never returns weights. Flax's layers can sow them, and can replace
-the two einsums (quantized training does). Here, too, each key/value head is read once for its group
+both einsums (quantized training does). Here, too, each key/value head is read once for its group
 of query heads, and all options of the function are honoured.
 """
 
@@ -27,16 +27,16 @@ def compute_attention_weights(
     *,
     einsum: Einsum = jnp.einsum,
 ) -> Float[Array, "*batch N T S"]:
-    """Returns the weights that `axattn.dot_product_attention` gives the values.
+    """Return the weights that `axattn.dot_product_attention` gives the values.
 
     Args:
       query, key, value: as there.
       options: as there. With dropout, weights are those after it.
       einsum: ``einsum(subscripts, query, key)`` gives the dot products. The subscripts are Flax's
-        where N == K, and otherwise have the query's heads apart as [K, G].
+        where N == K, and otherwise have the query's heads as two axes, K and G.
 
     Returns:
-      [..., N, T, S], float32 (float64 for float64). Rows with nothing to attend to are zeros.
+      ``[..., N, T, S]``, float32 (float64 for float64). Rows with nothing to attend to are zeros.
     """
     call, lead = normalize(query, key, value, options)
     query = call.query.reshape(*lead, *call.query.shape[1:])
@@ -58,7 +58,7 @@ def sum_values(
     *,
     einsum: Einsum = jnp.einsum,
 ) -> Float[Array, "*batch T N h"]:
-    """The values weighted by `attention_weights`, [..., T, N, h], in the dtype of ``einsum``."""
+    """Sum the values by their weights: ``[..., T, N, h]`` in the dtype of ``einsum``."""
     heads, kv_heads = weights.shape[-3], value.shape[-2]
     if heads == kv_heads:
         return einsum("...hqk,...khd->...qhd", weights, value)

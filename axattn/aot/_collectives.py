@@ -1,14 +1,14 @@
-"""What a compiled program sends from device to device.
+"""Bytes that a compiled program sends from device to device.
 
-Bytes are those of the values (a layout's padding is left out) that one device sends in one run, by
-the arithmetic of rings. Of n devices, each with an operand of b bytes, a device sends::
+They are those of the values, without a layout's padding, that one device sends in one run, by the
+arithmetic of rings. Of n devices, each with an operand of b bytes, a device sends::
 
     all-gather           (n - 1) b             reduce-scatter     (n - 1) / n b
     all-reduce           2 (n - 1) / n b       all-to-all         (n - 1) / n b
     collective-permute   b
 
 A compiler may do one by way of another: libtpu gathers over three dimensions of a torus by an
-all-reduce. What is counted is what the program has.
+all-reduce. The collectives that the program has are counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All operations of one kind in a program.
+    """All collectives of one kind in a program.
 
     Attributes:
       kind: as in HLO, e.g. ``"all-gather"``.
@@ -94,7 +94,7 @@ def program_collectives(
 def count_collectives(
     module: Any, num_devices: int
 ) -> tuple[tuple[Collective, ...], tuple[str, ...]]:
-    """The same of jaxlib's ``HloModule``."""
+    """Find the collectives of jaxlib's ``HloModule``, as `program_collectives` returns them."""
     counter = _CollectiveCounter(_hlo.Program(module), num_devices)
     found = counter.count_computation(counter.program.entry)
     listed = (Collective(kind, count, sent) for kind, (count, sent) in found.items())
@@ -103,11 +103,13 @@ def count_collectives(
 
 
 class _CollectiveCounter:
+    """Counter of what the computations of a program send."""
+
     def __init__(self, program: _hlo.Program, num_devices: int):
         self.program, self.num_devices = program, num_devices
 
     def count_computation(self, name: str) -> Counts:
-        """What computation `name` sends."""
+        """Count what a computation sends."""
         found = Counts()
         for instruction in self.program.instructions[name]:
             opcode = instruction.opcode.name
@@ -127,7 +129,7 @@ class _CollectiveCounter:
         return found
 
     def _count_fused(self, callee: str) -> Counts:
-        """Of a computation that is one operation for libtpu, which fuses with their users."""
+        """Count what a computation sends that libtpu fused with the users of its collective."""
         found = self.count_computation(callee)
         if callee.startswith("all-reduce-scatter") and "all-reduce" in found:
             count, sent = found.pop("all-reduce")
@@ -135,9 +137,10 @@ class _CollectiveCounter:
         return found
 
     def _count_sent_bytes(self, instruction: Any, kind: str) -> float:
+        """Return the bytes that one device sends in a collective."""
         operands = instruction.operands()
         if kind in ("collective-permute", "ragged-all-to-all"):
-            operands = operands[:1]  # behind it may be where the results go
+            operands = operands[:1]  # others may be the buffers of the results
         size = sum(map(_count_value_bytes, operands))
         if kind == "collective-permute":
             return size
@@ -147,7 +150,7 @@ class _CollectiveCounter:
 
 
 def _count_value_bytes(value: Any) -> float:
-    """Of a value, without what its layout pads; all elements of a tuple."""
+    """Return the bytes of a value, or of all elements of a tuple, without a layout's padding."""
     shape = _hlo.find_attribute(value, r" = (.*?) [\w\-]+\(")
     total = 0.0
     for dtype, sizes in re.findall(r"\b([a-z]+[a-z0-9]*)\[([\d,]*)\]", shape):
@@ -156,13 +159,13 @@ def _count_value_bytes(value: Any) -> float:
 
 
 def _parse_bits(dtype: str) -> int:
-    """Of one value: the first number in the name of its type, as in ``bf16`` and ``f8e4m3fn``."""
+    """Return the bits of an element: the first number in a type's name, as in ``f8e4m3fn``."""
     digits = re.search(r"\d+", dtype)
     return int(digits.group()) if digits else 8 if dtype == "pred" else 0
 
 
 def parse_group_size(attributes: str, num_devices: int) -> int:
-    """How many devices take part together, by `replica_groups` in any of its three forms."""
+    """Return how many devices take part together, by any of three forms of ``replica_groups``."""
     listed = re.search(r"replica_groups=\{\{([^}]*)\}", attributes)
     if listed:
         return len(listed.group(1).split(","))
@@ -172,7 +175,7 @@ def parse_group_size(attributes: str, num_devices: int) -> int:
     axes = re.search(r"replica_groups=@?\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if axes:
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes.group(1)))
-        # An axis in parts is written 'x':(4)2: the part of size 2, above which there are 4.
+        # 'x':(4)2 is a part of an axis: of size 2, within an outer part of size 4.
         used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes.group(2))
         return math.prod(int(part or sizes[name]) for name, part in used)
     return num_devices

@@ -1,4 +1,4 @@
-"""Compiles a function for a named chip that need not be there."""
+"""Compilation of a function for a named chip that need not be there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def analyze(
     static_argnums: int | Sequence[int] = (),
     **kwargs: Any,
 ) -> Report:
-    """Compiles a function for a target and returns what it costs there. Nothing is run.
+    """Compile a function for a target and return what it costs there. Nothing is run.
 
     Args:
       fn: a function of arrays, plain or jitted already. Arrays that it closes over are constants of
@@ -120,7 +120,7 @@ def analyze(
 
 @contextlib.contextmanager
 def tracing_for(target: str | Target) -> Iterator[None]:
-    """Tells code that asks for the device while it is traced that it is ``target``.
+    """Let code that is traced see ``target`` where it asks for the device.
 
     A context manager. Pallas kernels ask: their lowering depends on the number of cores and on the
     architecture. `analyze` traces under it; use it to trace or lower a kernel by other means.
@@ -155,7 +155,7 @@ def tracing_for(target: str | Target) -> Iterator[None]:
 
 
 def _check_capacity(chip: Target, total: int) -> Refusal | None:
-    """XLA's GPU compiler lets any size pass and leaves the rest to the allocator; we do not."""
+    """Refuse a program larger than memory: XLA's GPU compiler leaves that to the allocator."""
     if chip.hbm_bytes is None or total <= chip.hbm_bytes:
         return None
     message = f"the compiled program needs {total} bytes of the {chip.hbm_bytes} on {chip.name}"
@@ -163,7 +163,7 @@ def _check_capacity(chip: Target, total: int) -> Refusal | None:
 
 
 def _choose_sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
-    """Where arguments are that do not say: on ``device``, or on all devices of those that do."""
+    """Return where arguments without a placement go: ``device``, or all devices of the others."""
     kept = [
         s for leaf in jax.tree.leaves(args) if (s := _get_own_sharding(leaf, device)) is not None
     ]
@@ -174,7 +174,7 @@ def _choose_sharding(device: jax.Device, args: Any) -> jax.sharding.Sharding:
 
 
 def _get_own_sharding(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | None:
-    """The sharding that a ShapeDtypeStruct has over devices like ``device``, if it has one."""
+    """Return a ShapeDtypeStruct's sharding if it is over devices like ``device``, else None."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return None
@@ -187,7 +187,7 @@ def _get_own_sharding(leaf: Any, device: jax.Device) -> jax.sharding.Sharding | 
 
 
 def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
-    """``fn`` as something with ``.trace``, and its arguments as values that ``sharding`` places."""
+    """Return ``fn`` with a ``.trace``, and its arguments as shapes that ``sharding`` places."""
     jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
     static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     static = {i % len(args) for i in static} if args else static
@@ -201,14 +201,14 @@ def _prepare(fn, args, kwargs, sharding, donate_argnums, static_argnums):
     placed = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs)))
     if jitted and placed and donate_argnums == () and static_argnums == ():
         return fn, args, kwargs
-    # With no array to say where, the outputs do.
+    # Without an array that says where, the outputs do.
     outputs = {} if placed else {"out_shardings": sharding}
     options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
     return jax.jit(fn, **options, **outputs), args, kwargs
 
 
 def _place_leaf(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
-    """An array's shape and dtype, where ``sharding`` or its own says; other leaves as they are."""
+    """Return an array's shape and dtype with its own sharding or this one; keep other leaves."""
     if not _is_array(leaf):
         return leaf
     own = _get_own_sharding(leaf, next(iter(sharding.device_set)))
@@ -226,6 +226,7 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def _name_function(fn: Any) -> str:
+    """Return the name of a function for reports."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__name__", None) or type(fn).__name__

@@ -35,16 +35,19 @@ class ProgramCost:
 
 
 def compute_program_cost(compiled: Any) -> ProgramCost:
-    """Returns the cost of one run of a compiled program on one device.
+    """Compute the cost of one run of a compiled program on one device.
 
     The compiler's own analysis is the basis (XLA's generic one on CUDA, which has none), with
     three amendments: loop bodies count as often as they run (XLA counts them once), a
-    `conditional` counts as its dearest branch, and kernels count by the estimate that they carry.
-    A loop whose trip count the program does not show counts once, and kernels without an estimate
-    do not; the notes name them. Where the program itself cannot be read nothing is known.
+    ``conditional`` counts as its dearest branch, and kernels count by their own estimates. A loop
+    counts once where the program does not show its trip count, and kernels without an estimate do
+    not count; the notes name them. Nothing is known of a program that cannot be read.
 
     Args:
-      compiled: a `jax.stages.Compiled`.
+      compiled: a ``jax.stages.Compiled``.
+
+    Returns:
+      Its FLOPs and bytes, and notes on what is left out.
     """
     own = _read_analysis(_jax_compat.compiler_cost_analysis(compiled))
     try:
@@ -69,18 +72,19 @@ def compute_program_cost(compiled: Any) -> ProgramCost:
 
 
 def _report_unknown(reason: str) -> ProgramCost:
+    """Return a cost without figures, with the reason."""
     return ProgramCost(None, None, True, (f"FLOPs and bytes are not known: {reason}",))
 
 
 class _CostCounter:
-    """Adds up what the computations of a program do: arrays of FLOPs and bytes."""
+    """Counter of what the computations of a program do: arrays of FLOPs and bytes."""
 
     def __init__(self, program: _hlo.Program):
         self.program = program
         self._analyses: dict[str, np.ndarray] = {}
 
     def count_run(self, name: str, trips: Callable[[str, Any], int]) -> np.ndarray:
-        """Of computation ``name``, whose loops run ``trips(computation, loop)`` times."""
+        """Count a run of a computation whose loops run ``trips(computation, loop)`` times."""
         total = self.analyze(name)
         for i in self.program.instructions[name]:
             kind = i.opcode.name
@@ -96,7 +100,7 @@ class _CostCounter:
         return total
 
     def analyze(self, name: str) -> np.ndarray:
-        """Of computation ``name`` by XLA's analysis, which counts its loops once and no kernels."""
+        """Return XLA's analysis of a computation, which counts its loops once and no kernels."""
         if name not in self._analyses:
             module = _jax_compat.hlo_module_from_proto(self.program.isolate(name))
             found = _read_analysis(_jax_compat.hlo_cost_analysis(module))
@@ -104,7 +108,7 @@ class _CostCounter:
         return self._analyses[name]
 
     def note_missing_estimates(self) -> tuple[str, ...]:
-        """A note on the kernels that say nothing of their cost, if there are any."""
+        """Return a note on kernels without a cost estimate, if there are any."""
         found = collections.Counter(
             target
             for instructions in self.program.instructions.values()
@@ -122,15 +126,15 @@ class _CostCounter:
 
 
 def _read_analysis(analysis: Mapping[str, float] | None) -> np.ndarray | None:
-    """FLOPs and bytes of an XLA analysis, which says -1 for what it does not know."""
+    """Return FLOPs and bytes of an XLA analysis, which has -1 for what it does not know."""
     if analysis is None:
         return None
     return np.maximum([analysis.get("flops", 0.0), analysis.get("bytes accessed", 0.0)], 0.0)
 
 
 def _read_estimate(kernel: Any) -> tuple[float, float] | None:
-    """FLOPs and bytes as a custom call says; None where it says nothing."""
-    # A field of Mosaic TPU's JSON; a string of Mosaic GPU's, with its quotes escaped.
+    """Return a custom call's own estimate of FLOPs and bytes; None where it has none."""
+    # Mosaic TPU writes a field of JSON, Mosaic GPU a string with its quotes escaped.
     text = kernel.to_string().partition(", backend_config=")[2]
     found = re.search(r'\bcost_estimate(?:":|_json = ")(\{[^}]*\})', text)
     if found is None:

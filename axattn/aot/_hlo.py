@@ -1,11 +1,11 @@
-"""What XLA does not say of a compiled program: how often its loops run, and what a round costs.
+"""Trip counts of a compiled program's loops, and its computations as programs of their own.
 
 XLA's cost analysis counts the body of a loop once. To count it as often as it runs takes two things
 that jaxlib has no function for: the loop's trip count (XLA's CPU and GPU compilers write it into
 the program, libtpu does not), and the body as a program of its own, which XLA can then cost.
 
 Computations, instructions, opcodes and operands are those of jaxlib's ``HloModule``; attributes are
-read from the text of an instruction. What is not written as expected is an error with that text.
+read from the text of an instruction. Text of another form is an error that quotes it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Operations that hand a number on unchanged, and those that are done here.
+# Operations that leave a number unchanged, and those that are computed here.
 _SAME = {"kBitcast", "kConvert", "kCopy", "kCopyDone", "kCopyStart", "kReshape"}
 _SAME |= {"kOptimizationBarrier"}
 _ARITHMETIC = {"kAdd": operator.add, "kSubtract": operator.sub, "kMultiply": operator.mul}
 _COMPARE = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "LT", "LE", "GT", "GE")}
-_MOST_ROUNDS = 100_000  # that are followed, at a tenth of a millisecond each
+_MOST_ROUNDS = 100_000  # a round that is followed takes a tenth of a millisecond
 
-# The number that a computation is given as a parameter, or as an element of one.
+# Returns the number that is a parameter of a computation, or an element of one.
 _Lookup = Callable[[int, int | None], int]
 
 
-# Of a protobuf message: number, the field as it stands, its payload.
+# A field of a protobuf message: its number, its bytes, its payload.
 _Field = tuple[int, memoryview, memoryview]
 
 
 class _UnknownError(Exception):
-    """Why a number cannot be told from the program."""
+    """A number cannot be told from the program; the message says why."""
 
 
 class Program:
@@ -44,14 +44,14 @@ class Program:
     Attributes:
       entry: the name of the computation that runs first.
       instructions: of each computation, by its name.
-      unknown: loops whose trip counts were asked for in vain, and why.
+      unknown: loops whose trip counts could not be told, with the reasons.
 
     Raises:
-      ValueError: this is not how jaxlib wrote modules when this was written.
+      ValueError: jaxlib writes modules in another form than this reader knows.
     """
 
     def __init__(self, module: Any):
-        self._module = module  # which owns the instructions
+        self._module = module  # it owns the instructions
         self._proto = memoryview(module.as_serialized_hlo_module_proto())
         names = [
             bytes(name).decode() for n, _, name in _parse_fields(self._proto) if n == _ENTRY_NAME
@@ -70,15 +70,16 @@ class Program:
 
     @property
     def has_loops(self) -> bool:
+        """Whether any computation has a loop."""
         return bool(self._loops)
 
     def isolate(self, name: str) -> bytes:
-        """The computation as the entry of a serialized ``HloModuleProto``."""
+        """Return a serialized ``HloModuleProto`` whose entry is this computation."""
         return _replace_entry(self._proto, name)
 
     def get_callees(self, instruction: Any) -> list[str]:
-        """The computations that an instruction runs; ValueError where its text names none."""
-        if instruction.opcode.name == "kAsyncStart":  # printed as what it starts
+        """Return the computations that an instruction runs; ValueError if its text names none."""
+        if instruction.opcode.name == "kAsyncStart":  # its text is that of what it starts
             root = instruction.async_wrapped_root().name
             return [n for n, own in self.instructions.items() if any(i.name == root for i in own)]
         one = r"(?:calls|to_apply|true_computation|false_computation)=(%[\w.\-]+)"
@@ -88,7 +89,7 @@ class Program:
         return names or [find_attribute(instruction, one)]
 
     def count_trips(self, computation: str, loop: Any) -> int:
-        """How often a ``while`` in ``computation`` runs its body; 1 where that is not known here.
+        """Count how often a ``while`` in ``computation`` runs its body; 1 where that is not known.
 
         Raises:
           ValueError: an instruction is not written as expected.
@@ -107,7 +108,7 @@ class Program:
         return self._followed[loop.name]
 
     def format_notes(self, counts: str) -> tuple[str, ...]:
-        """One note where there are unknown trip counts, on loops that each ``counts`` once."""
+        """Return a note on unknown trip counts, if any; ``counts`` is what such loops do once."""
         reasons = list(self.unknown.values())
         if not reasons:
             return ()
@@ -115,7 +116,7 @@ class Program:
         return (f"{counts} once, as the trip count is not known here: {loops} at {reasons[0]}",)
 
     def _follow_loop(self, loop: Any, lookup: _Lookup) -> int:
-        """Runs the condition of a loop, round by round, on what it needs of the loop's state."""
+        """Evaluate a loop's condition, round by round, and return the number of rounds."""
         test = self._get_root(find_attribute(loop, r"\bcondition=%([\w.\-]+)"))
         results = self._get_body_results(loop)
 
@@ -130,7 +131,7 @@ class Program:
         raise _UnknownError(f"it runs more than {_MOST_ROUNDS:,} times")
 
     def _make_invariant_lookup(self, computation: str) -> _Lookup:
-        """What a computation is given if it is the body of a loop that hands it on unchanged."""
+        """Return a lookup of what the loop around a computation passes to it unchanged."""
 
         def look_up(_: int, n: int | None) -> int:
             loops = self._loops.get(computation, [])
@@ -144,7 +145,7 @@ class Program:
         return look_up
 
     def _get_body_results(self, loop: Any) -> list[Any]:
-        """What the body of a loop hands on, element by element."""
+        """Return the elements of the tuple that a loop's body returns."""
         root = self._get_root(get_body(loop))
         while root.opcode.name in _SAME:
             root = root.operands()[0]
@@ -153,6 +154,7 @@ class Program:
         return root.operands()
 
     def _is_invariant(self, loop: Any, n: int) -> bool:
+        """Return whether a loop's body returns element ``n`` of its parameter unchanged."""
         value = self._get_body_results(loop)[n]
         while value.opcode.name in _SAME:
             value = value.operands()[0]
@@ -161,7 +163,7 @@ class Program:
         return value.operands()[0].opcode.name == "kParameter"
 
     def _get_root(self, computation: str) -> Any:
-        """The result of a computation, of which jaxlib does not say which instruction it is."""
+        """Return the instruction that is a computation's result, which jaxlib does not tell."""
         if computation not in self._roots:
             name = _find_root_name(self._proto, computation)
             own = (i for i in self.instructions[computation] if i.name == name)
@@ -169,7 +171,7 @@ class Program:
         return self._roots[computation]
 
     def _evaluate(self, value: Any, n: int | None, lookup: _Lookup) -> int:
-        """A value, or element ``n`` of it, in a computation that is given others."""
+        """Evaluate a value, or its element ``n``; ``lookup`` evaluates parameters."""
         kind, operands = value.opcode.name, value.operands()
 
         def look_up_operand(parameter: int, element: int | None) -> int:
@@ -198,7 +200,7 @@ class Program:
 
 
 def get_body(loop: Any) -> str:
-    """The computation that a ``while`` repeats; ValueError where its text names none."""
+    """Return the computation that a ``while`` repeats; ValueError if its text names none."""
     return find_attribute(loop, r"\bbody=%([\w.\-]+)")
 
 
@@ -207,7 +209,7 @@ def _parse_index(value: Any) -> int:
 
 
 def find_attribute(instruction: Any, pattern: str) -> str:
-    """What a pattern's group finds in an instruction's text; ValueError where it finds nothing."""
+    """Return what a pattern's group finds in an instruction's text; ValueError for nothing."""
     found = re.search(pattern, _get_text(instruction))
     if found is None:
         raise ValueError(f"no {pattern!r} in the HLO {_get_text(instruction)[:200]!r}")
@@ -215,21 +217,20 @@ def find_attribute(instruction: Any, pattern: str) -> str:
 
 
 def _get_text(instruction: Any) -> str:
-    """An instruction without what its compiler added, which for a kernel is its program."""
+    """Return an instruction's text without its backend's part, which may be a whole kernel."""
     return instruction.to_string().partition(", backend_config=")[0]
 
 
 # Field numbers of a module in xla/service/hlo.proto; protobuf never gives them to anything else.
 _NAME, _ENTRY_NAME, _COMPUTATIONS, _SHAPE, _ID, _ENTRY_ID, _STACK_FRAMES = 1, 2, 3, 4, 5, 6, 17
-# Those of a computation's name, shape and id, and of the same in a module whose entry it is.
+# Field numbers of a computation's name, shape and id, and of its entry's in a module.
 _AS_ENTRY = {1: _ENTRY_NAME, 4: _SHAPE, 5: _ENTRY_ID}
-
-
-# Those of a computation's instructions and of the id of its root, and of an instruction's own id.
+# Field numbers of a computation's instructions and of its root's id, and of an instruction's id.
 _INSTRUCTIONS, _ROOT_ID, _INSTRUCTION_ID = 2, 6, 35
 
 
 def _find_root_name(module: memoryview, computation: str) -> str:
+    """Return the name of a computation's root."""
     own = _find_computation(module, computation)
     root = next((bytes(value) for n, _, value in own if n == _ROOT_ID), None)
     for instruction in (value for n, _, value in own if n == _INSTRUCTIONS):
@@ -240,7 +241,7 @@ def _find_root_name(module: memoryview, computation: str) -> str:
 
 
 def _replace_entry(module: memoryview, name: str) -> bytes:
-    """Schedule, aliasing and whatever else describes the old entry is dropped."""
+    """Return the module with another entry, without the old one's schedule and aliasing."""
     made = bytearray()
     for number, field, _ in _parse_fields(module):
         if number in (_NAME, _COMPUTATIONS, _ID, _STACK_FRAMES):
@@ -252,7 +253,7 @@ def _replace_entry(module: memoryview, name: str) -> bytes:
 
 
 def _find_computation(module: memoryview, name: str) -> list[_Field]:
-    """The fields of a computation."""
+    """Return the fields of a computation."""
     for number, _, message in _parse_fields(module):
         own = list(_parse_fields(message)) if number == _COMPUTATIONS else []
         if any(n == _NAME and bytes(value) == name.encode() for n, _, value in own):
@@ -261,7 +262,7 @@ def _find_computation(module: memoryview, name: str) -> list[_Field]:
 
 
 def _parse_fields(message: memoryview) -> Iterator[_Field]:
-    """Yields the fields of a protobuf message."""
+    """Yield the fields of a protobuf message."""
     at = 0
     while at < len(message):
         start = at
@@ -275,6 +276,7 @@ def _parse_fields(message: memoryview) -> Iterator[_Field]:
 
 
 def _parse_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Return the number at a place, and the place after it."""
     value = shift = 0
     while message[at] >= 0x80:
         value |= (message[at] & 0x7F) << shift

@@ -14,7 +14,7 @@ from axattn.aot._targets import target as find_target
 
 
 def mesh(target: str | Target, axes: Mapping[str, int]) -> jax.sharding.Mesh:
-    """A mesh of absent chips, for shardings of what `axattn.aot.analyze` is given.
+    """Make a mesh of absent chips, for shardings of the arguments of `axattn.aot.analyze`.
 
     Along each axis chips are in the order of a ring, neighbours linked to each other, as far as the
     topology has one.
@@ -51,6 +51,7 @@ def mesh(target: str | Target, axes: Mapping[str, int]) -> jax.sharding.Mesh:
 
 
 def _select_devices(chip: Target, count: int) -> tuple[jax.Device, ...]:
+    """Return ``count`` devices of a target."""
     if chip.platform == "cpu":
         there = jax.devices("cpu")
         if count > len(there):
@@ -72,11 +73,12 @@ def _select_devices(chip: Target, count: int) -> tuple[jax.Device, ...]:
 
 
 def _arrange_devices(devices: tuple[jax.Device, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Return devices in the shape of a mesh, in the order of rings along each axis."""
     from jax.experimental import mesh_utils
 
     if devices[0].platform != "tpu" or len(devices) == 1:
         return np.array(devices).reshape(shape)
-    # This finds which physical axes make up which logical one, but its order along a logical axis
+    # JAX finds which physical axes make up which logical one, but its order along a logical axis
     # jumps from the end of a row of chips to the start of the next.
     found = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     for axis in range(found.ndim):
@@ -86,11 +88,12 @@ def _arrange_devices(devices: tuple[jax.Device, ...], shape: tuple[int, ...]) ->
 
 
 def _get_coordinates(device: jax.Device) -> tuple[int, ...]:
+    """Return where a device is in its topology."""
     return (*device.coords, getattr(device, "core_on_chip", 0))
 
 
 def _order_ring(places: list[tuple[int, ...]]) -> list[int]:
-    """Indices of ``places`` in the order of a ring; as they are where they are no grid."""
+    """Return the indices of ``places`` in the order of a ring, or unchanged if they are no grid."""
     levels = [sorted(set(coordinates)) for coordinates in zip(*places, strict=True)]
     sizes = tuple(len(level) for level in levels if len(level) > 1)
     if math.prod(sizes) != len(set(places)) or len(set(places)) != len(places):
@@ -108,26 +111,26 @@ def _order_ring(places: list[tuple[int, ...]]) -> list[int]:
 
 
 def make_grid_ring(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All points of a grid, each a step from the one before and the last a step from the first.
+    """List all points of a grid, each a step from the one before and the last from the first.
 
-    Where no size is even, or only one is not 1, there is no such ring: the points then are a path,
-    which the links that close a torus close.
+    Where no size is even, or only one is not 1, there is no such ring: the points are a path then,
+    which the wrap-around links of a torus close.
     """
     even = next((i for i, n in enumerate(sizes) if n % 2 == 0), None)
     if even is None or len(sizes) < 2:
         return _make_path(sizes)
-    # Rows there and back over all but the first column, which is the way home.
+    # Rows go to and fro over all columns but the first, which leads back.
     rows, columns = sizes[even], _make_path(sizes[:even] + sizes[even + 1 :])
     ring = []
     for row in range(rows):
-        there = columns[1:] if row % 2 == 0 else columns[:0:-1]
-        ring += [(row, column) for column in there]
+        line = columns[1:] if row % 2 == 0 else columns[:0:-1]
+        ring += [(row, column) for column in line]
     ring += [(row, columns[0]) for row in reversed(range(rows))]
     return [(*column[:even], row, *column[even:]) for row, column in ring]
 
 
 def _make_path(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All points of a grid, each a step from the one before."""
+    """List all points of a grid, each a step from the one before."""
     if not sizes:
         return [()]
     rest = _make_path(sizes[1:])

@@ -1,4 +1,4 @@
-"""What compiling for a target says, as data."""
+"""The result of compiling for a target, as data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Refusal:
 
 
 _SIZE = r"([\d.]+)([KMGT]?)(?:i?B)?"
-# Newest wording first; each gives requested, available.
+# Newest wording first; each has two sizes, requested and available.
 _OUT_OF_MEMORY = (
     # libtpu: whole program
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
@@ -62,7 +62,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_refusal(message: str) -> Refusal:
-    """Reads a compiler's error message.
+    """Read a compiler's error message.
 
     Sizes that a message gives as "97.44G" are rounded there; they come back as such.
 
@@ -104,10 +104,11 @@ def _parse_size(digits: str, unit: str) -> int:
 
 
 def _find_memory(message: str) -> str | None:
+    """Return the memory that a message is about."""
     lowered = message.lower()
     if "smem" in lowered or "shared" in lowered:
         return "smem"
-    # Messages about HBM may mention VMEM nowhere, those about VMEM may mention HBM operands.
+    # Messages about HBM do not mention VMEM; those about VMEM may mention HBM operands.
     return "vmem" if "vmem" in lowered else "hbm" if "hbm" in lowered else None
 
 
@@ -192,11 +193,11 @@ class Report:
 
     @property
     def memory(self) -> str:
-        """What the byte counts are of, ``"HBM"`` or ``"host memory"``."""
+        """The memory that the bytes are of, ``"HBM"`` or ``"host memory"``."""
         return "host memory" if self.target == "cpu" else "HBM"
 
     def hlo_text(self) -> str:
-        """The optimized HLO.
+        """Return the optimized HLO.
 
         Raises:
           ValueError: the compiler refused the program, so there is none.
@@ -206,7 +207,7 @@ class Report:
         return self.compiled.as_text()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the compiled program, in types that ``json`` writes."""
+        """Return everything but the compiled program, in types that ``json`` writes."""
         out = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "compiled"
         }
@@ -262,7 +263,7 @@ class Report:
 
 
 def _format_bytes(n: int | None) -> str:
-    """Binary units, as memory is sold."""
+    """Format bytes in binary units, as memory is sold."""
     if n is None:
         return "unknown"
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
@@ -272,7 +273,7 @@ def _format_bytes(n: int | None) -> str:
 
 
 def _format_si(n: float | None) -> str:
-    """Decimal units, as rates are quoted."""
+    """Format a number in decimal units, as rates are quoted."""
     if n is None:
         return "unknown"
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -25,7 +25,7 @@ _GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class GpuLimits:
-    """What XLA's GPU compiler must know of a chip that is not there."""
+    """Limits that XLA's GPU compiler must know of a chip that is not there."""
 
     compute_capability: tuple[int, int]
     accelerated_features: bool  # the "a" of sm_90a: WGMMA, TMA, tcgen05
@@ -83,7 +83,7 @@ class Target:
     gpu: GpuLimits | None = None
 
     def config(self) -> str:
-        """XLA's description of the GPU: a ``GpuTargetConfigProto`` in text form.
+        """Return XLA's description of the GPU: a ``GpuTargetConfigProto`` in text form.
 
         Raises:
           ValueError: the target is no GPU.
@@ -203,7 +203,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target(name: str | Target) -> Target:
-    """The target of that name.
+    """Return the target of that name.
 
     Args:
       name: one of ``axattn.aot.TARGETS``, in any case; a `Target` is returned as it is.
@@ -226,9 +226,9 @@ def target(name: str | Target) -> Target:
 
 
 def describe_device(chip: Target) -> tuple[str, int, str, str | None]:
-    """Kind, cores, platform and compute capability of its device, as code that is traced asks.
+    """Return kind, cores, platform and compute capability of a target's device.
 
-    Known without a compiler.
+    Code that is traced asks the device for these. No compiler is needed.
     """
     if chip.gpu is None:
         return chip.description, chip.cores, chip.platform, None

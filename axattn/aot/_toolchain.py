@@ -1,4 +1,4 @@
-"""Finds and wakes the compilers of absent chips.
+"""The compilers of absent chips: whether they are installed, and how JAX comes to load them.
 
 Each needs its wheels and a few environment variables. Variables are set only if the user has not
 set them, only when such a compiler is first asked for, and only when no chip of that kind is in
@@ -22,8 +22,8 @@ _INSTALL = "in a checkout of axattn, pip install -e '.[aot]'"
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server who we are
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no lock on chips
-    # Without these libtpu looks for its host's place in a pod and complains on stderr. They name
-    # no chip that we compile for: the topology alone decides that.
+    # Without these libtpu looks for its host's place in a pod and complains on stderr. They do not
+    # decide for which chip we compile: the topology alone does.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
@@ -32,7 +32,7 @@ _CUDA_ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 
-# For each compiler the wheels it cannot do without; one of each group will do.
+# The wheels that each compiler needs: one of each group.
 _TPU_WHEELS = (("libtpu",),)
 _CUDA_WHEELS = (
     ("jax-cuda13-plugin", "jax-cuda12-plugin"),
@@ -62,7 +62,7 @@ class MissingCompilerError(ImportError):
 
 
 def check_installed(target: Target) -> None:
-    """Checks that the compiler of a target is installed.
+    """Check that the compiler of a target is installed.
 
     Args:
       target: the chip, a `Target`.
@@ -92,7 +92,7 @@ def check_installed(target: Target) -> None:
 
 
 def get_compiler_versions(target: Target) -> dict[str, str]:
-    """Versions of jax, jaxlib and of the wheels that compile for ``target``."""
+    """Return versions of jax, jaxlib and of the wheels that compile for ``target``."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
     wheels = {"tpu": _TPU_WHEELS, "cuda": _CUDA_WHEELS + _CUDA_TOOLKIT_WHEELS}
     for group in wheels.get(target.platform, ()):
@@ -102,7 +102,7 @@ def get_compiler_versions(target: Target) -> dict[str, str]:
 
 @functools.cache
 def device(target: Target) -> jax.Device:
-    """The JAX device of a target: a description that one can compile for, not run on.
+    """Return the JAX device of a target: one can compile for it, not run on it.
 
     For the CPU target it is the CPU of this machine.
 
@@ -126,12 +126,13 @@ def device(target: Target) -> jax.Device:
 
 
 def get_tpu_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
-    """All devices of a topology such as ``"v5p:4x4x4"``; of one name always the same ones."""
+    """Return the devices of a topology such as ``"v5p:4x4x4"``, the same ones at each call."""
     _set_up_compiler(target)
     return _jax_compat.aot_tpu_devices(topology, tuple(target.topology_options.items()))
 
 
 def _set_up_compiler(target: Target) -> None:
+    """Check that the compiler is installed, and set the variables with which JAX loads it."""
     check_installed(target)
     # Both, whatever the target: JAX, if it has not started yet, tries every plugin it finds.
     if not _jax_compat.has_tpu():
@@ -146,6 +147,7 @@ def _set_defaults(environment: dict[str, str]) -> None:
 
 
 def _list_wheels(target: Target) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of wheels that a target needs, one of each."""
     if target.platform == "tpu":
         # A libtpu.so that is not from the wheel is the user's own business.
         return () if os.environ.get("TPU_LIBRARY_PATH") else _TPU_WHEELS
@@ -156,6 +158,7 @@ def _list_wheels(target: Target) -> tuple[tuple[str, ...], ...]:
 
 
 def _find_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of those wheels that are installed."""
     found = {}
     for name in names:
         try:
@@ -166,6 +169,6 @@ def _find_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _parse_release(version: str) -> tuple[str, ...]:
-    """The numbers of a version, as jaxlib compares them (no ``.dev``, ``rc`` or local part)."""
+    """Return a version's numbers as jaxlib compares them: no ``.dev``, ``rc``, local part."""
     release = version.split("+")[0].split("rc")[0].split(".dev")[0]
     return tuple(release.split("."))

@@ -1,4 +1,4 @@
-"""config.json and .safetensors of a folder, without reading what is not asked for."""
+"""The config.json and .safetensors of a folder; tensors are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from axattn.huggingface._weights import attention_params
 
 INDEX = "model.safetensors.index.json"
 
-# How a file begins that stands in for one that git-lfs has not fetched.
+# The first bytes of a pointer to a file that git-lfs has not fetched.
 _LFS = b"version https://git-lfs"
 
-# What numpy has no name for, and safetensors hands out through numpy.
+# Dtypes that numpy lacks, so that safetensors does not return them as numpy arrays.
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """What the folder's config.json holds.
+    """Read the config.json of a folder.
 
     Args:
       path: a folder, as transformers saves a model; or the file itself.
+
+    Returns:
+      The configuration as a dict.
 
     Raises:
       FileNotFoundError: there is no such folder (a name on the Hugging Face hub, for instance), or
@@ -59,14 +62,13 @@ def load(
     config: Config | str | os.PathLike | None = None,
     dtype: Any = None,
 ) -> dict[int, dict[str, Any]]:
-    """Parameters of attention layers, by their index.
+    """Load the parameters of attention layers, by their index.
 
     Args:
       path: a folder with config.json and one or more .safetensors, as transformers saves a model.
         Of the files only these layers' tensors are read.
       layers: which; all by default.
-      config: what stands in place of the folder's config.json, as a mapping or as `read_config`
-        takes it.
+      config: in place of the folder's config.json, a mapping or a path for `read_config`.
       dtype: as in `attention_params`.
 
     Returns:
@@ -116,7 +118,7 @@ def load(
 
 
 class SafeTensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder's .safetensors by name, each read when it is asked for."""
+    """The tensors in a folder's .safetensors by name, each read when it is asked for."""
 
     def __init__(self, path: str | os.PathLike):
         try:
@@ -133,12 +135,14 @@ class SafeTensors(Mapping[str, np.ndarray]):
         self._files = self._read_index() if self._index.exists() else self._scan_files()
 
     def _read_index(self) -> dict[str, pathlib.Path]:
+        """Return the file of each tensor, by the folder's index."""
         names = _read_object(self._index).get("weight_map")
         if not isinstance(names, Mapping) or not all(isinstance(x, str) for x in names.values()):
             raise ValueError(f"{self._index} takes a weight_map of names to files")
         return {name: self._folder / file for name, file in names.items()}
 
     def _scan_files(self) -> dict[str, pathlib.Path]:
+        """Return the file of each tensor, by the files' headers."""
         files: dict[str, pathlib.Path] = {}
         for file in sorted(self._folder.glob("*.safetensors")):
             with self._open(file) as opened:
@@ -149,7 +153,7 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
     @contextlib.contextmanager
     def _open(self, file: pathlib.Path) -> Iterator[Any]:
-        """The file, read by its library, whose errors do not say which file it was."""
+        """Open a file by its library, whose errors do not name the file."""
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}, which {self._index} names")
         try:
@@ -179,12 +183,14 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
 
 def _check_path(path: str | os.PathLike) -> pathlib.Path:
+    """Return a pathlib path; raise TypeError for another type."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path takes a folder's path, got {path!r}")
     return pathlib.Path(path)
 
 
 def _check_folder(path: pathlib.Path) -> pathlib.Path:
+    """Return the path of a folder that exists."""
     if path.is_dir():
         return path
     if path.exists():
@@ -197,6 +203,7 @@ def _check_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object."""
     try:
         found = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, and of UTF-8
@@ -207,6 +214,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _diagnose(file: pathlib.Path, kind: str = "safetensors file") -> str:
+    """Say why a file cannot be read as a ``kind``."""
     with open(file, "rb") as opened:
         if opened.read(len(_LFS)) == _LFS:
             return "is a git-lfs pointer to a file that was not fetched: `git lfs pull` does"
@@ -214,7 +222,7 @@ def _diagnose(file: pathlib.Path, kind: str = "safetensors file") -> str:
 
 
 def _read_raw_tensor(file: pathlib.Path, name: str, dtype: Any) -> np.ndarray:
-    """A tensor's bytes by the file's header: its length, JSON, then the data."""
+    """Read a tensor's bytes as ``dtype``. A file is its header's size, the header, the data."""
     with open(file, "rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         entry = json.loads(opened.read(size))[name]

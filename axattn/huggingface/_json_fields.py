@@ -1,4 +1,4 @@
-"""What the fields of a configuration take, and the words for those that hold something else."""
+"""Kinds of values that fields of a configuration take, and errors for other values."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Config = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class FieldKind:
-    """Values that a field takes: of these types, and such that ``fits`` says yes."""
+    """A kind of values: of some types, and for which ``fits`` returns True."""
 
     words: str
     types: tuple[type, ...]
     fits: Callable[[Any], bool] = lambda value: True
 
     def check(self, name: str, value: Any) -> Any:
-        """``value``; TypeError or ValueError with the field's name if it is another."""
+        """Return ``value``; TypeError or ValueError with the field's name if it does not fit."""
         is_type = isinstance(value, self.types)
-        if isinstance(value, bool) and bool not in self.types:  # which Python counts as an integer
+        if isinstance(value, bool) and bool not in self.types:  # to Python bools are integers
             is_type = False
         if is_type and (value is None or self.fits(value)):
             return value
@@ -32,10 +32,11 @@ class FieldKind:
         raise error(f"{name} takes {self.words}, got {reprlib.repr(value)}")
 
     def allow_null(self) -> FieldKind:
+        """Return the kind that takes null besides."""
         return FieldKind(f"{self.words}, or null", (*self.types, NoneType), self.fits)
 
 
-# A number that float64 cannot hold is none, and NaN is not greater than anything.
+# Numbers are at most what float64 can hold; comparisons with NaN are False.
 _MOST = sys.float_info.max
 
 COUNT = FieldKind("a 64-bit integer of at least 1", (numbers.Integral,), lambda n: 1 <= n < 2**63)
@@ -98,7 +99,7 @@ KINDS: dict[str, FieldKind] = {
     "v_head_dim": COUNT,
 }
 
-# Of rope_parameters and rope_scaling. Which of them have to be there their rope_type says.
+# Fields of rope_parameters and rope_scaling. The rope_type decides which of them are needed.
 ROPE_KINDS: dict[str, FieldKind] = {
     "attention_factor": POSITIVE.allow_null(),
     "beta_fast": POSITIVE.allow_null(),
@@ -123,9 +124,9 @@ QUANTIZATION_KINDS: dict[str, FieldKind] = {
 
 
 def check_fields(values: Any, kinds: Mapping[str, FieldKind], where: str = "") -> Config:
-    """``values``, in which every field of these names is of its kind.
+    """Check the fields that have a kind, and return ``values``.
 
-    ``where`` is the name of the field that holds them, if one does.
+    ``where`` is the name of the field that holds them, if there is one.
     """
     for name, kind in kinds.items():
         if name in values:
@@ -136,7 +137,7 @@ def check_fields(values: Any, kinds: Mapping[str, FieldKind], where: str = "") -
 def pick_layer(
     name: str, values: Sequence[Any], layer: int, count: int, takes: Sequence[Any]
 ) -> Any:
-    """A layer's entry of a list that has one of ``takes`` for each of ``count`` layers."""
+    """Return a layer's entry of a list with one of ``takes`` for each of ``count`` layers."""
     if len(values) < count:
         raise ValueError(
             f"{name} takes an entry for each of num_hidden_layers={count}, got {len(values)}"

@@ -20,10 +20,18 @@ def make_rotary_embedding(
     layer_type: str = "full_attention",
     partial: bool = False,
 ) -> RotaryEmbedding:
-    """Of layers of a type, with ``head_dim`` features that have positions.
+    """Make the rotary embedding of layers of a type.
 
-    ``partial`` is whether the model reads ``partial_rotary_factor``. Raises NotImplementedError for
-    a ``rope_type`` that axattn does not have, ValueError for one whose numbers are not all there.
+    Args:
+      config: of the language model, with what it leaves out.
+      head_dim: features of a head that have positions.
+      interleaved: as in `RotaryEmbedding`.
+      layer_type: "full_attention" or "sliding_attention".
+      partial: whether the model reads ``partial_rotary_factor``.
+
+    Raises:
+      NotImplementedError: a ``rope_type`` or a ``partial_rotary_factor`` that is not read here.
+      ValueError: a number is missing that the ``rope_type`` needs, or does not fit another.
     """
     where, options = _read_options(config, layer_type)
     share = options.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0
@@ -46,21 +54,25 @@ def make_rotary_embedding(
 
 
 def _read_options(config: Config, layer_type: str) -> tuple[str, dict[str, Any]]:
-    """``rope_parameters`` of this type of layer, also out of the older ways of writing them; and
-    the name of the field that they stand in."""
+    """Read ``rope_parameters`` of a type of layer, as any version of transformers writes them.
+
+    Returns:
+      The name of the field that they stand in, and the parameters.
+    """
     where = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     found = check_fields(config[where] or {}, ROPE_KINDS, where)
-    local = layer_type == "sliding_attention"  # of Gemma 3, with a base of its own
+    local = layer_type == "sliding_attention"  # Gemma 3 gives these a base of their own
     base = config["rope_local_base_freq" if local else "rope_theta"]
     if any(name in found for name in _LAYER_TYPES):
         where = f"{where}.{layer_type}"
         found = OBJECT.allow_null().check(where, found.get(layer_type)) or {}
-    elif local:  # what is written without types is for the other layers
+    elif local:  # parameters without types are for the other layers
         found = {}
     return where, {"rope_theta": base, **check_fields(found, ROPE_KINDS, where)}
 
 
 def _make_scaling(where: str, options: Mapping[str, Any], config: Config) -> Scaling | None:
+    """Make the scaling that a ``rope_type`` stands for."""
     kind = options.get("rope_type") or options.get("type") or "default"
 
     def get_number(name: str, default: float | None = None) -> float:
@@ -69,7 +81,7 @@ def _make_scaling(where: str, options: Mapping[str, Any], config: Config) -> Sca
             raise ValueError(f"{where} takes {name} where rope_type is {kind!r}")
         return float(value)
 
-    # Where both are written, transformers takes the one outside.
+    # Where both are given, transformers takes the outer one.
     written = config["original_max_position_embeddings"]
     written = written or options.get("original_max_position_embeddings")
     trained = int(written or config["max_position_embeddings"])
@@ -82,7 +94,7 @@ def _make_scaling(where: str, options: Mapping[str, Any], config: Config) -> Sca
         return Llama3Scaling(
             factor=get_number("factor"),
             low_freq_factor=low,
-            # Llama 4 has the same number twice: no pair is between slow and fast.
+            # Llama 4 has one number for both: no pair is between slow and fast.
             high_freq_factor=math.nextafter(low, math.inf) if high == low else high,
             original_max_position=trained,
         )

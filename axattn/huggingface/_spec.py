@@ -1,4 +1,4 @@
-"""What kind of layer a configuration describes: sizes, RoPE, windows, norms and scales."""
+"""Attention layers that configurations describe: sizes, RoPE, windows, norms and scales."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class AttentionSpec:
         return self.fields["qkv_features"] // self.fields["num_heads"]
 
     def linen(self, **more: Any) -> Any:
-        """The Linen layer.
+        """Make the Linen layer.
 
         Give it a ``dtype`` to compute in. Without one it is what inputs and parameters have in
         common, and Gemma 3's norms are float32.
@@ -82,7 +82,7 @@ class AttentionSpec:
         return cls(**{**self.fields, **more})
 
     def nnx(self, *, rngs: Any, **more: Any) -> Any:
-        """The NNX layer, as `linen`; give it its parameters with ``nnx.update(layer, params)``.
+        """Make the NNX layer; give it its parameters with ``nnx.update(layer, params)``.
 
         Args:
           rngs: ``nnx.Rngs``, of the initial parameters.
@@ -100,11 +100,14 @@ class AttentionSpec:
 
 
 def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
-    """The attention layer with this index.
+    """Describe the attention layer with this index.
 
     Args:
       config: what config.json holds; of a multimodal model the text model is meant.
       layer: 0 to ``num_hidden_layers`` - 1.
+
+    Returns:
+      The layer's sizes and options.
 
     Raises:
       NotImplementedError: a ``model_type``, or a feature of it, that is not read here.
@@ -115,7 +118,7 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
 
     Example:
       >>> from axattn import huggingface
-      >>> config = {"model_type": "gemma2"}  # of all else what transformers takes it to be
+      >>> config = {"model_type": "gemma2"}  # other fields have transformers' defaults
       >>> local, everywhere = (huggingface.attention_spec(config, layer) for layer in (0, 1))
       >>> local.fields["window"], everywhere.fields["window"]
       ((4095, 0), None)
@@ -135,11 +138,12 @@ def attention_spec(config: Config, layer: int = 0) -> AttentionSpec:
 
 
 def read_text_config(config: Config) -> Config:
-    """The part of a configuration that speaks of the language model, with what it leaves out.
+    """Return the part of a configuration about the language model, with transformers' defaults.
 
-    Every field that is read is of its kind, or ValueError and TypeError name it. Raises
-    NotImplementedError for a ``model_type`` that is not read here, KeyError for none, TypeError for
-    no mapping.
+    Raises:
+      NotImplementedError: a ``model_type`` that is not read here.
+      KeyError: no ``model_type``.
+      ValueError, TypeError: a field that is read does not take its value; ``config`` is no mapping.
     """
     if not isinstance(config, Mapping):
         raise TypeError(
@@ -159,8 +163,7 @@ def read_text_config(config: Config) -> Config:
 
 # ---- families ---------------------------------------------------------------------------------
 
-# What transformers takes a configuration to say where it says nothing. (Null is another thing.)
-# These are the fields that are read.
+# The fields that are read, with transformers' defaults for those that are absent (null is present).
 _ALL = dict(
     hidden_size=4096,
     num_hidden_layers=32,
@@ -333,7 +336,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def _read_grouped(
     config: Config, *, rope: Mapping[str, Any] | None = None, **more: Any
 ) -> AttentionConfig:
-    """What most families have in common; ``rope`` are arguments of `rotary_embedding`."""
+    """Read what most families share; ``rope`` are arguments of `make_rotary_embedding`."""
     heads, head_dim = config["num_attention_heads"], config["head_dim"]
     kv_heads = config["num_key_value_heads"] or heads
     if heads % kv_heads:
@@ -359,7 +362,7 @@ def _read_grouped(
 
 
 def _convert_window(window: int | None) -> tuple[int, int] | None:
-    """Hugging Face's window counts the token itself."""
+    """Return (left, right) of Hugging Face's window, which counts the token itself."""
     if window == 0:
         raise ValueError("sliding_window takes an integer of at least 1, or null, got 0")
     return None if window is None else (window - 1, 0)
@@ -371,7 +374,7 @@ def _is_local(
     default: Callable[[int], bool],
     local: str = "sliding_attention",
 ) -> bool:
-    """Whether a layer is local: by ``layer_types``, where there are none by ``default``."""
+    """Return whether a layer is local, by ``layer_types`` or, without these, by ``default``."""
     types, takes = config["layer_types"], ("full_attention", "attention", local)
     if types is None:
         return default(layer)
@@ -379,6 +382,7 @@ def _is_local(
 
 
 def _has_rope(config: Config, layer: int) -> bool:
+    """Return whether a layer has a rotary embedding."""
     listed = config["no_rope_layers"]
     if listed is None:
         return bool((layer + 1) % config["no_rope_layer_interval"])
@@ -411,7 +415,7 @@ def _read_qwen2(config: Config, layer: int) -> AttentionConfig:
 
 
 def _read_qwen2_moe(config: Config, layer: int) -> AttentionConfig:
-    # Every other one of the first layers; the dense model's are all of the last.
+    # Windows are in every other one of the first layers; the dense model has them in the last.
     window = _read_qwen_window(
         config, layer, lambda i: i % 2 == 0 and i < config["max_window_layers"]
     )
@@ -473,7 +477,7 @@ def _read_phi3(config: Config, layer: int) -> AttentionConfig:
 
 
 def _read_gpt_oss(config: Config, layer: int) -> AttentionConfig:
-    if config["rope_parameters"] is None:  # the same as nothing, in this family
+    if config["rope_parameters"] is None:  # in this family null is the default
         config = {**config, "rope_parameters": DEFAULTS["gpt_oss"]["rope_parameters"]}
     slides = _is_local(config, layer, lambda i: i % 2 == 0)
     window = _convert_window(config["sliding_window"]) if slides else None
@@ -503,7 +507,7 @@ def _read_glm4(config: Config, layer: int) -> AttentionConfig:
 def _read_llama4(config: Config, layer: int) -> AttentionConfig:
     longest = config["max_position_embeddings"]
     chunk, floor = config["attention_chunk_size"], config["floor_scale"]
-    listed = config["no_rope_layers"] or None  # an empty list is none, in this family
+    listed = config["no_rope_layers"] or None  # in this family an empty list is null
     rotates = _has_rope({**config, "no_rope_layers": listed}, layer)
     if _is_local(config, layer, lambda _: rotates, local="chunked_attention"):
         if chunk is None:
@@ -518,7 +522,7 @@ def _read_llama4(config: Config, layer: int) -> AttentionConfig:
     if rotates:
         if not config["use_qk_norm"]:
             return fields
-        # The model divides by the length after the rotation, which does not change lengths.
+        # The model normalizes after the rotation, which does not change lengths.
         if yarn_attention_factor(present(fields.rope).scaling) != 1.0:
             raise NotImplementedError("use_qk_norm takes false where rope_type is 'yarn', got true")
         return dataclasses.replace(fields, qk_norm="rms", qk_norm_epsilon=config["rms_norm_eps"])
@@ -558,7 +562,7 @@ def _read_deepseek(config: Config, layer: int) -> LatentConfig:
         **{name: config[name] for name in names},
         use_bias=bool(config["attention_bias"]),
         rope=make_rotary_embedding(config, config["qk_rope_head_dim"], interleaved=not halves),
-        # Its latents' norms do not take the model's epsilon.
+        # The norms of latents do not use the model's epsilon.
         norm_epsilon=1e-6,
     )
 

@@ -13,11 +13,11 @@ from axattn.huggingface._spec import AttentionSpec, attention_spec, read_text_co
 
 Tensors = Mapping[str, np.ndarray]
 
-# Codes with one scale, where a configuration does not say.
+# The block of codes that shares a scale, by default.
 BLOCK = (128, 128)
 
-# Where the layers of a language model stand in a checkpoint: alone, under a head, in a multimodal
-# model of one age or another, with its head or without.
+# What precedes the layers of a language model in names of tensors: nothing, its head's model, or
+# the parts of a multimodal model, which differ between versions of transformers.
 _PREFIXES = tuple(
     f"{whole}{part}{trunk}"
     for whole in ("", "model.")
@@ -29,7 +29,7 @@ _PREFIXES = tuple(
 def attention_params(
     tensors: Tensors, config: Config, layer: int = 0, *, dtype: Any = None
 ) -> dict[str, Any]:
-    """The parameters of one attention layer.
+    """Convert the parameters of one attention layer.
 
     Args:
       tensors: by their names in the checkpoint; it is asked for those of this layer only.
@@ -76,7 +76,7 @@ def attention_params(
 
 
 def _read_quantization(config: Config) -> Config:
-    """What the configuration, or the whole of a multimodal one, says of codes."""
+    """Return what a configuration, its text part or the whole, says of quantized weights."""
     name = "quantization_config"
     written = config.get(name) or read_text_config(config).get(name)
     written = check_fields(OBJECT.allow_null().check(name, written) or {}, QUANTIZATION_KINDS, name)
@@ -90,7 +90,7 @@ def _read_quantization(config: Config) -> Config:
 
 
 class _LayerTensors:
-    """The tensors of one layer, by the ends of their names."""
+    """The tensors of one layer, by the last parts of their names."""
 
     def __init__(self, tensors: Tensors, spec: AttentionSpec, config: Config, dtype: Any):
         self.tensors, self.dtype = tensors, dtype
@@ -110,12 +110,12 @@ class _LayerTensors:
         self.prefix = prefix
 
     def read(self, name: str, *shape: int) -> np.ndarray:
-        """A tensor of this shape."""
+        """Read a tensor, which must have this shape."""
         array = self._read_stored(name, *shape)
         return array if self.dtype is None else array.astype(self.dtype)
 
     def read_norm(self, name: str, size: int, from_one: bool) -> np.ndarray:
-        """Scales, which may be stored as their differences from one."""
+        """Read a norm's scales, stored as they are or as differences from one."""
         if not from_one:
             return self.read(name, size)
         return (1 + self._read_stored(name, size).astype(np.float32)).astype(
@@ -139,7 +139,7 @@ class _LayerTensors:
         return _dequantize_blocks(name, array, scales, block)
 
     def refuse_codes(self, why: str, always: bool = False) -> None:
-        """Says that this is a quantized checkpoint of another kind, if it is one."""
+        """Raise NotImplementedError if this is a checkpoint quantized in another way."""
         method = self.quantization.get("quant_method") or "unknown"
         if always or method not in ("fp8", "unknown"):
             raise NotImplementedError(
@@ -150,7 +150,7 @@ class _LayerTensors:
     def read_input_projection(
         self, name: str, inputs: int, heads: int, size: int, bias: bool
     ) -> dict:
-        """A projection to heads: PyTorch has its weight as ``[heads * size, inputs]``."""
+        """Read a projection to heads: PyTorch has its weight as ``[heads * size, inputs]``."""
         kernel = self.read(f"{name}.weight", heads * size, inputs)
         found: dict[str, np.ndarray] = {
             "kernel": kernel.reshape(heads, size, inputs).transpose(2, 0, 1)
@@ -160,6 +160,7 @@ class _LayerTensors:
         return found
 
     def read_dense(self, name: str, inputs: int, outputs: int, bias: bool) -> dict:
+        """Read a projection without heads: PyTorch has its weight as ``[outputs, inputs]``."""
         found = {"kernel": self.read(f"{name}.weight", outputs, inputs).T}
         if bias:
             found["bias"] = self.read(f"{name}.bias", outputs)
@@ -168,6 +169,7 @@ class _LayerTensors:
     def read_output_projection(
         self, name: str, heads: int, size: int, outputs: int, bias: bool
     ) -> dict:
+        """Read a projection from heads: PyTorch has its weight as ``[outputs, heads * size]``."""
         found = self.read_dense(name, heads * size, outputs, bias)
         return {**found, "kernel": found["kernel"].reshape(heads, size, outputs)}
 
@@ -177,7 +179,7 @@ def _read_grouped_query(
 ) -> dict[str, Any]:
     features, heads, kv_heads = spec.in_features, config.num_heads, config.kv_heads
     size, bias, out = config.head_dim, config.use_bias, "o_proj"
-    if spec.family == "falcon":  # group by group, each with its keys and values
+    if spec.family == "falcon":  # groups of query heads, each followed by its key and value head
         fused = tensors.read_input_projection(
             "query_key_value", features, heads + 2 * kv_heads, size, bias
         )
@@ -198,7 +200,7 @@ def _read_grouped_query(
         params["sinks"] = tensors.read("sinks", heads)
     if config.qk_norm:
         for name, theirs, count in (("query_ln", "q_norm", heads), ("key_ln", "k_norm", kv_heads)):
-            if spec.family == "llama4_text":  # whose norms have no scales
+            if spec.family == "llama4_text":  # its norms have no scales
                 scale = np.ones(size, params["query"]["kernel"].dtype)
             elif config.qk_norm_per_head:
                 scale = tensors.read_norm(f"{theirs}.weight", size, spec.family.startswith("gemma"))
@@ -209,7 +211,7 @@ def _read_grouped_query(
 
 
 def _split_heads(fused: Mapping, heads: int, kv_heads: int, groups: int) -> dict[str, Any]:
-    """One projection's heads as those of queries, keys and values, which lie so in each group."""
+    """Split a fused projection, whose groups each have query, key and value heads in this order."""
     ends = (heads // groups, (heads + kv_heads) // groups)
     params: dict[str, dict] = {"query": {}, "key": {}, "value": {}}
     for name, array in fused.items():
@@ -251,7 +253,7 @@ def _read_latent(
 def _dequantize_blocks(
     name: str, codes: np.ndarray, scales: np.ndarray, block: Sequence[int]
 ) -> np.ndarray:
-    """Codes times the scale of their block, float32."""
+    """Multiply codes by the scale of their block; the result is float32."""
     takes = tuple(-(-n // b) for n, b in zip(codes.shape, block, strict=True))
     if scales.size == 1:
         scales = scales.reshape(1, 1)

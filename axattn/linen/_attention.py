@@ -31,7 +31,7 @@ from axattn.linen._randomness import resolve_dropout
 
 
 def _make_field(default):
-    """A field after all of Flax's, now and later: keyword-only."""
+    """Return a keyword-only field, which stands after all of Flax's, now and later."""
     return dataclasses.field(default=default, kw_only=True)
 
 
@@ -51,15 +51,15 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
       param_dtype: of the parameters.
       dropout_rate: share of the weights that is dropped.
       broadcast_dropout: one pattern of dropout for all rows and heads.
-      deterministic: no dropout after all; here or in the call.
+      deterministic: no dropout, whatever the rate is; here or in the call.
       precision: of the matrix products.
       kernel_init: initial kernels of the projections.
       out_kernel_init: that of ``out``; None: as ``kernel_init``.
       bias_init: initial biases of the projections.
       out_bias_init: that of ``out``; None: as ``bias_init``.
       use_bias: whether projections have biases.
-      attention_fn: what computes attention from the projections. Another function than axattn's is
-        given what it takes, and what it does not take is an error where it was asked for.
+      attention_fn: computes attention from the projections. A function that is not axattn's gets
+        the arguments that it takes; an option that it does not take is an error.
       decode: Flax's own cache, one token at a time; ``cache=`` of a call does more.
       normalize_qk: Flax's name for ``qk_norm="layer"``.
       force_fp32_for_softmax: sow weights in float32; the softmax always is.
@@ -189,7 +189,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
-        """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
+        """Attend from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
           inputs_q, inputs_k, inputs_v: ``[..., T, E]`` and twice ``[..., S, E]``; what is left out
@@ -346,7 +346,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
-        """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
+        """Attend from ``inputs_q`` to itself; arguments as in `MultiHeadDotProductAttention`.
 
         Args:
           inputs_q: ``[..., T, E]``.
@@ -367,7 +367,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
         Raises:
           ValueError, TypeError, NotImplementedError: as `MultiHeadDotProductAttention`.
         """
-        given: Any = cache  # for either overload
+        any_cache: Any = cache  # for either overload
         return MultiHeadDotProductAttention.__call__(
             self,
             inputs_q,
@@ -378,7 +378,7 @@ class SelfAttention(MultiHeadDotProductAttention, nn.SelfAttention):
             is_causal=is_causal,
             positions=positions,
             segment_ids=segment_ids,
-            cache=given,
+            cache=any_cache,
             lengths=lengths,
         )
 
@@ -433,10 +433,11 @@ class MultiQueryAttention(MultiHeadDotProductAttention):
         super().__post_init__()
 
 
-# No methods: interceptors and ``capture_intermediates`` would see them, and what they return.
+# Functions, since interceptors and ``capture_intermediates`` would see methods and their results.
 
 
 def _fill_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
+    """Return the inputs of queries, keys and values; warn of Flax's former arguments."""
     if inputs_kv is not None:
         if inputs_k is not None or inputs_v is not None:
             raise ValueError(
@@ -463,6 +464,7 @@ def _fill_inputs(inputs_q, inputs_k, inputs_v, inputs_kv) -> Inputs:
 def _project_inputs(
     layer: MultiHeadDotProductAttention, config: AttentionConfig, inputs: Inputs
 ) -> tuple[Array, ...]:
+    """Project the inputs to queries, keys and values, fused where the layer says so."""
     config.check_products(layer.qkv_dot_general_cls)
     fused = layer.fused_qkv and may_read_kernels()
     heads = {"query": layer.num_heads, "key": config.kv_heads, "value": config.kv_heads}
@@ -493,6 +495,7 @@ def _project_inputs(
 def _normalize(
     layer: MultiHeadDotProductAttention, config: AttentionConfig, query: Array, key: Array
 ) -> tuple[Array, Array]:
+    """Apply the layer's norms to queries and keys."""
     if config.qk_norm is None:
         return query, key
     make = functools.partial(
@@ -508,6 +511,7 @@ def _normalize(
 
 
 def _find_cache(layer: MultiHeadDotProductAttention, key: Array, value: Array) -> FlaxCache | None:
+    """Return Flax's cache where this call is a step over it."""
     if not layer.decode:
         return None
     # The first call makes the cache, as long as its inputs, and does not use it.
@@ -532,6 +536,7 @@ def _make_sinks(layer: MultiHeadDotProductAttention) -> Array | None:
 def _make_out(
     layer: MultiHeadDotProductAttention, config: AttentionConfig, features: int
 ) -> nn.DenseGeneral:
+    """Return the output projection."""
     return make_dense(
         layer,
         "out",

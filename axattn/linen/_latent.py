@@ -52,14 +52,15 @@ class MultiHeadLatentAttention(nn.Module):
       implementation: of `axattn.dot_product_attention`.
       form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
-        Inside ``nn.intercept_methods`` ``key_up`` and ``value_up`` are called: None is then the
-        naive form, and "absorbed" and caches take the kernel of a linear map from its outputs for
-        the R unit vectors, and refuse any other (under jit: NaN). To generate much, merge adapters.
+        Inside ``nn.intercept_methods`` ``key_up`` and ``value_up`` are called. None is then the
+        naive form; "absorbed" and caches recover the kernels from the outputs for the R unit
+        vectors, and refuse a map that is not linear (under jit: NaN). To generate much, merge
+        adapters.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
       dropout_rate: share of the weights that is dropped.
       broadcast_dropout: one pattern of dropout for all rows and heads.
-      deterministic: no dropout after all; here or in the call.
+      deterministic: no dropout, whatever the rate is; here or in the call.
       dtype: of the computation; by default what inputs and parameters have in common.
       param_dtype: of the parameters.
       precision: of the matrix products.
@@ -116,7 +117,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
-        """What ``create`` of a cache takes, by name; it then has R + P numbers per token."""
+        """What ``create`` of a cache takes, by name; it then stores R + P numbers per token."""
         return _latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
 
     @overload
@@ -163,7 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], CacheType]:
-        """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
+        """Attend from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:
           inputs: ``[..., T, E]``.
@@ -208,10 +209,12 @@ class MultiHeadLatentAttention(nn.Module):
         return out(x) if cache is None else (out(x), cache)
 
 
-# No method: interceptors and ``capture_intermediates`` would see it, and what it returns.
+# A function, since interceptors and ``capture_intermediates`` would see a method and its result.
 def _project_inputs(
     layer: MultiHeadLatentAttention, config: LatentConfig, inputs: Float[Array, "*batch T E"]
 ) -> LatentOperands:
+    """Apply the layer's projections and norms to its inputs."""
+
     def find(name: str) -> nn.Module:
         if name.endswith("norm"):
             return make_norm(layer, name, config.norm_epsilon)

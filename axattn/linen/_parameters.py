@@ -1,4 +1,4 @@
-"""A layer's parameters: without its product, and with names for their axes."""
+"""A Linen layer's parameters: read without their product, and with names for their axes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DENSE, _CALL = nn.DenseGeneral, nn.DenseGeneral.__call__
 
 
 def may_read_kernels() -> bool:
-    """Whether a call of ``nn.DenseGeneral`` is Flax's product with its kernel, and nothing more.
+    """Return whether a call of ``nn.DenseGeneral`` is Flax's product with its kernel and no more.
 
-    It is more where ``nn.intercept_methods`` is in force: an interceptor may change what goes in
-    and what comes out (adapters do); and where ``capture_intermediates`` asks for what comes out.
-    Flax has no public word for either; were its private stack of interceptors to move, all
-    projections would be called, which is slower and never wrong.
+    It is more under ``nn.intercept_methods``, since an interceptor may change inputs and outputs
+    (adapters do), and where ``capture_intermediates`` asks for outputs. Flax has no public function
+    for either. If its private stack of interceptors moves, all projections are called, which is
+    slower and never wrong.
     """
     intercepted = getattr(flax_module, "_global_interceptor_stack", True)
     captures = getattr(getattr(flax_module, "_context", None), "capture_stack", ())
@@ -36,9 +36,9 @@ def may_read_kernels() -> bool:
 def get_parameters(
     layer: nn.DenseGeneral, inputs: Float[Array, "*batch T E"]
 ) -> tuple[Array, Array | None]:
-    """Kernel and bias of a layer that would be called with ``inputs``, made by its own rules.
+    """Return kernel and bias of a projection, initialized by its own rules for ``inputs``.
 
-    Only where one `may_read_kernels`.
+    To be called where `may_read_kernels` says so.
     """
     layer(inputs[..., :0, :])  # no tokens, no work
     params = nn.meta.unbox(layer.variables["params"])
@@ -51,7 +51,7 @@ def name_axes(
     *path: str,
     axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES,
 ) -> Callable[..., Any]:
-    """``init`` of the parameter at ``path``, boxed with its axes where the layer's are named."""
+    """Box ``init`` of the parameter at ``path`` with its axes, where the layer names them."""
     return nn.with_logical_partitioning(init, axes[path]) if layer.logical_axes else init
 
 
@@ -65,7 +65,7 @@ def make_dense(
     bias_init: Callable[..., Any] | None = None,
     **options: Any,
 ) -> nn.DenseGeneral:
-    """A projection of a layer that is being called; initializers are the layer's by default."""
+    """Return a projection of the layer being called, by default with its initializers."""
     return nn.DenseGeneral(
         features,
         name=name,
@@ -87,7 +87,7 @@ def make_norm(
     axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES,
     **options: Any,
 ) -> nn.LayerNorm | nn.RMSNorm:
-    """A norm of a layer that is being called."""
+    """Return a norm of the layer that is being called."""
     return _NORMS[kind](
         name=name,
         epsilon=epsilon,

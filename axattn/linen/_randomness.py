@@ -1,4 +1,4 @@
-"""Whether a layer drops, and where the key of that comes from."""
+"""Whether a Linen layer drops weights, and which random key it uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axattn._typing import Array
 def resolve_dropout(
     layer: Any, deterministic: bool | None, rng: Array | None
 ) -> tuple[bool, Array | None]:
-    """Whether a call drops nothing, and its own key or the next one of the stream ``dropout``.
+    """Return whether a call drops nothing, and its key: its own or the stream ``dropout``'s next.
 
     Raises:
       ValueError: neither the layer nor the call says whether it drops, or both do.

@@ -31,7 +31,7 @@ from axattn.nnx._randomness import resolve_dropout
 
 
 class _UnsetFlag(int):
-    """Flax's default, False, and equal to it: no value that is given is this object."""
+    """Flax's default, False, as an object of its own that no caller passes."""
 
     def __repr__(self) -> str:
         return "False"
@@ -41,7 +41,7 @@ _UNSET: Any = _UnsetFlag(0)
 
 
 def _extend_signature(base: Callable[..., None]):
-    """Says of an ``__init__(..., **kwargs)`` that it takes base's parameters, then its own."""
+    """Give ``__init__(..., **kwargs)`` the signature of ``base``, then its own parameters."""
 
     def decorate(init):
         own = inspect.signature(init).parameters
@@ -80,11 +80,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
       dtype, param_dtype: of the computation (by default what inputs and parameters have in common)
         and of the parameters.
       dropout_rate, broadcast_dropout, deterministic: share of the weights that is dropped, whether
-        all rows and heads share one pattern, and whether nothing is dropped after all.
+        all rows and heads share one pattern, and whether nothing is dropped whatever the rate is.
       precision: of the matrix products.
       kernel_init, out_kernel_init, bias_init, out_bias_init, use_bias: of the projections.
-      attention_fn: what computes attention from the projections. Another function than axattn's is
-        given what it takes, and what it does not take is an error where it was asked for.
+      attention_fn: computes attention from the projections. A function that is not axattn's gets
+        the arguments that it takes; an option that it does not take is an error.
       decode: Flax's own cache, one token at a time; ``cache=`` of a call does more.
       normalize_qk: Flax's name for ``qk_norm="layer"``.
       qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: Flax's functions that bring arrays to
@@ -218,7 +218,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     def _make_norm(
         self, config: AttentionConfig, count: int, rngs: nnx.Rngs, metadata: Mapping[str, Any]
     ) -> nnx.LayerNorm | nnx.RMSNorm:
-        """Over the features of each head, or of that many heads together."""
+        """Return a norm over the features of each head, or of all ``count`` heads together."""
         shape = (count, self.head_dim)[-len(config.norm_axes) :]
         return NORMS[present(config.qk_norm)](
             math.prod(shape),
@@ -232,9 +232,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             scale_metadata=metadata,
         )
 
-    def _make_out_bias(self, rngs: nnx.Rngs, given: Mapping[str, Any]) -> nnx.Param:
-        init = given.get("out_bias_init") or given.get("bias_init") or nnx.initializers.zeros_init()
-        metadata = given.get("out_bias_metadata") or given.get("bias_metadata") or {}
+    def _make_out_bias(self, rngs: nnx.Rngs, flax_kwargs: Mapping[str, Any]) -> nnx.Param:
+        """Return the bias of ``out``, initialized by the arguments that Flax has for it."""
+        init = (
+            flax_kwargs.get("out_bias_init")
+            or flax_kwargs.get("bias_init")
+            or nnx.initializers.zeros_init()
+        )
+        metadata = flax_kwargs.get("out_bias_metadata") or flax_kwargs.get("bias_metadata") or {}
         bias = init(rngs.params(), (self.out_features,), self.out.param_dtype)
         return nnx.Param(bias, **metadata)
 
@@ -308,7 +313,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
-        """Attends from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
+        """Attend from ``inputs_q`` to ``inputs_k`` and ``inputs_v``, by default to itself.
 
         Args:
           inputs_q, inputs_k, inputs_v: ``[..., T, E]`` and twice ``[..., S, F]``, F being
@@ -387,6 +392,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         return y if cache is None else (y, cache)
 
     def _check_features(self, inputs: Inputs) -> None:
+        """Raise ValueError where an input has another number of features than the layer takes."""
         takes = (self.in_features, self.in_kv_features, self.in_kv_features)
         names = ("inputs_q", "inputs_k", "inputs_v")
         for name, x, features in zip(names, inputs, takes, strict=True):
@@ -397,6 +403,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 )
 
     def _find_cache(self, decode: bool | None) -> FlaxCache | None:
+        """Return Flax's cache where this call is a step over it."""
         message = (
             "No `decode` argument was provided to MultiHeadAttention, neither to its constructor "
             "nor to its call nor as an attribute."
@@ -413,6 +420,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         return FlaxCache(keys[...], values[...], index[...], write)
 
     def _project_inputs(self, inputs: Inputs, sharding: Any) -> tuple[Array, ...]:
+        """Project the inputs to queries, keys and values, fused where the layer says so."""
         layers = (self.query, self.key, self.value)
         are_plain = functools.partial(
             is_plain,
@@ -507,7 +515,7 @@ class SelfAttention(MultiHeadAttention):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T D"] | tuple[Float[Array, "B T D"], CacheType]:
-        """Attends from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
+        """Attend from ``inputs_q`` to itself; arguments as in `MultiHeadAttention`.
 
         Args:
           inputs_q: ``[..., T, E]``.
@@ -529,7 +537,7 @@ class SelfAttention(MultiHeadAttention):
         Raises:
           ValueError, TypeError, NotImplementedError: as `MultiHeadAttention`.
         """
-        given: Any = cache  # for either overload
+        any_cache: Any = cache  # for either overload
         return super().__call__(
             inputs_q,
             mask=mask,
@@ -542,7 +550,7 @@ class SelfAttention(MultiHeadAttention):
             qkv_sharding=qkv_sharding,
             positions=positions,
             segment_ids=segment_ids,
-            cache=given,
+            cache=any_cache,
             lengths=lengths,
         )
 

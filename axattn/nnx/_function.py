@@ -43,7 +43,7 @@ def dot_product_attention(
     implementation: Implementation | Sequence[Implementation] | None = None,
     attend: Callable[..., Array] = _attention.dot_product_attention,
 ) -> Float[Array, "*batch T N h"]:
-    """`axattn.dot_product_attention` in the dialect of ``flax.nnx``'s ``attention_fn``.
+    """Call `axattn.dot_product_attention` by the signature of ``flax.nnx``'s ``attention_fn``.
 
     The positional arguments are those of ``flax.nnx.dot_product_attention``, the others those of
     `axattn.dot_product_attention`. It differs from Flax's function in that dropout and
@@ -76,8 +76,8 @@ def dot_product_attention(
         windows.
       q_positions, kv_positions: int ``[T]`` or ``[..., T]``, and ``[S]`` or ``[..., S]``.
       implementation: as in `axattn.dot_product_attention`.
-      attend: what computes it, with the arguments of `axattn.dot_product_attention`, of which it is
-        given those that are not at their defaults: over a mesh
+      attend: a function with the arguments of `axattn.dot_product_attention`, which gets those
+        that are not at their defaults. Over a mesh:
         ``functools.partial(axattn.parallel.attention, axes=axes)``.
 
     Returns:

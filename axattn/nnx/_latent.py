@@ -50,10 +50,10 @@ class MultiHeadLatentAttention(nnx.Module):
       window, logits_soft_cap, implementation: as in `MultiHeadAttention`.
       form: "naive", "absorbed", or None: the one with fewer FLOPs (`axattn.latent`). Over a cache
         tokens are absorbed, but for prompts into an empty one; "absorbed" excepts none.
-        A ``key_up`` or ``value_up`` that is no longer what the layer put there (an adapter, a
-        subclass) is called: None is then the naive form, and "absorbed" and caches take the kernel
-        of a linear map from its outputs for the R unit vectors, and refuse any other (under jit:
-        NaN). To generate much, merge adapters.
+        A ``key_up`` or ``value_up`` that is not the layer's own (an adapter, a subclass) is
+        called. None is then the naive form; "absorbed" and caches recover the kernels from the
+        outputs for the R unit vectors, and refuse a map that is not linear (under jit: NaN). To
+        generate much, merge adapters.
       use_bias: of ``query_down``, ``kv_down`` and ``out``.
       norm_epsilon: of both RMS norms.
       dropout_rate, broadcast_dropout, deterministic, rngs, keep_rngs: as in Flax's layers.
@@ -172,11 +172,11 @@ class MultiHeadLatentAttention(nnx.Module):
 
     @property
     def cache_sizes(self) -> dict[str, Any]:
-        """What ``create`` of a cache takes, by name; it then has R + P numbers per token."""
+        """What ``create`` of a cache takes, by name; it then stores R + P numbers per token."""
         return _latent.cache_sizes(self.kv_lora_rank, self.qk_rope_head_dim)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What ``nnx.view`` calls.
+        """Set what ``nnx.view`` may change.
 
         Args:
           deterministic: no dropout from now on; None leaves it as it is.
@@ -227,7 +227,7 @@ class MultiHeadLatentAttention(nnx.Module):
         cache: CacheType | None = None,
         lengths: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "*batch T features"] | tuple[Float[Array, "B T features"], CacheType]:
-        """Attends from ``inputs`` to itself, or to all that ``cache`` holds.
+        """Attend from ``inputs`` to itself, or to all that ``cache`` holds.
 
         Args:
           inputs: ``[..., T, E]``.
@@ -275,6 +275,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def _project_inputs(
         self, config: LatentConfig, inputs: Float[Array, "*batch T E"]
     ) -> LatentOperands:
+        """Apply the layer's projections and norms to its inputs."""
+
         def find_up(name: str, latents: Array) -> UpProjection:
             up = getattr(self, name)
             plain = is_plain(

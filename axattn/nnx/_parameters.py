@@ -1,4 +1,4 @@
-"""A layer's parameters: whether they may be read without a call, and names for their axes."""
+"""An NNX layer's parameters: read without a call, and with names for their axes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _DENSE, _CALL = nnx.LinearGeneral, nnx.LinearGeneral.__call__
 
 
 def is_plain(layer: Any, *, use_bias: bool, **made_with: Any) -> bool:
-    """Whether a call of ``layer`` is Flax's product of the last axis with its kernel.
+    """Return whether a call of ``layer`` is Flax's product of the last axis with its kernel.
 
     An adapter, a subclass, a module with another ``dot_general`` or a bias of its own, and Flax's
     class with another ``__call__`` (``nnx.capture`` puts one there) have to be called.
 
     Args:
-      layer: what stands where the layer put an ``nnx.LinearGeneral``.
+      layer: what is in the place of the ``nnx.LinearGeneral`` that a layer made.
       use_bias: whether the layer gave it a bias.
       made_with: its other attributes, by name, where the layer chose them.
     """
@@ -40,7 +40,7 @@ def is_plain(layer: Any, *, use_bias: bool, **made_with: Any) -> bool:
 def name_axes(
     layer: nnx.Module, axes: Mapping[tuple[str, ...], tuple[str, ...]] = LOGICAL_AXES
 ) -> None:
-    """Sets ``out_sharding`` of every parameter that has none of its own.
+    """Set ``out_sharding`` of every parameter that has none.
 
     Arrays stay where they are: ``nnx.get_named_sharding`` says where they belong, under
     ``nnx.logical_axis_rules``.

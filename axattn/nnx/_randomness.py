@@ -1,4 +1,4 @@
-"""Whether a layer drops, and where the key of that comes from."""
+"""Whether an NNX layer drops weights, and which random key it uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axattn._typing import Array
 def resolve_dropout(
     layer: Any, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
 ) -> tuple[bool, Array | None]:
-    """Whether a call drops nothing, and else a key of its ``rngs``, or of those of the layer.
+    """Return whether a call drops nothing, and if it drops, a key of its ``rngs`` or the layer's.
 
     Raises:
       ValueError: nobody says whether the layer drops, or there is no key.

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SOWN = "attention_weights"
-# Labels at ticks, more of which would lie over each other.
+# More labels at ticks would lie over each other.
 _MOST_LABELS = 24
-# Inches of all pictures beside each other; with labels and colours a figure has nine.
+# Inches of all pictures side by side; with labels and colours a figure has nine.
 _WIDTH = 7.2
 
 
 def sown_weights(intermediates: Any) -> dict[str, jax.Array]:
-    """The attention weights that layers sowed, by where they are in the model.
+    """Collect the attention weights that layers sowed, by their paths in the model.
 
     Layers of axattn and of Flax sow them when they are called with ``sow_weights=True``.
 
@@ -56,7 +56,7 @@ def sown_weights(intermediates: Any) -> dict[str, jax.Array]:
     for path, weights in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
         if _SOWN in names:
-            # Behind the name are the number of the call and, in NNX, the variable's field.
+            # After the name come the number of the call and, in NNX, the variable's field.
             place = "/".join(names[: names.index(_SOWN) + 1])
             found.setdefault(place, []).append(weights)
     if not found:
@@ -80,7 +80,7 @@ def plot_attention(
     key_labels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draws attention weights, one picture per head, with one scale of colours for all.
+    """Draw attention weights, one picture per head, with one scale of colours for all.
 
     Queries go down, keys to the right. The scale begins at 0 and ends at the largest weight that
     is shown; what is below 0 has the colour of 0.
@@ -149,7 +149,7 @@ def plot_attention(
         _label_axis(axis.yaxis, query_labels)
         axis.set_ylabel("query")
     for column in range(across):
-        # The lowest that is drawn: the last row may be short.
+        # The last row may be short.
         lowest = axes[(len(maps) - 1 - column) // across][column]
         _label_axis(lowest.xaxis, key_labels, rotation=90)
         lowest.tick_params(labelbottom=True)
@@ -168,7 +168,7 @@ def _count_columns(count: int) -> int:
 
 
 def _select_maps(weights: Any, row: int, heads: Any) -> tuple[np.ndarray, list[int]]:
-    """float32 ``[heads, T, S]``, and which heads these are."""
+    """Return the maps to draw, float32 ``[heads, T, S]``, and which heads these are."""
     maps = np.asarray(weights)
     if maps.ndim not in (2, 3, 4) or 0 in maps.shape:
         raise ValueError(f"weights takes [T, S], [N, T, S] or [B, N, T, S], got shape {maps.shape}")

@@ -1,4 +1,4 @@
-"""What all pictures have: scales, ticks, grids and legends that can be read."""
+"""Scales, ticks, grids and legends of all pictures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LABEL = 9  # points, of the text at ticks and in legends
 
 
 def parse_color(color: str) -> np.ndarray:
-    """``"#RRGGBB"`` as ``[3]`` in 0 to 1."""
+    """Return ``"#RRGGBB"`` as an array ``[3]`` in 0 to 1."""
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
 def set_slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
-    """Ticks on both axes at multiples of a power of two, as many as there is room for."""
+    """Set ticks of both axes at multiples of a power of two, as many as there is room for."""
     width, height = _get_axes_size(ax)
     letters = len(str(kv_len))
     for axis, length, most in (
@@ -38,26 +38,26 @@ def set_slot_ticks(ax: Axes, q_len: int, kv_len: int) -> None:
 
 
 def _get_axes_size(ax: Axes) -> tuple[float, float]:
-    """Width and height of the axes, before a layout makes room for labels."""
+    """Return width and height of the axes in inches, before a layout makes room for labels."""
     box = ax.get_position()
     width, height = _get_figure_size(ax.figure)
     return width * box.width, height * box.height
 
 
 def _get_figure_size(figure: Figure | SubFigure) -> tuple[float, float]:
-    """Width and height in inches, also of what is part of a figure."""
+    """Return width and height in inches of a figure or a part of one."""
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
 
 
 def make_patches(colors: Iterable[str]) -> tuple[Any, ...]:
-    """A legend's handle: patches of these colours, side by side."""
+    """Make a legend's handle: patches of these colours, side by side."""
     from matplotlib.patches import Patch
 
     return tuple(Patch(facecolor=color, edgecolor="#999999") for color in colors)
 
 
 def make_marker(face: str, dash: Literal["-", "none"]) -> Any:
-    """A legend's handle for markers of any implementation whose inside has this colour."""
+    """Make a legend's handle for markers of any implementation with this colour inside."""
     from matplotlib.lines import Line2D
 
     return Line2D(
@@ -66,14 +66,14 @@ def make_marker(face: str, dash: Literal["-", "none"]) -> Any:
 
 
 def shift_down(ax: Axes, transform: Any, points: float) -> Any:
-    """The transform, so many points further down."""
+    """Shift a transform down by so many points."""
     from matplotlib.transforms import ScaledTranslation
 
     return transform + ScaledTranslation(0, -points * _POINT, ax.figure.dpi_scale_trans)
 
 
 def add_axes_legend(ax: Axes, handles: Mapping[str, Any]) -> None:
-    """A legend under the axes and their labels."""
+    """Add a legend under the axes and their labels."""
     from matplotlib.legend_handler import HandlerTuple
 
     alone = len(ax.figure.axes) == 1
@@ -93,8 +93,8 @@ def add_axes_legend(ax: Axes, handles: Mapping[str, Any]) -> None:
 
 
 def _fit_columns(names: Iterable[str], width: float) -> int:
-    """How many columns a legend of these names may have in so many inches."""
-    # A letter is a bit more than half the size of its font wide; lines and gaps take five.
+    """Return how many columns of these names fit into so many inches."""
+    # A letter is a bit more than half as wide as its font is high; lines and gaps take five.
     widths = [(len(name) * 0.56 + 5) * _LABEL * _POINT for name in names]
     if sum(widths) <= width:
         return len(widths)
@@ -102,7 +102,7 @@ def _fit_columns(names: Iterable[str], width: float) -> int:
 
 
 def set_log_scale(ax: Axes, base: int, text: Callable[[float], str], side: str = "y") -> None:
-    """A logarithmic axis with a handful of labels such as "20 ms", however short its range.
+    """Make an axis logarithmic, with a handful of labels such as "20 ms" over any range.
 
     To be called when everything is drawn.
     """
@@ -121,7 +121,7 @@ def set_log_scale(ax: Axes, base: int, text: Callable[[float], str], side: str =
 
 
 def add_grid(ax: Axes) -> None:
-    """A grid behind everything, and no frame."""
+    """Add a grid behind everything, and remove the frame."""
     ax.margins(x=0.08, y=0.12)
     ax.grid(True, color=_style.RULES, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -130,7 +130,7 @@ def add_grid(ax: Axes) -> None:
 
 
 def set_size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
-    """A logarithmic horizontal axis with these sizes, less the names of those that have no room.
+    """Make the horizontal axis logarithmic, with ticks at these sizes and labels that fit.
 
     Args:
       sizes: ascending and positive.
@@ -139,8 +139,8 @@ def set_size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
     ax.set_xscale("log", base=2)
     span = math.log2(sizes[-1] / sizes[0])
     rim = 2 ** (0.08 * span or 0.5)
-    ax.set_xlim(sizes[0] / rim, sizes[-1] * rim)  # whatever is drawn of them
-    # From the largest down, which is the one that is looked for.
+    ax.set_xlim(sizes[0] / rim, sizes[-1] * rim)  # also where some sizes have no value
+    # From the largest down: its label has to be there.
     shown = [sizes[-1]]
     for size in reversed(sizes[:-1]):
         letters = max(len(str(size)), len(str(shown[-1])))
@@ -152,7 +152,7 @@ def set_size_ticks(ax: Axes, sizes: Sequence[float], width: float) -> None:
 
 
 def add_figure_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """One legend for all axes, below them; the figure grows by its rows."""
+    """Add one legend for all axes below them; the figure grows by its rows."""
     if not handles:
         return
     ncols = _fit_columns(handles, figure.get_figwidth())

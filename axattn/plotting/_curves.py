@@ -31,7 +31,7 @@ _PANEL_WIDTH = 3.0  # inches
 
 @dataclasses.dataclass(frozen=True)
 class _Quantity:
-    """A number of a row: what it is called, and how an axis shows it."""
+    """A number of a row: its label, and how an axis shows it."""
 
     label: str
     text: Callable[[float], str]
@@ -54,13 +54,13 @@ QUANTITIES = {
     "flops": _Quantity("FLOPs", _units.format_amount),
     "compiled_flops": _Quantity("FLOPs, compiled", _units.format_amount),
 }
-# Those that the compiler may have counted too low.
+# Quantities that the compiler may have counted too low.
 _BOUNDED = ("roofline", "bytes_accessed", "flops", "compiled_flops")
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One column of pictures: rows of one case, against one of their fields."""
+    """One column of pictures: the rows of one case, against one of their fields."""
 
     title: str
     x: str
@@ -79,7 +79,7 @@ def plot_curves(
     title: str | None = None,
     **only: Any,
 ) -> Figure:
-    """Draws what benchmarks found: time above memory, a line per implementation.
+    """Draw what benchmarks found: time above memory, a line per implementation.
 
     There is a column for each case (a place, a direction, a dtype, a model...); cases with a
     single ``x`` are left out where others have several. Times are the benchmark's medians, with
@@ -131,7 +131,7 @@ def plot_curves(
     if not rows:
         raise ValueError("results takes rows of implementations, got none")
     groups = _results.group_panels(_results.filter_rows(rows, only), x)
-    # The caption of an environment has the places.
+    # With an environment the caption has the places.
     own, common = _results.make_titles(list(groups), ["where"] if environment else [])
     panels = [Panel(text, x, group) for text, group in zip(own, groups.values(), strict=True)]
     return draw_panels(panels, quantities, [title, common], environment)
@@ -145,7 +145,7 @@ def draw_panels(
     *,
     across: int = 3,
 ) -> Figure:
-    """The figure of `plot_curves`, of panels that are made already; ``across`` of them in a row."""
+    """Draw the figure of `plot_curves` from panels, ``across`` of them in a row."""
     for quantity in quantities or ():
         if quantity not in QUANTITIES:
             raise ValueError(f"quantities takes {', '.join(QUANTITIES)}; got {quantity!r}")
@@ -184,6 +184,7 @@ def draw_panels(
 
 
 def _choose_quantities(rows: Sequence[Row]) -> list[str]:
+    """Choose what is drawn by default."""
     timed = any(_has_value(row, "time") or _has_value(row, "roofline") for row in rows)
     return ["time", "memory_bytes"] if timed else ["memory_bytes"]
 
@@ -193,19 +194,19 @@ def _has_value(row: Row, field: str) -> bool:
 
 
 def _choose_field(kind: str, panel: Panel, may_differ: bool) -> str:
-    """Where nothing of a panel was run, its roofline stands for the time."""
+    """Choose the field of a quantity: a panel that was not run shows its roofline as time."""
     if kind == "time" and may_differ and not any(_has_value(row, "time") for row in panel.rows):
         return "roofline"
     return kind
 
 
 def _get_line_name(row: Row) -> str:
-    """What the row's line is called, which rows without a name of one were left out for."""
+    """Return the name of a row's line; rows without one are left out already."""
     return present(_results.name_line(row))
 
 
 def _make_names(rows: Sequence[Row], kinds: Sequence[str]) -> dict[str, str]:
-    """What the legend calls each line; those that are refused everywhere say so."""
+    """Return each line's name for the legend, which tells of lines that are all refused."""
     words = {"out_of_memory": "out of memory", "unsupported": "refused"}
     names: dict[str, str] = {}
     for line in dict.fromkeys(map(_get_line_name, rows)):
@@ -318,7 +319,7 @@ class _Picture:
         self, refused: Sequence[tuple[str, Row]], looks: Mapping[str, _style.Style],
         names: Mapping[str, str],
     ) -> None:  # fmt: skip
-        """A row of markers for each implementation, between the frame and the names of sizes."""
+        """Draw a row of markers per implementation, between the frame and the names of sizes."""
         lines = list(dict.fromkeys(name for name, _ in refused))
         if not lines:
             return

@@ -1,4 +1,4 @@
-"""Matplotlib, imported when a picture is drawn."""
+"""Matplotlib, which is imported when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def import_pyplot() -> Any:
-    """``matplotlib.pyplot``.
+    """Import ``matplotlib.pyplot``.
 
     Raises:
       ImportError: matplotlib is not installed; the message says what to install.

@@ -17,14 +17,14 @@ from axattn.plotting._library import import_pyplot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Cells of a picture along one side: about as many pixels as a notebook has for it.
+# The most cells of a picture along one side: about as many pixels as a notebook has for it.
 _CELLS = 512
-# Slots that are looked at along one side, and pairs at once.
+# The most slots that are looked at along one side, and pairs of them at once.
 _SAMPLES = 8192
 _PAIRS = 1 << 22
-# Sides of the block map, beyond which nothing could be seen.
+# The most blocks along one side: of more nothing could be seen.
 _MOST_BLOCKS = 4096
-# Lines between blocks, or elements, hide them where there are more.
+# More lines between blocks or elements would hide them.
 _MOST_LINES = 40
 
 
@@ -42,7 +42,7 @@ def plot_mask(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws what each query may attend to, and how an implementation that works in blocks sees it.
+    """Draw what each query may attend to, and the blocks that an implementation works in.
 
     Query slots go down, key slots to the right. Without block sizes every element is drawn. With
     them a block has the colour of its state in `axattn.Mask.block_map`, and elements can be seen
@@ -164,7 +164,7 @@ def _check_choice(mask: Mask, q_positions, kv_positions, row: int, head: int) ->
         mask,
     ).shape
     for name, value, count in (("row", row, shape[0]), ("head", head, shape[1])):
-        # A mask that is the same for all rows is that of any row.
+        # A mask without rows serves any row.
         if value < 0 or (count > 1 and value >= count):
             raise ValueError(f"{name} takes an int from 0 to {count - 1}, got {value}")
 
@@ -174,7 +174,7 @@ def _select_row(positions: jax.Array, row: int) -> jax.Array:
 
 
 def _choose_cell_size(length: int, block: int | None) -> int:
-    """Slots along a cell's side: few enough cells, and no cell in two blocks."""
+    """Return the slots along a cell's side: few enough cells, and none in two blocks."""
     least = -(-length // _CELLS)
     if block is None:
         return least
@@ -183,9 +183,13 @@ def _choose_cell_size(length: int, block: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _SlotSample:
-    """Slots of one axis that a picture looks at, as `axattn._mask_parts.Span` is consecutive ones.
+    """Slots of one axis that a picture looks at; `axattn._mask_parts.Span` is of consecutive ones.
 
-    ``slots`` int32 ``[cells * per_cell]``; ``real``, of the same shape, is False behind the end.
+    Attributes:
+      slots: int32 ``[cells * per_cell]``.
+      positions: int32 ``[B or 1, cells * per_cell]``.
+      real: bool, as ``slots``: False behind the end.
+      per_cell: slots that are looked at in a cell.
     """
 
     slots: jax.Array
@@ -195,6 +199,7 @@ class _SlotSample:
 
     @staticmethod
     def create(length: int, cell: int, positions: jax.Array) -> _SlotSample:
+        """Choose evenly spaced slots of each cell, where a cell has too many."""
         cells = -(-length // cell)
         per_cell = max(1, min(cell, _SAMPLES // cells))
         steps = np.arange(per_cell) * cell // per_cell
@@ -204,21 +209,23 @@ class _SlotSample:
         return _SlotSample(there, jnp.take(positions, there, axis=1), real, per_cell)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
+        """Return an array's elements at the slots."""
         return array if array.shape[axis] == 1 else jnp.take(array, self.slots, axis)
 
     def select_cells(self, start: int, size: int) -> _SlotSample:
-        """``size`` cells from cell ``start`` on."""
+        """Return ``size`` cells from cell ``start`` on."""
         some = slice(start * self.per_cell, (start + size) * self.per_cell)
         return _SlotSample(
             self.slots[some], self.positions[:, some], self.real[some], self.per_cell
         )
 
     def count_slots(self) -> np.ndarray:
+        """Count the slots of each cell that are not behind the end."""
         return self.real.reshape(-1, self.per_cell).sum(1)
 
 
 def _compute_shares(mask: Mask, queries: _SlotSample, keys: _SlotSample, head: int) -> np.ndarray:
-    """The share of each cell that may be attended to, float64 ``[cells down, cells across]``."""
+    """Compute the share of each cell that may be attended to: float64 ``[down, across]``."""
     strips = []
     across = len(keys.slots)
     per_strip = max(1, _PAIRS // (across * queries.per_cell))
@@ -236,7 +243,7 @@ def _compute_shares(mask: Mask, queries: _SlotSample, keys: _SlotSample, head: i
 
 
 def _mix_colors(shares: np.ndarray, masked: str, attended: str) -> np.ndarray:
-    """RGB ``[..., 3]`` in 0 to 1: from the one colour to the other."""
+    """Mix two colours by shares: RGB ``[..., 3]`` in 0 to 1."""
     first, last = _axes.parse_color(masked), _axes.parse_color(attended)
     return first + shares[..., None] * (last - first)
 

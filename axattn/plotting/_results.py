@@ -1,4 +1,4 @@
-"""Rows of results: read from what the benchmarks wrote, chosen, and put in panels."""
+"""Rows of results: read from the benchmarks' files, filtered, and grouped into panels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 Row = Mapping[str, Any]
 
-# What a case is, apart from the implementation; the order is that of titles.
+# Fields that tell cases apart, in the order of titles, with what titles write before the value.
 _CASE = {
     "table": "",
     "layer": "",
@@ -33,7 +33,7 @@ _CASE = {
     "length": "length ",
     "seq_len": "length ",
 }
-# The larger a model, the more heads: a line of growing sizes has another number at each.
+# Larger models have more heads: along these fields, heads vary within a line.
 _GROW_WITH = {"hidden": ("heads", "kv_heads"), "model_dim": ("heads", "kv_heads")}
 
 _TAKES = (
@@ -42,7 +42,7 @@ _TAKES = (
 
 
 def read_rows(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
-    """Rows, and the environment where it is known, of what `plot_curves` takes."""
+    """Read the rows of what `plot_curves` takes, and the environment where it is known."""
     environment = None
     if isinstance(results, (str, os.PathLike)):
         results = json.loads(pathlib.Path(results).read_text("utf-8"))
@@ -59,12 +59,12 @@ def read_rows(results: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any] | N
     for row in results:
         if not isinstance(row, Mapping):
             raise TypeError(f"{_TAKES}, got a row of type {type(row).__name__}")
-    # Summaries, such as the best of each layer, are not of one case.
+    # Rows without a line are summaries, such as the best of each layer.
     return [dict(row) for row in results if name_line(row) is not None], environment
 
 
 def name_line(row: Row) -> str | None:
-    """What a row's line is called: the implementation, and what is particular of it."""
+    """Return the name of a row's line: the implementation and its options; None without one."""
     name = row.get("implementation") or row.get("strategy")
     if name is None:
         return None
@@ -77,7 +77,7 @@ def name_line(row: Row) -> str | None:
 
 
 def filter_rows(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
-    """The rows whose fields have these values, or one of several.
+    """Return the rows whose fields have these values, or one of several.
 
     Raises:
       ValueError: no row has the field, or none has the value.
@@ -103,7 +103,7 @@ def _format_values(values: Any) -> str:
 
 
 def group_panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
-    """Rows by what they share apart from ``x`` and implementation.
+    """Group rows by their case: all that they are besides ``x`` and the implementation.
 
     Groups with a single ``x`` are left out where others have several.
 
@@ -124,7 +124,7 @@ def group_panels(rows: Sequence[Row], x: str) -> dict[tuple, list[Row]]:
 
 
 def is_drawable(value: Any) -> bool:
-    """Whether it has a place on a logarithmic axis."""
+    """Return whether a value has a place on a logarithmic axis."""
     return _is_number(value) and 0 < value < float("inf")
 
 
@@ -133,7 +133,7 @@ def _is_number(value: Any) -> bool:
 
 
 def make_titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[str], str]:
-    """For each panel what is particular of it, and what all have in common, less some fields.
+    """Return each panel's title, and what all have in common; fields may be left out of that.
 
     Spaces within an item are such that lines do not break there: see `wrapped`.
     """
@@ -143,7 +143,7 @@ def make_titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[li
         for field in _CASE
         if all(field in case and case[field] == cases[0][field] for case in cases)
     ]
-    # Names of tables tell less than what they are of.
+    # The name of a table tells less than its fields.
     left_out = ("table", *left_out)
     common = [_format_field(field, cases[0][field]) for field in same if field not in left_out]
     own = [
@@ -159,12 +159,12 @@ def _format_field(field: str, value: Any) -> str:
 
 
 def wrap_text(text: str, letters: int) -> list[str]:
-    """Lines of at most so many letters."""
+    """Break a text into lines of at most so many letters."""
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(text, letters)]
 
 
 def make_caption(rows: Sequence[Row], environment: Mapping[str, Any] | None) -> str:
-    """Where the numbers are from."""
+    """Say where the numbers are from."""
     if environment is None:
         return ""
     here = environment.get("device")

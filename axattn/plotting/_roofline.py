@@ -1,4 +1,4 @@
-"""The roofline: what a chip's arithmetic and its memory allow a program."""
+"""Rooflines: what a chip's arithmetic and its memory allow a program."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RooflinePoint:
         """
         if report.refusal is not None:
             raise ValueError(f"report of {label!r} takes a compiled program, got {report.refusal}")
-        # The point refuses None.
+        # None is refused by the point itself.
         counts: dict[str, Any] = dict(flops=report.flops, bytes_accessed=report.bytes_accessed)
         return cls(label, **counts, seconds=seconds, is_lower_bound=report.cost_is_lower_bound)
 
@@ -113,13 +113,13 @@ def plot_roofline(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws programs under the roof of a chip: FLOP/s against FLOPs per byte.
+    """Draw programs under the roof of a chip: FLOP/s against FLOPs per byte.
 
     The roof is the lesser of the chip's arithmetic and of what its memory can feed (Williams,
     Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785), from the vendors' peaks
     in ``axattn.aot.TARGETS``. A program that was measured is filled and stands at its own rate; the
-    legend says what share of the roof that is. One that was not is hollow and stands on the roof:
-    no run can be faster, and nothing is said of how much slower it is.
+    legend gives its share of the roof. One that was not measured is hollow and stands on the roof:
+    no run can be faster, and how much slower it is is not known.
 
     Args:
       points: the programs.
@@ -212,4 +212,5 @@ def plot_roofline(
 
 
 def _compute_roof(chip: Target, intensity: float) -> float:
+    """Return the largest FLOP/s at an intensity in FLOP/B."""
     return min(present(chip.peak_bf16_flops), present(chip.hbm_bandwidth) * intensity)

@@ -27,7 +27,7 @@ PARTIAL_MASKED, PARTIAL_ATTENDED = "#F5CF9A", VERMILLION
 
 
 class Style(NamedTuple):
-    """How a line is drawn, in matplotlib's words."""
+    """The look of a line, in matplotlib's words."""
 
     color: str
     marker: str
@@ -35,7 +35,7 @@ class Style(NamedTuple):
 
 
 _STYLES = {
-    # Implementations; of those with one colour a picture seldom has two.
+    # Implementations. Those with one colour are seldom in one picture.
     "repeat_kv": Style(VERMILLION, "s", "--"),
     "einsum": Style(VERMILLION, "s", "--"),
     "xla": Style(BLUE, "o", "-"),
@@ -58,7 +58,7 @@ _OTHER_DASHES = ("-", "--", ":", "-.")
 
 
 def choose_styles(names: Iterable[str]) -> dict[str, Style]:
-    """A style for each name, all different.
+    """Choose a style for each name, all different.
 
     A name such as ``"xla, naive"`` has the colour of ``"xla"``, and another marker than ``"xla"``.
     Names that are not known take the colours that are left.
@@ -68,7 +68,7 @@ def choose_styles(names: Iterable[str]) -> dict[str, Style]:
     """
     names = list(dict.fromkeys(names))
     found: dict[str, Style] = {}
-    # Names that are known first: what they look like depends on no other name.
+    # Known names first: their look depends on no other name.
     for name in sorted(names, key=lambda name: _find_style(name) is None):
         style = _find_style(name)
         taken = [taken.color for taken in found.values()]
@@ -83,4 +83,5 @@ def choose_styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def _find_style(name: str) -> Style | None:
+    """Return the style of a known implementation or strategy."""
     return _STYLES.get(name.partition(",")[0])

@@ -1,4 +1,4 @@
-"""Numbers for people, the same in all tables and pictures."""
+"""Numbers as text, the same in all tables and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ NOTHING = "-"
 
 
 def format_seconds(value: float | None) -> str:
-    """Three digits, in s, ms or us."""
+    """Format a time with three digits, in s, ms or us."""
     if value is None:
         return NOTHING
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
@@ -17,7 +17,7 @@ def format_seconds(value: float | None) -> str:
 
 
 def format_bytes(value: float | None) -> str:
-    """Bytes in binary units, as memory is sold."""
+    """Format bytes in binary units, as memory is sold."""
     if value is None:
         return NOTHING
     for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
@@ -27,7 +27,7 @@ def format_bytes(value: float | None) -> str:
 
 
 def format_amount(value: float | None, unit: str = "") -> str:
-    """Decimal units, as rates are quoted."""
+    """Format a number in decimal units, as rates are quoted."""
     if value is None:
         return NOTHING
     for prefix, one in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -37,6 +37,6 @@ def format_amount(value: float | None, unit: str = "") -> str:
 
 
 def format_digits(value: float) -> str:
-    """Three significant digits, never in exponents."""
+    """Format a number with three significant digits, never with an exponent."""
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}"
