@@ -294,7 +294,7 @@ def _dispatch(
 ) -> tuple[Array, Any]:
     if explicit_sharding(call.query) is None:
         return _attend(call, plan=registry.make_plan(call, implementation))
-    return explicit.attend(call, registry.check_names(implementation))
+    return explicit.attend_explicit(call, registry.check_names(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="plan")

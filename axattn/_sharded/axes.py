@@ -1,4 +1,4 @@
-"""Which axes of a mesh share out what of an attention call."""
+"""The mesh axes that shard batch, heads and sequence of an attention call."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 
 import jax
 
-Names = str | tuple[str, ...] | None
+AxisNames = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Names of mesh axes; None or () where nothing is shared out.
+    """Names of the mesh axes that shard a call; None or () where nothing is sharded.
 
     Attributes:
-      batch: of the rows of the batch: a name, or a tuple of them.
-      heads: of the query heads, and of the key/value heads as far as these go; likewise.
-      sequence: of the tokens, of queries and of keys: context parallelism. One axis.
+      batch: axes of the batch rows: a name, or a tuple of names.
+      heads: likewise axes of the query heads. They shard the key/value heads, too, as far as they
+        divide them.
+      sequence: the axis of the tokens of queries and keys (context parallelism). One name.
 
     Raises:
-      TypeError: anything but names, more than one for ``sequence``.
-      ValueError: one axis for two things.
+      TypeError: anything but names, or more than one for ``sequence``.
+      ValueError: an axis is named twice.
 
     Example:
       >>> import jax
@@ -35,8 +36,8 @@ class Axes:
       (8, 16)
     """
 
-    batch: Names = None
-    heads: Names = None
+    batch: AxisNames = None
+    heads: AxisNames = None
     sequence: str | None = None
 
     def __post_init__(self):
@@ -45,26 +46,26 @@ class Axes:
         for what in ("batch", "heads"):  # hashable
             if isinstance(getattr(self, what), list):
                 object.__setattr__(self, what, tuple(getattr(self, what)))
-        used = [*names_of("batch", self.batch), *names_of("heads", self.heads)]
-        used += names_of("sequence", self.sequence)
+        used = [*list_axis_names("batch", self.batch), *list_axis_names("heads", self.heads)]
+        used += list_axis_names("sequence", self.sequence)
         twice = sorted({name for name in used if used.count(name) > 1})
         if twice:
             raise ValueError(f"an axis shares out one thing; used more than once: {twice}")
 
     def size(self, mesh: Any, what: str) -> int:
-        """Into how many parts something is cut.
+        """Return the number of shards of the batch, the heads or the sequence.
 
         Args:
           mesh: a ``jax.sharding.Mesh`` or ``AbstractMesh``.
           what: "batch", "heads" or "sequence".
 
         Raises:
-          KeyError: an axis that the mesh does not have; `check` says it by name.
+          KeyError: an axis that the mesh does not have; see `check`.
         """
-        return math.prod(mesh.shape[name] for name in names_of(what, getattr(self, what)))
+        return math.prod(mesh.shape[name] for name in list_axis_names(what, getattr(self, what)))
 
     def check(self, mesh: Any) -> None:
-        """Checks that the mesh has all these axes.
+        """Check that the mesh has all these axes.
 
         Args:
           mesh: a ``jax.sharding.Mesh`` or ``AbstractMesh``.
@@ -73,24 +74,24 @@ class Axes:
           ValueError: an axis that it does not have.
         """
         for what in ("batch", "heads", "sequence"):
-            for name in names_of(what, getattr(self, what)):
+            for name in list_axis_names(what, getattr(self, what)):
                 if name not in mesh.shape:
                     raise ValueError(
                         f"{what} takes axes of the mesh, {tuple(mesh.shape)}, got {name!r}"
                     )
 
 
-def names_of(what: str, names: Names) -> tuple[str, ...]:
-    """As a tuple."""
+def list_axis_names(what: str, names: AxisNames) -> tuple[str, ...]:
+    """Return the names as a tuple; TypeError for anything but names."""
     names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{what} takes names of mesh axes, got {names!r}")
     return names
 
 
-def mesh_or_current(mesh: Any) -> Any:
-    """``mesh``, or that of the context; ValueError where there is none."""
-    found = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if not found.axis_names:
+def find_mesh(mesh: Any) -> Any:
+    """Return ``mesh``, or by default that of the context; ValueError where there is none."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not mesh.axis_names:
         raise ValueError("mesh takes a Mesh where none is set (jax.set_mesh), got None")
-    return found
+    return mesh

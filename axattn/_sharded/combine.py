@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged by the log-sum-exp of their scores."""
+"""Combine attention over parts of the keys by the log-sum-exp (LSE) of their scores."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Partial = tuple[jax.Array, jax.Array]  # output [..., h] float32, LSE [...] float32
+Results = tuple[jax.Array, jax.Array]  # output [..., h], LSE [...] in float32
 
 
-def merged(one: Partial, other: Partial) -> Partial:
-    """Attention over the keys of both. A part without any key has the LSE -inf."""
+def combine_pair(one: Results, other: Results) -> Results:
+    """Return attention over the keys of both parts. A part without keys has the LSE -inf."""
     (out, lse), (out2, lse2) = one, other
     top = jnp.maximum(lse, lse2)
     top = jnp.where(top == -jnp.inf, 0.0, top)
@@ -21,20 +21,20 @@ def merged(one: Partial, other: Partial) -> Partial:
     return out, jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
 
 
-def merged_over(axis, part: Partial) -> Partial:
-    """The same over all shards of a mesh axis (or several), inside ``shard_map``."""
+def combine_shards(axis, part: Results) -> Results:
+    """Return attention over the keys of all shards of one or more mesh axes. In ``shard_map``."""
     out, lse = part
     top = lax.pmax(lse, axis)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weight = jnp.exp(lse - top)
-    # Asked for together, which XLA makes one step on the wire of.
+    # One psum of both: XLA sends them in one all-reduce.
     out, total = lax.psum((out.astype(jnp.float32) * weight[..., None], weight), axis)
     safe = jnp.where(total == 0, 1.0, total)
     return out / safe[..., None], jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
 
 
-def with_sinks(part: Partial, sinks: jax.Array | None) -> Partial:
-    """Attention with one more score per head, float32 ``[N]``, that has no value."""
+def add_sinks(part: Results, sinks: jax.Array | None) -> Results:
+    """Add sinks, ``[N]``: one more score per head, without a value."""
     if sinks is None:
         return part
     out, lse = part

@@ -1,4 +1,4 @@
-"""What each strategy moves and computes, by arithmetic: the choice of one, and a table to print."""
+"""A cost model of the strategies: bytes, FLOPs and seconds of each, by arithmetic."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from axattn.aot._targets import target as find_target
 
 STRATEGIES = ("ring", "gather", "ulysses")
 
-# Queries that are looked at of each run of a shard, to count pairs.
+# Query positions of each chunk for which keys are counted.
 SAMPLES = 16
 
 
-def _v5p(name: str) -> Any:
+def _read_v5p(name: str) -> Any:
     return dataclasses.field(default_factory=lambda: getattr(Links.of("v5p"), name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Rates of a device, from its data sheet: of products, and of what it sends to a neighbour.
-
-    By default those of a TPU v5p.
+    """Rates of a device, from its data sheet. The defaults are those of a TPU v5p.
 
     Attributes:
-      flops: FLOP/s in bfloat16.
-      bytes: bytes/s to a neighbour, one way.
+      flops: FLOP/s of matrix products in bfloat16.
+      bytes: bytes/s to one neighbour, one way.
 
     Example:
       >>> from axattn import parallel
@@ -39,12 +37,12 @@ class Links:
       >>> slow = parallel.Links(bytes=10e9)  # for links= of attention and explain
     """
 
-    flops: float = _v5p("flops")
-    bytes: float = _v5p("bytes")
+    flops: float = _read_v5p("flops")
+    bytes: float = _read_v5p("bytes")
 
     @classmethod
     def of(cls, target: str | Target) -> Links:
-        """Those of a chip of ``axattn.aot.TARGETS``, by its data sheet.
+        """Return the rates of a chip of ``axattn.aot.TARGETS``, by its data sheet.
 
         Args:
           target: a name, or an `axattn.aot.Target`.
@@ -59,8 +57,8 @@ class Links:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One device's share before the sequence is cut, but for T and S, which are whole."""
+class ShardSizes:
+    """Sizes of a call on one device. The sequence is not sharded yet: T and S are whole."""
 
     batch: int
     q_len: int
@@ -73,16 +71,16 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a strategy costs one device, forward; printed, a line.
+class StrategyCost:
+    """What a strategy costs one device, forward. It prints as one line.
 
     Attributes:
       strategy: "ring", "gather" or "ulysses".
-      refusal: why the strategy does not take the call, or None.
+      refusal: why the strategy does not support the call, or None.
       sent: bytes that the busiest device sends.
-      flops: of the busiest device.
-      held: bytes of keys and values of others that it holds at once.
-      seconds: of both by arithmetic, overlapped where the strategy overlaps.
+      flops: FLOPs of the busiest device.
+      held: bytes of other devices' keys and values that it stores at a time.
+      seconds: estimated time to compute and to send, overlapped where the strategy overlaps them.
     """
 
     strategy: str
@@ -101,78 +99,83 @@ class Cost:
         )
 
 
-def costs(
-    problem: Problem, mask: Mask, layout: str | None, shards: int, links: Links
-) -> list[Cost]:
-    """Of every strategy, the one to take first."""
-    pairs = _pairs(problem, mask, layout, shards)
-    hops = layouts.hops(mask, layout, shards, problem.q_len, problem.kv_len)
+def estimate_costs(
+    sizes: ShardSizes, mask: Mask, layout: str | None, shards: int, links: Links
+) -> list[StrategyCost]:
+    """Return the cost of every strategy, the fastest first."""
+    pairs = _count_pairs(sizes, mask, layout, shards)
+    distances = layouts.list_ring_distances(mask, layout, shards, sizes.q_len, sizes.kv_len)
     found = [
-        _ring(problem, pairs, hops, links),
-        _gather(problem, pairs, links),
-        _ulysses(problem, pairs, links),
+        _estimate_ring(sizes, pairs, distances, links),
+        _estimate_gather(sizes, pairs, links),
+        _estimate_ulysses(sizes, pairs, links),
     ]
     return sorted(found, key=lambda cost: cost.seconds)
 
 
-def _kv_bytes(p: Problem, shards: int) -> float:
-    """Of one shard's keys and values."""
-    size = p.head_dim + p.value_head_dim
-    return p.batch * p.kv_len / shards * p.num_kv_heads * size * p.itemsize
+def _count_kv_bytes(sizes: ShardSizes, shards: int) -> float:
+    """Return the bytes of one shard's keys and values."""
+    head_sizes = sizes.head_dim + sizes.value_head_dim
+    return sizes.batch * sizes.kv_len / shards * sizes.num_kv_heads * head_sizes * sizes.itemsize
 
 
-def _flops(p: Problem, pairs: float) -> float:
-    return 2.0 * p.batch * p.num_heads * pairs * (p.head_dim + p.value_head_dim)
+def _count_flops(sizes: ShardSizes, pairs: float) -> float:
+    return 2.0 * sizes.batch * sizes.num_heads * pairs * (sizes.head_dim + sizes.value_head_dim)
 
 
-def _ring(p: Problem, pairs: np.ndarray, hops: tuple[int, ...], links: Links) -> Cost:
+def _estimate_ring(
+    sizes: ShardSizes, pairs: np.ndarray, distances: tuple[int, ...], links: Links
+) -> StrategyCost:
     shards = np.arange(len(pairs))
-    block = _kv_bytes(p, len(pairs))
-    # Hop by hop, computing while the next keys are on their way; all wait for the slowest.
+    block = _count_kv_bytes(sizes, len(pairs))
+    # A step computes while the next keys are being sent; all devices wait for the slowest.
     seconds = 0.0
-    for i, distance in enumerate(hops):
+    for i, distance in enumerate(distances):
         busiest = pairs[shards, (shards - distance) % len(pairs)].max()
-        sends = block * (hops[i + 1] - distance) if i + 1 < len(hops) else 0.0
-        seconds += max(_flops(p, busiest) / links.flops, sends / links.bytes)
-    busiest = pairs.sum(1).max()
-    held = min(2, len(hops) - 1) * block
-    return Cost("ring", None, block * hops[-1], _flops(p, busiest), held, seconds)
+        sends = block * (distances[i + 1] - distance) if i + 1 < len(distances) else 0.0
+        seconds += max(_count_flops(sizes, busiest) / links.flops, sends / links.bytes)
+    flops, sent = _count_flops(sizes, pairs.sum(1).max()), block * distances[-1]
+    held = min(2, len(distances) - 1) * block
+    return StrategyCost("ring", None, sent, flops, held, seconds)
 
 
-def _gather(p: Problem, pairs: np.ndarray, links: Links) -> Cost:
-    shards, busiest = len(pairs), _flops(p, pairs.sum(1).max())
-    sent = _kv_bytes(p, shards) * (shards - 1)
-    # Both ways around at once.
+def _estimate_gather(sizes: ShardSizes, pairs: np.ndarray, links: Links) -> StrategyCost:
+    shards, busiest = len(pairs), _count_flops(sizes, pairs.sum(1).max())
+    sent = _count_kv_bytes(sizes, shards) * (shards - 1)
+    # Both directions of the ring at a time.
     seconds = sent / (2 * links.bytes) + busiest / links.flops
-    return Cost("gather", None, sent, busiest, sent, seconds)
+    return StrategyCost("gather", None, sent, busiest, sent, seconds)
 
 
-def _ulysses(p: Problem, pairs: np.ndarray, links: Links) -> Cost:
+def _estimate_ulysses(sizes: ShardSizes, pairs: np.ndarray, links: Links) -> StrategyCost:
     shards = len(pairs)
-    refusal = ulysses.refuses(p.num_heads, p.num_kv_heads, shards)
+    refusal = ulysses.find_refusal(sizes.num_heads, sizes.num_kv_heads, shards)
     if refusal:
-        return Cost("ulysses", refusal)
-    flops = _flops(p, float(pairs.sum()) / shards)
-    rows = p.batch * p.q_len / shards * p.num_heads * (p.head_dim + p.value_head_dim) * p.itemsize
-    keys = _kv_bytes(p, shards) * max(1, shards // p.num_kv_heads)
+        return StrategyCost("ulysses", refusal)
+    flops = _count_flops(sizes, float(pairs.sum()) / shards)
+    head_sizes = sizes.head_dim + sizes.value_head_dim
+    tokens = sizes.batch * sizes.q_len / shards
+    rows = tokens * sizes.num_heads * head_sizes * sizes.itemsize
+    keys = _count_kv_bytes(sizes, shards) * max(1, shards // sizes.num_kv_heads)
     sent = (rows + keys) * (shards - 1) / shards
-    # On a ring a part travels a quarter of the way round on average, both ways.
+    # On a ring a part travels a quarter of the way round on average, in both directions.
     seconds = sent * shards / 4 / (2 * links.bytes) + flops / links.flops
-    return Cost("ulysses", None, sent, flops, keys, seconds)
+    return StrategyCost("ulysses", None, sent, flops, keys, seconds)
 
 
-def _pairs(p: Problem, mask: Mask, layout: str | None, shards: int) -> np.ndarray:
-    """Pairs of tokens that attend, of each shard's queries with each shard's keys.
+def _count_pairs(sizes: ShardSizes, mask: Mask, layout: str | None, shards: int) -> np.ndarray:
+    """Count the pairs that attend, for each shard of queries and each shard of keys.
 
-    Of some queries, spread over the shard, keys are counted.
+    Keys are counted for a sample of the queries.
     """
-    rows = p.q_len / shards
+    rows = sizes.q_len / shards
     if layout is None:
-        return np.full((shards, shards), rows * p.kv_len / shards)
-    queries, keys = (np.array(layouts.runs(layout, shards, n)) for n in (p.q_len, p.kv_len))
+        return np.full((shards, shards), rows * sizes.kv_len / shards)
+    lengths = sizes.q_len, sizes.kv_len
+    queries, keys = (np.array(layouts.list_chunks(layout, shards, n)) for n in lengths)
     at = np.linspace(queries[..., 0], queries[..., 1], SAMPLES, axis=-1).round()
-    first, last = layouts.reach(mask, at.reshape(shards, -1))
-    # [shard of queries, sample, shard of keys, their run]
+    first, last = layouts.compute_key_range(mask, at.reshape(shards, -1))
+    # [shard of queries, sample, shard of keys, their chunk]
     low = np.maximum(first[..., None, None], keys[..., 0])
     high = np.minimum(last[..., None, None], keys[..., 1])
     return np.maximum(high - low + 1, 0).sum(-1).mean(1) * rows

@@ -1,6 +1,6 @@
-"""Every shard gets all keys and values: cheap where heads share them. Inside ``shard_map``.
+"""All-gather of keys and values, cheap where query heads share them. Inside ``shard_map``.
 
-The gradient of the gathering is a reduce-scatter: each shard gets the sum for its own keys.
+Its gradient is a reduce-scatter: each shard gets the sum for its own keys.
 """
 
 from __future__ import annotations
@@ -10,48 +10,49 @@ from collections.abc import Callable
 from typing import overload
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from axattn import _mask_parts as parts
 from axattn._call import AttentionCall
 from axattn._masks import Mask
-
-Results = tuple[jax.Array, jax.Array]
-
-
-@overload
-def whole(array: jax.Array, axis: str, dim: int = ...) -> jax.Array: ...
+from axattn._sharded import layouts
+from axattn._sharded.combine import Results
 
 
 @overload
-def whole(array: jax.Array | None, axis: str, dim: int = ...) -> jax.Array | None: ...
+def gather_shards(array: jax.Array, axis: str, dim: int = ...) -> jax.Array: ...
 
 
-def whole(array: jax.Array | None, axis: str, dim: int = 1) -> jax.Array | None:
-    """All shards' parts, in order."""
+@overload
+def gather_shards(array: jax.Array | None, axis: str, dim: int = ...) -> jax.Array | None: ...
+
+
+def gather_shards(array: jax.Array | None, axis: str, dim: int = 1) -> jax.Array | None:
+    """Return the parts of all shards, concatenated in order."""
     if array is None:
         return None
     return lax.all_gather(array, axis, axis=dim, tiled=True)
 
 
-def attend(call: AttentionCall, axis: str, run: Callable[[AttentionCall], Results]) -> Results:
-    """``run`` of this shard's queries over all keys."""
-    here = lax.axis_index(axis)
+def run_gather(
+    call: AttentionCall, axis: str, attend: Callable[[AttentionCall], Results]
+) -> Results:
+    """Attend from this shard's queries to the keys of all shards."""
+    shard = lax.axis_index(axis)
 
-    def part(one: parts.Part) -> parts.Part:
-        if isinstance(one, parts.Segments):
-            return dataclasses.replace(one, kv_ids=whole(one.kv_ids, axis))
-        if isinstance(one, parts.Lengths) and one.q is not None:
-            own = jnp.clip(one.q - here * call.q_len, 0, call.q_len)
-            return dataclasses.replace(one, q=own)
-        return one
+    def gather_part(part: parts.Part) -> parts.Part:
+        if isinstance(part, parts.Segments):
+            return dataclasses.replace(part, kv_ids=gather_shards(part.kv_ids, axis))
+        if isinstance(part, parts.Lengths) and part.q is not None:
+            length = layouts.clip_length(part.q, shard * call.q_len, call.q_len)
+            return dataclasses.replace(part, q=length)
+        return part
 
-    return run(
+    return attend(
         dataclasses.replace(
             call,
-            key=whole(call.key, axis),
-            value=whole(call.value, axis),
-            mask=Mask(tuple(map(part, call.mask.parts))),
+            key=gather_shards(call.key, axis),
+            value=gather_shards(call.value, axis),
+            mask=Mask(tuple(map(gather_part, call.mask.parts))),
         )
     )

@@ -1,4 +1,4 @@
-"""How a call runs over a mesh: what is decided while tracing, `plan`, and the program, `run`."""
+"""A call over a mesh: `plan_call` decides while tracing, `run_mesh_plan` makes the program."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from axattn._jax_compat import placed, platform_of_mesh, resharded
 from axattn._mask_parts import Dense
 from axattn._masks import Mask
 from axattn._sharded import costs, gather, kv_heads, layouts, ring, ring_step, specs, ulysses
-from axattn._sharded.axes import Axes, names_of
+from axattn._sharded.axes import Axes, list_axis_names
+from axattn._sharded.combine import Results
 from axattn._typing import present
-
-Results = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Static facts; hashable.
+class MeshPlan:
+    """How a call runs over a mesh. Static and hashable.
 
     Attributes:
-      axes, mesh: what is shared out over what.
-      kv_axes: those of ``axes.heads`` that share out the key/value heads.
-      shards: of the sequence.
-      strategy: one of ``costs.STRATEGIES``; None where the sequence is whole.
-      layout: where tokens are.
-      hops: at which distances shards need each other's keys.
-      implementation: of what one device does, as the user asked for it.
-      platform: where one of these must take what one device does; None where that is not asked.
+      axes, mesh: the axes of the mesh that shard the call.
+      kv_axes: the part of ``axes.heads`` that shards the key/value heads.
+      shards: number of shards of the sequence.
+      strategy: one of ``costs.STRATEGIES``; None where the sequence is not sharded.
+      layout: the order of the tokens.
+      distances: the ring steps, see `layouts.list_ring_distances`.
+      implementation: the names that the user gave.
+      platform: if not None, the named implementations have to support a shard's call on it.
     """
 
     axes: Axes
@@ -44,12 +43,12 @@ class Plan:
     shards: int
     strategy: str | None
     layout: str
-    hops: tuple[int, ...]
+    distances: tuple[int, ...]
     implementation: tuple[str, ...] | None
     platform: str | None = None
 
 
-def plan(
+def plan_call(
     call: AttentionCall,
     axes: Axes,
     mesh: Any,
@@ -58,48 +57,53 @@ def plan(
     layout: str = "contiguous",
     links: costs.Links | None = None,
     implementation: tuple[str, ...] | None = None,
-) -> Plan:
-    """Decides, and raises what `axattn.parallel.attention` says it raises."""
+) -> MeshPlan:
+    """Check the call and choose its strategy.
+
+    Raises:
+      ValueError, NotImplementedError: as `axattn.parallel.attention`.
+    """
     axes.check(mesh)
     rows, shards = axes.size(mesh, "batch"), axes.size(mesh, "sequence")
     if call.batch % rows:
         raise ValueError(f"batch takes axes whose size divides {call.batch} rows, got {rows}")
-    taken = kv_heads.kv_axes(axes, mesh, call.num_heads, call.num_kv_heads)
+    kv_axes = kv_heads.choose_kv_axes(axes, mesh, call.num_heads, call.num_kv_heads)
     if strategy not in (None, *costs.STRATEGIES):
         raise ValueError(f"strategy takes one of {costs.STRATEGIES} or None, got {strategy!r}")
-    layouts.check(layout)
-    made = functools.partial(
-        Plan, axes, mesh, taken, shards, layout=layout, implementation=implementation
+    layouts.check_layout(layout)
+    make_plan = functools.partial(
+        MeshPlan, axes, mesh, kv_axes, shards, layout=layout, implementation=implementation
     )
     if shards == 1:
-        return made(strategy=None, hops=(0,))
+        return make_plan(strategy=None, distances=(0,))
     for length in (call.q_len, call.kv_len):
-        layouts.runs(layout, shards, length)  # the check
-    hops = layouts.hops(call.mask, known(call, layout), shards, call.q_len, call.kv_len)
+        layouts.check_length(layout, shards, length)
+    distances = layouts.list_ring_distances(
+        call.mask, get_known_layout(call, layout), shards, call.q_len, call.kv_len
+    )
     if strategy is not None:
-        problem = problem_of(call, axes, mesh)
-        check_strategy(
-            strategy, problem.num_heads, problem.num_kv_heads, shards, call, implementation
-        )
-        return made(strategy=strategy, hops=hops)
+        sizes = get_shard_sizes(call, axes, mesh)
+        check_strategy(strategy, sizes.num_heads, sizes.num_kv_heads, shards, call, implementation)
+        return make_plan(strategy=strategy, distances=distances)
     names = [
-        c.strategy
-        for c in costs_of(call, axes, mesh, layout, links, implementation)
-        if not c.refusal
+        cost.strategy
+        for cost in compare_strategies(call, axes, mesh, layout, links, implementation)
+        if not cost.refusal
     ]
     for name in names[:-1]:
-        if _takes(made(strategy=name, hops=hops), call):
-            return made(strategy=name, hops=hops)
-    return made(strategy=names[-1], hops=hops)
+        plan = make_plan(strategy=name, distances=distances)
+        if _is_supported(plan, call):
+            return plan
+    return make_plan(strategy=names[-1], distances=distances)
 
 
-def _takes(plan: Plan, call: AttentionCall) -> bool:
-    """Whether the implementations that were named, if any, take what one device does."""
+def _is_supported(plan: MeshPlan, call: AttentionCall) -> bool:
+    """Return whether the named implementations, if any, support the call of a shard."""
     if plan.implementation is None:
         return True
     plan = dataclasses.replace(plan, platform=platform_of_mesh(plan.mesh))
     try:
-        jax.eval_shape(functools.partial(run, plan), call)
+        jax.eval_shape(functools.partial(run_mesh_plan, plan), call)
     except NotImplementedError:
         return False
     return True
@@ -108,176 +112,175 @@ def _takes(plan: Plan, call: AttentionCall) -> bool:
 def check_strategy(
     strategy: str, num_heads: int, num_kv_heads: int, shards: int, call, implementation
 ) -> None:
-    """NotImplementedError where it cannot be done, by the heads of one shard of them."""
+    """Raise NotImplementedError where the strategy does not support the call.
+
+    ``num_heads`` and ``num_kv_heads`` are those of one shard of the heads.
+    """
     refusals = {
-        "ring": ring_refuses(call, implementation),
-        "ulysses": ulysses.refuses(num_heads, num_kv_heads, shards),
+        "ring": ring.find_refusal(call, implementation),
+        "ulysses": ulysses.find_refusal(num_heads, num_kv_heads, shards),
     }
     if refusals.get(strategy):
         raise NotImplementedError(f'strategy "{strategy}" {refusals[strategy]}')
 
 
-def problem_of(call: AttentionCall, axes: Axes, mesh: Any) -> costs.Problem:
-    """A call as the cost model sees it."""
-    ways = axes.size(mesh, "heads")
-    return costs.Problem(
+def get_shard_sizes(call: AttentionCall, axes: Axes, mesh: Any) -> costs.ShardSizes:
+    """Return the sizes that the cost model takes."""
+    head_shards = axes.size(mesh, "heads")
+    return costs.ShardSizes(
         batch=max(1, call.batch // axes.size(mesh, "batch")),
         q_len=call.q_len,
         kv_len=call.kv_len,
-        num_heads=call.num_heads // ways,
-        num_kv_heads=max(1, call.num_kv_heads // ways),
+        num_heads=call.num_heads // head_shards,
+        num_kv_heads=max(1, call.num_kv_heads // head_shards),
         head_dim=call.head_dim,
         value_head_dim=call.value_head_dim,
         itemsize=call.query.dtype.itemsize,
     )
 
 
-def costs_of(call, axes, mesh, layout, links, implementation) -> list[costs.Cost]:
-    """Of every strategy for this call, the cheapest first."""
-    found = costs.costs(
-        problem_of(call, axes, mesh),
+def compare_strategies(call, axes, mesh, layout, links, implementation) -> list[costs.StrategyCost]:
+    """Return the cost of every strategy for this call, the cheapest first."""
+    ranking = costs.estimate_costs(
+        get_shard_sizes(call, axes, mesh),
         call.mask,
-        known(call, layout),
+        get_known_layout(call, layout),
         axes.size(mesh, "sequence"),
         links or costs.Links(),
     )
-    refusal = ring_refuses(call, implementation)
+    refusal = ring.find_refusal(call, implementation)
     if refusal:
-        found = [cost for cost in found if cost.strategy != "ring"]
-        found.append(costs.Cost("ring", refusal))
-    return found
+        ranking = [cost for cost in ranking if cost.strategy != "ring"]
+        ranking.append(costs.StrategyCost("ring", refusal))
+    return ranking
 
 
-def known(call: AttentionCall, layout: str) -> str | None:
-    """The layout, unless the call says by itself where its tokens are."""
+def get_known_layout(call: AttentionCall, layout: str) -> str | None:
+    """Return the layout, or None where the call has positions of its own."""
     return layout if call.q_positions is None and call.kv_positions is None else None
 
 
-def ring_refuses(call: AttentionCall, implementation: tuple[str, ...] | None) -> str | None:
-    """Why the ring cannot be done with what the user asked for."""
-    if call.query.dtype == jnp.float64:
-        return "merges in float32, got float64"
-    names = ("mosaic", *flash.NAMES)
-    if implementation is None or any(name in names for name in implementation):
-        return None
-    return f"merges and rings with implementations {', '.join(names)}, got {implementation}"
+def run_mesh_plan(plan: MeshPlan, call: AttentionCall) -> Results:
+    """Return output ``[B, T, N, h]`` and LSE ``[B, T, N]``, sharded as the query is."""
+    in_specs = specs.make_call_specs(call, plan.axes, plan.kv_axes or None)
+    return _run_jitted(plan, placed(call, in_specs, plan.mesh))
 
 
-def run(plan: Plan, call: AttentionCall) -> Results:
-    """Output ``[B, T, N, h]`` and LSE ``[B, T, N]``, shared out as the query is."""
-    in_specs = specs.of_call(call, plan.axes, plan.kv_axes or None)
-    return _run(plan, placed(call, in_specs, plan.mesh))
-
-
+# Jitted, so that an eager call is compiled as one program.
 @functools.partial(jax.jit, static_argnames="plan")
-def _run(plan: Plan, call: AttentionCall) -> Results:
-    # Compiled as one unit also when called eagerly.
+def _run_jitted(plan: MeshPlan, call: AttentionCall) -> Results:
     if call.q_len == plan.shards > 1:
-        call = _with_all_rows(call)
-    in_specs = specs.of_call(call, plan.axes, plan.kv_axes or None)
+        call = _broadcast_rows(call)
+    in_specs = specs.make_call_specs(call, plan.axes, plan.kv_axes or None)
     program = jax.shard_map(
-        functools.partial(local, plan),
+        functools.partial(run_shard, plan),
         mesh=plan.mesh,
         in_specs=(in_specs,),
-        out_specs=specs.of_results(plan.axes),
+        out_specs=specs.make_result_specs(plan.axes),
     )
     return program(resharded(call, in_specs, plan.mesh))
 
 
-def _with_all_rows(call: AttentionCall) -> AttentionCall:
-    """Where a shard has one query, an array of one row would look like one for all queries."""
+def _broadcast_rows(call: AttentionCall) -> AttentionCall:
+    """Repeat a bias or mask of one row for every query.
 
-    def rows(array):
+    A shard with one query could not tell such a row from the row of its own query.
+    """
+
+    def broadcast(array):
         if array is None or array.shape[2] != 1:
             return array
         return jnp.broadcast_to(array, (*array.shape[:2], call.q_len, array.shape[3]))
 
-    def part(one):
-        return Dense(rows(one.array)) if isinstance(one, Dense) else one
+    def broadcast_part(part):
+        return Dense(broadcast(part.array)) if isinstance(part, Dense) else part
 
-    mask = Mask(tuple(map(part, call.mask.parts)))
-    return dataclasses.replace(call, bias=rows(call.bias), mask=mask)
+    mask = Mask(tuple(map(broadcast_part, call.mask.parts)))
+    return dataclasses.replace(call, bias=broadcast(call.bias), mask=mask)
 
 
-def local(plan: Plan, call: AttentionCall) -> Results:
-    """What one device does, inside ``shard_map``."""
+def run_shard(plan: MeshPlan, call: AttentionCall) -> Results:
+    """Run the part of one device, inside ``shard_map``."""
     axes = plan.axes
     call = dataclasses.replace(call, return_residual=True)
     if call.dropout_key is not None:
-        call = _with_own_bits(plan, call)
-    call = kv_heads.own(call, axes, plan.mesh, plan.kv_axes)
+        call = _mix_dropout_key(plan, call)
+    call = kv_heads.select_kv_heads(call, axes, plan.mesh, plan.kv_axes)
 
     def attend(call: AttentionCall) -> Results:
-        chosen = registry.make_plan(call, plan.implementation)
-        _check_platform(chosen, plan.platform)
-        out, lse = registry.run_plan(call, chosen)
+        choice = registry.make_plan(call, plan.implementation)
+        _check_platform(choice, plan.platform)
+        out, lse = registry.run_plan(call, choice)
         return out, present(lse)
 
     if plan.strategy is None:
         return attend(call)
-    call, sequence = _with_positions(plan, call), present(axes.sequence)
+    call, sequence = _add_positions(plan, call), present(axes.sequence)
     if plan.strategy == "gather":
-        return gather.attend(call, sequence, attend)
+        return gather.run_gather(call, sequence, attend)
     if plan.strategy == "ulysses":
-        return ulysses.attend(call, sequence, plan.shards, attend)
-    # Of one hop: a dense mask has the columns of all shards, and a hop is given its own.
-    here = lax.axis_index(sequence)
-    hop_call = ring_step.call_of(call, ring_step.moving(call), here, here, first=True)
-    chosen = _flash_plan(hop_call, plan.implementation)
-    _check_platform(chosen, plan.platform)
-    backends = flash.make_backends(hop_call, chosen.names, chosen.refusal, whole=False)
-    return ring.attend(ring.Ring(sequence, plan.shards, plan.hops, backends), call)
+        return ulysses.run_ulysses(call, sequence, plan.shards, attend)
+    # Choose by the call of one step: it has only its own columns of a dense mask.
+    shard = lax.axis_index(sequence)
+    kv = ring_step.get_kv_shard(call)
+    step_call = ring_step.make_step_call(call, kv, shard, shard, first=True)
+    choice = _plan_flash(step_call, plan.implementation)
+    _check_platform(choice, plan.platform)
+    backends = flash.make_backends(step_call, choice.names, choice.refusal, whole=False)
+    return ring.run_ring(ring.RingSchedule(sequence, plan.shards, plan.distances, backends), call)
 
 
-def _with_positions(plan: Plan, call: AttentionCall) -> AttentionCall:
-    """Says where tokens are, where slots do not: `xla_chunked` and kernels count from 0."""
-    if not layouts.speaks_of_positions(call.mask) and call.alibi_slopes is None:
+def _add_positions(plan: MeshPlan, call: AttentionCall) -> AttentionCall:
+    """Add the positions of the tokens where slots, counted from 0, would be wrong ones."""
+    if not layouts.uses_positions(call.mask) and call.alibi_slopes is None:
         return call
     sequence = present(plan.axes.sequence)
-    here = lax.axis_index(sequence)
+    shard = lax.axis_index(sequence)
     changes: dict[str, Any] = {}
-    for name, own in (("q_positions", call.q_len), ("kv_positions", call.kv_len)):
-        # A shard's own, or those of all shards where they will be together.
-        together = plan.strategy == "ulysses" or (plan.strategy, name) == ("gather", "kv_positions")
-        given, length = getattr(call, name), own * plan.shards
-        if given is not None:
-            changes[name] = gather.whole(given, sequence) if together else given
-        elif not together:
-            slots = here * own + jnp.arange(own, dtype=jnp.int32)
-            changes[name] = layouts.of_slots(plan.layout, slots, plan.shards, length)[None]
+    for name, size in (("q_positions", call.q_len), ("kv_positions", call.kv_len)):
+        # Whether the strategy brings these tokens of all shards together.
+        gathers = plan.strategy == "ulysses" or (plan.strategy, name) == ("gather", "kv_positions")
+        positions, length = getattr(call, name), size * plan.shards
+        if positions is not None:
+            changes[name] = gather.gather_shards(positions, sequence) if gathers else positions
+        elif not gathers:
+            slots = shard * size + jnp.arange(size, dtype=jnp.int32)
+            changes[name] = layouts.compute_positions(plan.layout, slots, plan.shards, length)[None]
         elif plan.layout != "contiguous":
             slots = jnp.arange(length, dtype=jnp.int32)
-            changes[name] = layouts.of_slots(plan.layout, slots, plan.shards, length)[None]
+            changes[name] = layouts.compute_positions(plan.layout, slots, plan.shards, length)[None]
     return dataclasses.replace(call, **changes)
 
 
-def _flash_plan(call: AttentionCall, implementation) -> registry.ImplementationPlan:
-    """The ring needs forward and backward passes that it can merge itself: those of `flash`."""
+def _plan_flash(call: AttentionCall, implementation) -> registry.ImplementationPlan:
+    """Choose among the implementations of `flash`, whose results the ring can combine."""
     if implementation is None:
         return registry.ImplementationPlan(
             tuple(
-                (platform, tuple(n if n in flash.NAMES else "xla_chunked" for n in chosen))
-                for platform, chosen in registry.make_plan(call, None).names
+                (platform, tuple(n if n in flash.NAMES else "xla_chunked" for n in names))
+                for platform, names in registry.make_plan(call, None).names
             )
         )
     names = tuple(n for n in implementation if n in ("mosaic", *flash.NAMES))
     return registry.make_plan(call, names)
 
 
-def _check_platform(chosen: registry.ImplementationPlan, platform: str | None) -> None:
-    if platform is not None and platform not in dict(chosen.names):
-        raise NotImplementedError(chosen.refusal)
+def _check_platform(choice: registry.ImplementationPlan, platform: str | None) -> None:
+    if platform is not None and platform not in dict(choice.names):
+        raise NotImplementedError(choice.refusal)
 
 
-def _with_own_bits(plan: Plan, call: AttentionCall) -> AttentionCall:
-    """Dropout's bits belong to rows, heads and slots, which every device counts from 0.
+def _mix_dropout_key(plan: MeshPlan, call: AttentionCall) -> AttentionCall:
+    """Give each device other dropout bits: all of them count rows, heads and slots from 0.
 
-    One pattern for all rows and heads differs by the slots alone, and a ring says which.
+    With one pattern for all rows and heads (``broadcast_dropout``) only slots matter. The ring
+    mixes in the shards of its steps itself.
     """
     axes = plan.axes
-    names = list(names_of("sequence", axes.sequence))
+    names = list(list_axis_names("sequence", axes.sequence))
     if not call.broadcast_dropout:
-        names += [n for what in ("batch", "heads") for n in names_of(what, getattr(axes, what))]
+        for dimension in ("batch", "heads"):
+            names += list_axis_names(dimension, getattr(axes, dimension))
     elif plan.strategy != "gather":
         names = []
     if not names:

@@ -1,8 +1,9 @@
 """Ring attention: keys and values travel, queries stay (Liu et al., arXiv:2310.01889).
 
-Inside ``shard_map``. At every hop a shard attends to the keys that it has, while the next ones are
-on their way; partial results are merged by their LSE. The backward pass rings as well: gradients of
-keys and values travel with them and come home. Hops that no shard needs are left out.
+Inside ``shard_map``. At every ring step a shard attends to the keys that it has, while the next
+ones are being sent; the results are combined by their LSE. In the backward pass the gradients of
+keys and values travel with them, and back to their shard in the end. Steps that the mask empties
+are left out.
 """
 
 from __future__ import annotations
@@ -22,89 +23,104 @@ from axattn._implementations.chunked import block_sizes, forward
 from axattn._implementations.chunked.backward import Gradients
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._sharded import ring_step
-from axattn._sharded.combine import merged
+from axattn._sharded.combine import Results, combine_pair
 from axattn._typing import present
 
 
-class Ring(NamedTuple):
-    """Static facts; hashable."""
+class RingSchedule(NamedTuple):
+    """The steps of a ring over a mesh axis, and who attends in them. Static and hashable."""
 
     axis: str
     shards: int
-    hops: tuple[int, ...]  # distances, 0 first
+    distances: tuple[int, ...]  # one per step, 0 first; see `layouts.list_ring_distances`
     backends: flash.Backends
 
     @property
-    def uniform(self) -> bool:
-        """Whether all distances are there: then a loop does them, and the program stays short."""
-        return self.hops == tuple(range(self.shards)) and self.shards > 2
+    def has_all_distances(self) -> bool:
+        """Whether no step is left out: then a loop keeps the program short."""
+        return self.distances == tuple(range(self.shards)) and self.shards > 2
 
 
-def attend(ring: Ring, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, t, N, h]`` in the query's dtype and LSE ``[B, t, N]`` of this shard."""
-    axes = varying_axes(*jax.tree.leaves(call)) | {ring.axis}
+def find_refusal(call: AttentionCall, implementation: tuple[str, ...] | None) -> str | None:
+    """Return why the ring cannot run with the dtype or the named implementations, or None."""
+    if call.query.dtype == jnp.float64:
+        return "merges in float32, got float64"
+    names = ("mosaic", *flash.NAMES)
+    if implementation is None or any(name in names for name in implementation):
+        return None
+    return f"merges and rings with implementations {', '.join(names)}, got {implementation}"
+
+
+def run_ring(schedule: RingSchedule, call: AttentionCall) -> Results:
+    """Return output ``[B, t, N, h]`` in the query's dtype and LSE ``[B, t, N]`` of this shard."""
+    axes = varying_axes(*jax.tree.leaves(call)) | {schedule.axis}
     call = vary_over(call, axes)
     inputs = Gradients(*(getattr(call, name) for name in Gradients._fields))
     absent: dict[str, Any] = dict.fromkeys(Gradients._fields)
     rest = dataclasses.replace(call, **absent)
-    return _ring(ring, inputs, rest)
+    return _attend_ring(schedule, inputs, rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ring: Ring, inputs: Gradients, rest: AttentionCall) -> tuple[jax.Array, jax.Array]:
+def _attend_ring(schedule: RingSchedule, inputs: Gradients, rest: AttentionCall) -> Results:
     call = dataclasses.replace(rest, **inputs._asdict())
-    out, lse = _merged_hops(ring, call, lambda hop_call: flash.attend(hop_call, ring.backends))
+
+    def attend(step_call: AttentionCall) -> Any:
+        return flash.attend(step_call, schedule.backends)
+
+    out, lse = _combine_steps(schedule, call, attend)
     return out.astype(call.query.dtype), lse
 
 
-def _exact(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
-    """A hop with weights and output that are not rounded to 16 bits."""
+def _attend_unrounded(call: AttentionCall) -> Results:
+    """Attend in one step without rounding weights and output to 16 bits."""
     return forward.forward(call, block_sizes.choose_chunk_sizes(call, "cpu"), rounded=False)
 
 
-def _merged_hops(ring: Ring, call: AttentionCall, attend: Callable) -> tuple[jax.Array, jax.Array]:
-    """Output and LSE, float32, of all hops, each of which is ``attend(its call)``."""
-    here = lax.axis_index(ring.axis)
+def _combine_steps(schedule: RingSchedule, call: AttentionCall, attend: Callable) -> Results:
+    """Call ``attend`` in every step; return output and LSE of all steps, float32."""
+    shard = lax.axis_index(schedule.axis)
 
-    def one(keys: ring_step.Moving, distance, first: bool):
-        source = (here - distance) % ring.shards
-        out, lse = attend(ring_step.call_of(call, keys, here, source, first=first))
+    def attend_step(kv: ring_step.KVShard, distance, first: bool):
+        source = (shard - distance) % schedule.shards
+        out, lse = attend(ring_step.make_step_call(call, kv, shard, source, first=first))
         return out.astype(jnp.float32), lse
 
-    keys = ring_step.moving(call)
-    upcoming = _next(ring, keys, 0)
-    result = one(keys, 0, True)
-    if ring.uniform:
+    kv = ring_step.get_kv_shard(call)
+    upcoming = _fetch_next(schedule, kv, 0)
+    result = attend_step(kv, 0, True)
+    if schedule.has_all_distances:
 
-        def step(carry, distance):
-            keys, result = carry
-            upcoming = ring_step.shifted(keys, ring.axis, ring.shards, 1)
-            return (upcoming, merged(result, one(keys, distance, False))), None
+        def combine_step(carry, distance):
+            kv, result = carry
+            upcoming = ring_step.shift_shards(kv, schedule.axis, schedule.shards, 1)
+            return (upcoming, combine_pair(result, attend_step(kv, distance, False))), None
 
-        distances = jnp.arange(1, ring.shards - 1)
-        (upcoming, result), _ = lax.scan(step, (upcoming, result), distances)
-        result = merged(result, one(upcoming, ring.shards - 1, False))
+        distances = jnp.arange(1, schedule.shards - 1)
+        (upcoming, result), _ = lax.scan(combine_step, (upcoming, result), distances)
+        result = combine_pair(result, attend_step(upcoming, schedule.shards - 1, False))
     else:
-        for i, distance in enumerate(ring.hops[1:], 1):
-            keys, upcoming = upcoming, _next(ring, upcoming, i)
-            result = merged(result, one(keys, distance, False))
+        for i, distance in enumerate(schedule.distances[1:], 1):
+            kv, upcoming = upcoming, _fetch_next(schedule, upcoming, i)
+            result = combine_pair(result, attend_step(kv, distance, False))
     return result
 
 
-def _next(ring: Ring, tree: Any, i: int) -> Any:
-    """``tree`` from where hop ``i`` has it to where the next one wants it."""
-    if i + 1 == len(ring.hops):
-        return tree
-    return ring_step.shifted(tree, ring.axis, ring.shards, ring.hops[i + 1] - ring.hops[i])
+def _fetch_next(schedule: RingSchedule, kv: ring_step.KVShard, i: int) -> ring_step.KVShard:
+    """Send the keys of step ``i`` to where the next step needs them."""
+    if i + 1 == len(schedule.distances):
+        return kv
+    distance = schedule.distances[i + 1] - schedule.distances[i]
+    return ring_step.shift_shards(kv, schedule.axis, schedule.shards, distance)
 
 
-def _forward(ring: Ring, inputs: Gradients, rest: AttentionCall):
-    out, lse = _ring(ring, inputs, rest)
+def _forward_ring(schedule: RingSchedule, inputs: Gradients, rest: AttentionCall):
+    out, lse = _attend_ring(schedule, inputs, rest)
     return (out, lse), (inputs, rest, out, lse)
 
 
-class _Sums(NamedTuple):
-    """Float32 gradients of what stays, and of what travels (key and value)."""
+class _RingGradients(NamedTuple):
+    """Float32 sums over the steps. Those of key and value travel with them."""
 
     query: jax.Array
     bias: jax.Array | None
@@ -113,76 +129,77 @@ class _Sums(NamedTuple):
     value: jax.Array
 
 
-def _backward(ring: Ring, residuals, cotangents):
+def _backward_ring(schedule: RingSchedule, residuals, cotangents):
     inputs, rest, out, lse = residuals
     call = dataclasses.replace(rest, **inputs._asdict())
-    here = lax.axis_index(ring.axis)
+    shard = lax.axis_index(schedule.axis)
     dout, dlse = cotangents
-    if call.bias is not None:  # whose gradients, of its dtype, are summed up over the hops
+    if call.bias is not None:  # a step returns the gradient in its dtype: add up in float32
         call = dataclasses.replace(call, bias=call.bias.astype(jnp.float32))
     if call.bias is not None and out.dtype != jnp.float32:
-        # As in `chunked_backward.backward`: the gradient of a bias sums up what rounding leaves.
-        # What the cotangents of the output and of the LSE say together is then exact.
-        exact, _ = _merged_hops(ring, call, _exact)
+        # The gradient of a bias sums up rounding errors of the output (see `chunked.backward`).
+        # Moving the error to the cotangent of the LSE makes the sum of both exact.
+        exact, _ = _combine_steps(schedule, call, _attend_unrounded)
         rounding = out.astype(jnp.float32) - exact
         dlse = dlse + (dout.astype(jnp.float32) * rounding).sum(-1)
 
-    def one(keys: ring_step.Moving, sums: _Sums, distance, first: bool):
-        source = (here - distance) % ring.shards
-        local = ring_step.call_of(call, keys, here, source, first=first)
-        found = flash.compute_gradients(ring.backends, local, out, lse, dout, dlse)
-        return _added(sums, found, source * keys.key.shape[1]), found.sinks
+    def add_step(kv: ring_step.KVShard, sums: _RingGradients, distance, first: bool):
+        source = (shard - distance) % schedule.shards
+        step_call = ring_step.make_step_call(call, kv, shard, source, first=first)
+        step = flash.compute_gradients(schedule.backends, step_call, out, lse, dout, dlse)
+        return _add_gradients(sums, step, source * kv.key.shape[1]), step.sinks
 
     key, value = present(call.key), present(call.value)
-    sums = _Sums(call.query, call.bias, call.traced_scale, key, value)
+    sums = _RingGradients(call.query, call.bias, call.traced_scale, key, value)
     sums = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), sums)
     sums = vary_over(sums, varying_axes(*jax.tree.leaves(call)))
-    keys = ring_step.moving(call)
-    sums, sinks = one(keys, sums, 0, True)
+    kv = ring_step.get_kv_shard(call)
+    sums, sinks = add_step(kv, sums, 0, True)
 
-    def moved(tree, distance):
-        return ring_step.shifted(tree, ring.axis, ring.shards, distance)
+    def shift(tree, distance):
+        return ring_step.shift_shards(tree, schedule.axis, schedule.shards, distance)
 
-    def with_keys(sums, distance):
-        key, value = moved((sums.key, sums.value), distance)
+    def shift_kv_gradients(sums, distance):
+        key, value = shift((sums.key, sums.value), distance)
         return sums._replace(key=key, value=value)
 
-    if ring.uniform:
+    if schedule.has_all_distances:
 
-        def step(carry, distance):
-            keys, sums = carry
-            keys, sums = moved(keys, 1), with_keys(sums, 1)
-            return (keys, one(keys, sums, distance, False)[0]), None
+        def add_next_step(carry, distance):
+            kv, sums = carry
+            kv, sums = shift(kv, 1), shift_kv_gradients(sums, 1)
+            return (kv, add_step(kv, sums, distance, False)[0]), None
 
-        (_, sums), _ = lax.scan(step, (keys, sums), jnp.arange(1, ring.shards))
+        (_, sums), _ = lax.scan(add_next_step, (kv, sums), jnp.arange(1, schedule.shards))
     else:
-        for before, distance in zip(ring.hops, ring.hops[1:], strict=False):
-            keys, sums = moved(keys, distance - before), with_keys(sums, distance - before)
-            sums, _ = one(keys, sums, distance, False)
-    sums = with_keys(sums, -ring.hops[-1])
-    found = Gradients(sums.query, sums.key, sums.value, sums.bias, sinks, sums.scale)
-    cast: Any = (
-        None if x is None else x.astype(like.dtype) for x, like in zip(found, inputs, strict=True)
-    )
+        for before, distance in zip(schedule.distances, schedule.distances[1:], strict=False):
+            kv = shift(kv, distance - before)
+            sums = shift_kv_gradients(sums, distance - before)
+            sums, _ = add_step(kv, sums, distance, False)
+    sums = shift_kv_gradients(sums, -schedule.distances[-1])
+    gradients = Gradients(sums.query, sums.key, sums.value, sums.bias, sinks, sums.scale)
+    pairs = zip(gradients, inputs, strict=True)
+    cast: Any = (None if x is None else x.astype(like.dtype) for x, like in pairs)
     return Gradients(*cast), None
 
 
-def _added(sums: _Sums, found: Gradients, kv_first: jax.Array) -> _Sums:
+def _add_gradients(sums: _RingGradients, step: Gradients, kv_first: jax.Array) -> _RingGradients:
+    """Add the gradients of a step over the keys from slot ``kv_first`` on."""
     bias = sums.bias
     if bias is not None:
-        part = present(found.bias).astype(jnp.float32)
+        part = present(step.bias).astype(jnp.float32)
         if bias.shape[-1] != 1:
-            part += ring_step.columns(bias, kv_first, part.shape[-1])
+            part += ring_step.slice_key_slots(bias, kv_first, part.shape[-1])
             bias = lax.dynamic_update_slice_in_dim(bias, part, kv_first, bias.ndim - 1)
         else:
             bias = bias + part
-    return _Sums(
-        sums.query + found.query.astype(jnp.float32),
+    return _RingGradients(
+        sums.query + step.query.astype(jnp.float32),
         bias,
-        None if sums.scale is None else sums.scale + present(found.traced_scale),
-        sums.key + found.key.astype(jnp.float32),
-        sums.value + found.value.astype(jnp.float32),
+        None if sums.scale is None else sums.scale + present(step.traced_scale),
+        sums.key + step.key.astype(jnp.float32),
+        sums.value + step.value.astype(jnp.float32),
     )
 
 
-_ring.defvjp(_forward, _backward)
+_attend_ring.defvjp(_forward_ring, _backward_ring)

@@ -1,4 +1,4 @@
-"""A hop of the ring: the call of one shard's queries over another shard's keys."""
+"""One ring step: the call of one shard's queries over another shard's keys."""
 
 from __future__ import annotations
 
@@ -12,75 +12,75 @@ from jax import lax
 from axattn import _mask_parts as parts
 from axattn._call import AttentionCall
 from axattn._masks import Mask
+from axattn._sharded import layouts
 from axattn._typing import present
 
 
-class Moving(NamedTuple):
-    """What travels from shard to shard: the key side of a call."""
+class KVShard(NamedTuple):
+    """The key side of a call, which is sent from shard to shard."""
 
     key: jax.Array  # [B, s, K, H]
     value: jax.Array  # [B, s, K, h]
     positions: jax.Array | None  # int32 [B or 1, s]
-    ids: tuple[jax.Array, ...]  # int32 [B or 1, s], of each part of segments
+    kv_ids: tuple[jax.Array, ...]  # int32 [B or 1, s], one for each part of segments
 
 
-def moving(call: AttentionCall) -> Moving:
-    ids = tuple(part.kv_ids for part in call.mask.parts if isinstance(part, parts.Segments))
-    return Moving(present(call.key), present(call.value), call.kv_positions, ids)
+def get_kv_shard(call: AttentionCall) -> KVShard:
+    """Return the keys that this shard has before the first step."""
+    kv_ids = tuple(part.kv_ids for part in call.mask.parts if isinstance(part, parts.Segments))
+    return KVShard(present(call.key), present(call.value), call.kv_positions, kv_ids)
 
 
-def shifted(tree, axis: str, shards: int, distance: int):
-    """Every shard's ``tree`` on the shard that is ``distance`` further."""
+def shift_shards(tree, axis: str, shards: int, distance: int):
+    """Send the arrays of every shard to the shard ``distance`` further around the ring."""
     if distance % shards == 0:
         return tree
     pairs = [(r, (r + distance) % shards) for r in range(shards)]
     return jax.tree.map(lambda x: lax.ppermute(x, axis, pairs), tree)
 
 
-def call_of(
-    call: AttentionCall, keys: Moving, here: jax.Array, source: jax.Array, *, first: bool
+def make_step_call(
+    call: AttentionCall, kv: KVShard, shard: jax.Array, source: jax.Array, *, first: bool
 ) -> AttentionCall:
-    """The local ``call`` of shard ``here`` over the keys of shard ``source``.
+    """Return ``call`` of the queries of ``shard`` over the keys of shard ``source``.
 
-    Sinks count once: in the ``first`` hop.
+    Sinks belong to the ``first`` step only.
     """
-    q_len, kv_len = call.q_len, keys.key.shape[1]
-    q_first, kv_first = here * q_len, source * kv_len
-    ids = iter(keys.ids)
+    q_len, kv_len = call.q_len, kv.key.shape[1]
+    q_first, kv_first = shard * q_len, source * kv_len
+    kv_ids = iter(kv.kv_ids)
 
-    def part(one: parts.Part) -> parts.Part:
-        if isinstance(one, parts.Segments):
-            return dataclasses.replace(one, kv_ids=next(ids))
-        if isinstance(one, parts.Lengths):
-            return parts.Lengths(_rest(one.q, q_first, q_len), _rest(one.kv, kv_first, kv_len))
-        if isinstance(one, parts.Dense):
-            return parts.Dense(columns(one.array, kv_first, kv_len))
-        return one
+    def localize_part(part: parts.Part) -> parts.Part:
+        if isinstance(part, parts.Segments):
+            return dataclasses.replace(part, kv_ids=next(kv_ids))
+        if isinstance(part, parts.Lengths):
+            return parts.Lengths(
+                None if part.q is None else layouts.clip_length(part.q, q_first, q_len),
+                None if part.kv is None else layouts.clip_length(part.kv, kv_first, kv_len),
+            )
+        if isinstance(part, parts.Dense):
+            return parts.Dense(slice_key_slots(part.array, kv_first, kv_len))
+        return part
 
     dropout_key = call.dropout_key
     if dropout_key is not None:
-        # Bits belong to slots, which here are counted from 0 in every pair of shards.
-        shards = jnp.stack([jnp.asarray(x, jnp.uint32) for x in (here, source)])
+        # Every pair of shards counts its slots from 0, and needs bits of its own.
+        shards = jnp.stack([jnp.asarray(x, jnp.uint32) for x in (shard, source)])
         dropout_key = dropout_key ^ (shards * jnp.uint32(0x9E3779B9))
     return dataclasses.replace(
         call,
-        key=keys.key,
-        value=keys.value,
-        kv_positions=keys.positions,
-        bias=None if call.bias is None else columns(call.bias, kv_first, kv_len),
-        mask=Mask(tuple(part(one) for one in call.mask.parts)),
+        key=kv.key,
+        value=kv.value,
+        kv_positions=kv.positions,
+        bias=None if call.bias is None else slice_key_slots(call.bias, kv_first, kv_len),
+        mask=Mask(tuple(map(localize_part, call.mask.parts))),
         sinks=call.sinks if first else None,
         dropout_key=dropout_key,
     )
 
 
-def columns(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
-    """Key slots of ``[.., .., .., S or 1]``."""
+def slice_key_slots(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """Return ``size`` key slots of an array ``[.., .., .., S or 1]``."""
     if array.shape[-1] == 1:
         return array
     return lax.dynamic_slice_in_dim(array, first, size, array.ndim - 1)
-
-
-def _rest(length, first, size: int):
-    """How many of a shard's slots are below ``length``."""
-    return None if length is None else jnp.clip(length - first, 0, size)

@@ -16,7 +16,7 @@ from axattn._mask_parts import Dense
 from axattn._masks import Mask
 from axattn._options import AttentionOptions
 from axattn._sharded import costs, layouts, program
-from axattn._sharded.axes import Axes, mesh_or_current
+from axattn._sharded.axes import Axes, find_mesh
 from axattn._typing import Array, ArrayLike, Layout, Strategy, present
 
 
@@ -132,12 +132,12 @@ def attention(
       >>> out.shape  # each device has its part of the 64 tokens
       (1, 64, 4, 16)
     """
-    mesh = mesh_or_current(mesh)
+    mesh = find_mesh(mesh)
     axes.check(mesh)
     where = _Where(layout, axes.size(mesh, "sequence"))
     given = AttentionOptions.parse("attention", bias=bias, mask=mask, **options)
     call, lead, implementation = _call(query, key, value, given, where)
-    plan = program.plan(
+    plan = program.plan_call(
         call,
         axes,
         mesh,
@@ -146,7 +146,7 @@ def attention(
         links=links,
         implementation=implementation,
     )
-    return _results(call, lead, *program.run(plan, call))
+    return _results(call, lead, *program.run_mesh_plan(plan, call))
 
 
 def explain(
@@ -161,7 +161,7 @@ def explain(
     layout: Layout = "contiguous",
     links: costs.Links | None = None,
     **options: Any,
-) -> list[costs.Cost]:
+) -> list[costs.StrategyCost]:
     """What each strategy would cost, the cheapest first; print them.
 
     Nothing is computed.
@@ -191,7 +191,7 @@ def explain(
       >>> {cost.strategy: round(cost.sent / 2**20) for cost in costs}  # MiB that a device sends
       {'ulysses': 140, 'ring': 112, 'gather': 112}
     """
-    mesh, found = mesh_or_current(mesh), []
+    mesh, found = find_mesh(mesh), []
     axes.check(mesh)
     where = _Where(layout, axes.size(mesh, "sequence"))
     given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
@@ -199,7 +199,7 @@ def explain(
     def look(query, key, value, **options):
         asked = AttentionOptions.parse("explain", **options)
         call, _, implementation = _call(query, key, value, asked, where)
-        found.extend(program.costs_of(call, axes, mesh, layout, links, implementation))
+        found.extend(program.compare_strategies(call, axes, mesh, layout, links, implementation))
 
     trace_shapes(look, given)
     return found
@@ -311,11 +311,12 @@ def local_attention(
         strategy, call.num_heads, call.num_kv_heads, shards, call, implementation
     )
     sizes = (call.q_len * shards, call.kv_len * shards)
-    hops = layouts.hops(call.mask, program.known(call, layout), shards, *sizes)
-    plan = program.Plan(
-        Axes(sequence=axis), None, (), shards, strategy, layout, hops, implementation
+    known_layout = program.get_known_layout(call, layout)
+    distances = layouts.list_ring_distances(call.mask, known_layout, shards, *sizes)
+    plan = program.MeshPlan(
+        Axes(sequence=axis), None, (), shards, strategy, layout, distances, implementation
     )
-    return _results(call, lead, *program.local(plan, call))
+    return _results(call, lead, *program.run_shard(plan, call))
 
 
 class _Where(NamedTuple):
@@ -329,10 +330,10 @@ class _Where(NamedTuple):
         """Of the call's ``length`` tokens."""
         whole = length if self.shard is None else length * self.shards
         if self.shards > 1:
-            layouts.runs(self.layout, self.shards, whole)  # the check
+            layouts.check_length(self.layout, self.shards, whole)
         first = 0 if self.shard is None else self.shard * length
         slots = first + jnp.arange(length, dtype=jnp.int32)
-        return layouts.of_slots(self.layout, slots, self.shards, whole)
+        return layouts.compute_positions(self.layout, slots, self.shards, whole)
 
 
 def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array) -> Any:

@@ -31,7 +31,7 @@ from axattn._call import AttentionCall
 from axattn._implementations import registry
 from axattn._jax_compat import resharded, vary_over, varying_axes
 from axattn._sharded import kv_heads, specs
-from axattn._sharded.axes import Axes, mesh_or_current, names_of
+from axattn._sharded.axes import Axes, find_mesh, list_axis_names
 from axattn._typing import Array, ArrayLike, Float, Float32
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
 from axattn.parallel import _striped_cache
@@ -124,7 +124,7 @@ class ShardedCache(HeldCache):
         """
         if kind not in _SIZES:
             raise TypeError(f"kind takes one of {[k.__name__ for k in _SIZES]}, got {kind!r}")
-        mesh = mesh_or_current(mesh)
+        mesh = find_mesh(mesh)
         axes.check(mesh)
         jax.eval_shape(lambda: kind.create(*sizes, **options))  # its own checks
         given = dict(inspect.signature(kind.create).bind(*sizes, **options).arguments)
@@ -388,8 +388,8 @@ def _append(
 ) -> Cache:
     axes, mesh, cache = sharded.axes, sharded.mesh, sharded.cache
     stored_heads = cache.arrays.keys.shape[1]
-    taken = kv_heads.kv_axes(axes, mesh, stored_heads, sharded.num_kv_heads)
-    rest = names_of("heads", axes.heads)[len(taken) :]
+    taken = kv_heads.choose_kv_axes(axes, mesh, stored_heads, sharded.num_kv_heads)
+    rest = list_axis_names("heads", axes.heads)[len(taken) :]
 
     def own_head(x: jax.Array) -> jax.Array:
         """Of heads that several devices have, the one of this device."""
@@ -433,10 +433,12 @@ def _attend(
         call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
         return registry.run_plan(call, registry.make_plan(call, implementation))
 
-    of_call = dataclasses.replace(specs.of_call(call, of_queries, None), key=None, value=None)
+    of_call = dataclasses.replace(
+        specs.make_call_specs(call, of_queries, None), key=None, value=None
+    )
     in_specs = _specs(cache, axes), of_call
     program = jax.shard_map(
-        local, mesh=mesh, in_specs=in_specs, out_specs=specs.of_results(of_queries)
+        local, mesh=mesh, in_specs=in_specs, out_specs=specs.make_result_specs(of_queries)
     )
     return program(*resharded((cache, call), in_specs, mesh))
 

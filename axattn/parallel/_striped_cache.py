@@ -23,7 +23,7 @@ from axattn._call import AttentionCall
 from axattn._implementations import registry
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._masks import Mask, positions_or_default
-from axattn._sharded.combine import merged_over, with_sinks
+from axattn._sharded.combine import add_sinks, combine_shards
 from axattn._typing import present
 from axattn.cache import Cache, RingCache
 from axattn.cache._write import write
@@ -168,7 +168,7 @@ def attend(
     local = _of_shard(call, cache, lax.axis_index(axis), lax.axis_size(axis))
     local = vary_over(local, varying_axes(*jax.tree.leaves(local)))
     out, lse = registry.run_plan(local, registry.make_plan(local, implementation))
-    out, lse = with_sinks(merged_over(axis, (out, present(lse))), call.sinks)
+    out, lse = add_sinks(combine_shards(axis, (out, present(lse))), call.sinks)
     return out.astype(call.query.dtype), lse
 
 

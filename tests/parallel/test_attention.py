@@ -336,12 +336,12 @@ def test_gathering_gathers_no_query(mesh_of):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("window, hops", [((9, 0), 1), ((16, 0), 1), ((17, 0), 2), ((3, 3), 2)])
-def test_windows_leave_hops_out(mesh_of, window, hops):
+@pytest.mark.parametrize("window, steps", [((9, 0), 1), ((16, 0), 1), ((17, 0), 2), ((3, 3), 2)])
+def test_windows_leave_steps_out(mesh_of, window, steps):
     """Shards of 16 tokens: how far a window reaches is how often keys travel."""
     text = program(mesh_of(context=4), "ring", local_window_size=window)
     keys = [s for s in moved(text, "collective-permute") if s.endswith(",4,20]")]
-    assert len(keys) == hops
+    assert len(keys) == steps
 
 
 # ---- arguments ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Parts of the keys merged are all of the keys, in one device and over an axis of a mesh."""
+"""Combining parts of the keys gives all keys, on one device and over a mesh axis."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def check(got, want):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_merged(parts):
+def test_combine_pair(parts):
     (out, lse), whole = parts
     found = out[0], lse[0]
     for i in range(1, 4):
-        found = combine.merged(found, (out[i], lse[i]))
+        found = combine.combine_pair(found, (out[i], lse[i]))
     check(found, whole)
 
 
-def test_with_sinks(parts):
+def test_add_sinks(parts):
     """One more score per head, that has no value; rows without keys have it, too."""
     _, (out, lse) = parts
     sinks = np.array([-0.5, 2.0])
     weights = np.exp(np.asarray(lse, np.float64))
     total = weights + np.exp(sinks)
-    check(combine.with_sinks((out, lse), jnp.asarray(sinks, jnp.float32)),
+    check(combine.add_sinks((out, lse), jnp.asarray(sinks, jnp.float32)),
           (out * (weights / total)[..., None], np.log(total)))  # fmt: skip
 
 
-def test_merged_over(mesh_of, parts):
+def test_combine_shards(mesh_of, parts):
     (out, lse), whole = parts
 
     def run(out, lse):
-        return combine.merged_over("context", (out[0], lse[0]))
+        return combine.combine_shards("context", (out[0], lse[0]))
 
-    merged = jax.shard_map(
+    combined = jax.shard_map(
         run, mesh=mesh_of(context=4), in_specs=P("context"), out_specs=P(), check_vma=False
     )
-    check(merged(out, lse), whole)
+    check(combined(out, lse), whole)

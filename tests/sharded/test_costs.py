@@ -11,11 +11,11 @@ import pytest
 
 from axattn import Mask, parallel
 from axattn._sharded import costs, layouts
-from axattn._sharded.costs import Links, Problem
+from axattn._sharded.costs import Links, ShardSizes
 
 LINKS = Links(flops=1e12, bytes=1e9)
 ALL_PAIRS, CAUSAL = Mask(), Mask.causal()
-PROBLEM = Problem(
+SIZES = ShardSizes(
     batch=2, q_len=4096, kv_len=4096, num_heads=32, num_kv_heads=4, head_dim=128,
     value_head_dim=64, itemsize=2,
 )  # fmt: skip
@@ -24,7 +24,7 @@ ALL = 2.0 * 2 * 32 * 4096 * 4096 * (128 + 64)  # FLOPs of all pairs
 
 
 def by_name(mask=ALL_PAIRS, layout="contiguous", shards=8, links=LINKS, **changes):
-    found = costs.costs(dataclasses.replace(PROBLEM, **changes), mask, layout, shards, links)
+    found = costs.estimate_costs(dataclasses.replace(SIZES, **changes), mask, layout, shards, links)
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     return {cost.strategy: cost for cost in found}
 
@@ -40,7 +40,7 @@ def test_bytes_and_flops_of_all_pairs():
 
 
 def test_seconds():
-    """Of the ring the longer of computing and sending at every hop, of the others both."""
+    """Of the ring the longer of computing and sending at every step, of the others both."""
     found = by_name()
     block, work = KEYS / 8 / LINKS.bytes, ALL / 64 / LINKS.flops
     assert found["ring"].seconds == pytest.approx(7 * max(work, block) + work)
@@ -97,11 +97,11 @@ class TestLayouts:
         for layout in layouts.LAYOUTS:
             found = parallel.positions(layout, 4, 48)
             assert sorted(found) == list(range(48))
-            assert (layouts.of_slots(layout, jnp.arange(48), 4, 48) == found).all()
+            assert (layouts.compute_positions(layout, jnp.arange(48), 4, 48) == found).all()
         assert parallel.positions("zigzag", 2, 8).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
     @pytest.mark.parametrize(
-        "mask, layout, hops",
+        "mask, layout, distances",
         [
             (CAUSAL, "contiguous", (0, 1, 2, 3)),
             (Mask.window(16, 0), "contiguous", (0, 1)),
@@ -114,21 +114,21 @@ class TestLayouts:
             (Mask.window(3, 0), None, (0, 1, 2, 3)),
         ],
     )  # fmt: skip
-    def test_hops(self, mask, layout, hops):
-        """16 tokens on each of 4 shards; what is traced or not known leaves no hop out."""
-        assert layouts.hops(mask, layout, 4, 64, 64) == hops
+    def test_ring_distances(self, mask, layout, distances):
+        """16 tokens on each of 4 shards; what is traced or not known leaves no ring step out."""
+        assert layouts.list_ring_distances(mask, layout, 4, 64, 64) == distances
 
     @pytest.mark.parametrize("layout", layouts.LAYOUTS)
     @pytest.mark.parametrize("mask", [CAUSAL, Mask.window(9, 4), CAUSAL & Mask.window(20, None),
                                       Mask.prefix(11)])  # fmt: skip
     def test_no_pair_is_left_out(self, mask, layout):
-        """Whatever attends is within a hop that is made, and `reach` is the mask itself."""
+        """Every pair that attends has its ring step, and `compute_key_range` is the mask itself."""
         at = parallel.positions(layout, 4, 48)
         array = np.asarray(mask.materialize(48, 48))[0, 0][at][:, at]
-        first, last = layouts.reach(mask, at)
+        first, last = layouts.compute_key_range(mask, at)
         assert (((at >= first[:, None]) & (at <= last[:, None])) == array).all()
-        made = layouts.hops(mask, layout, 4, 48, 48)
+        distances = layouts.list_ring_distances(mask, layout, 4, 48, 48)
         for r in range(4):
             for s in range(4):
                 if array[r * 12 : r * 12 + 12, s * 12 : s * 12 + 12].any():
-                    assert (r - s) % 4 in made
+                    assert (r - s) % 4 in distances

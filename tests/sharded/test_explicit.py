@@ -140,9 +140,9 @@ def test_keys_that_are_shared_out_stay_where_they_are():
     assert "all-gather" not in text and "all-reduce" in text
     want = axattn.dot_product_attention(*map(np.asarray, (q, k, v)))
     np.testing.assert_allclose(axattn.dot_product_attention(q, k, v), want, atol=1e-5)
-    programs = explicit._by_partitioner._cache_size()
+    programs = explicit._run_partitioner._cache_size()
     axattn.dot_product_attention(q, k, v)
-    assert explicit._by_partitioner._cache_size() == programs > 0
+    assert explicit._run_partitioner._cache_size() == programs > 0
     with pytest.raises(NotImplementedError, match="left to the partitioner since keys have a mesh"):
         axattn.dot_product_attention(q, k, v, implementation="mosaic_gpu")
 
