@@ -42,7 +42,7 @@ RAISES_NOTHING = frozenset(
         "Cache.next_positions",
         "Cache.stored",
         "Collective",
-        "HeldCache.next_positions",
+        "PartitionedCache.next_positions",
         "Links",
         "Mask.block_rows",
         "Mask.kv_lengths",
@@ -273,7 +273,7 @@ def test_the_walk_finds_everything():
     assert kinds["axattn.__version__"] == kinds["axattn.aot.TARGETS"] == "constant"
     assert kinds["axattn.rotary.Scaling"] == "constant"
     assert kinds["axattn.cache.RingCache.fork"] == "method"  # of Cache
-    assert kinds["axattn.parallel.DealtCache.extend"] == "method"  # borrowed from Cache
+    assert kinds["axattn.parallel.StripedCache.extend"] == "method"  # borrowed from Cache
     assert kinds["axattn.aot.tracing_for"] == "function"  # decorated
     assert kinds["axattn.linen.MultiHeadLatentAttention.cache_sizes"] == "property"
     assert kinds["axattn.linen.SelfAttention.__call__"] == "method"

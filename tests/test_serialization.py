@@ -179,7 +179,7 @@ def test_several_devices(mesh_of):
     other = sharded_caches.make("paged", mesh_of(data=2, context=4), dtype="int8")
     with pytest.raises(ValueError, match="sequence shards 2 for 4"):
         flax.serialization.from_bytes(other, state)
-    part = parallel.DealtCache(dense(), "context")
+    part = parallel.StripedCache(dense(), "context")
     assert_same(exported(lambda part: part, part), part)
 
 

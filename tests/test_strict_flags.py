@@ -353,7 +353,7 @@ def test_caches_of_several_devices(mesh_of, kind, dtype):
     check(step, cache, tokens)
 
     def of_shard(tokens):
-        part = parallel.DealtCache(caches.make(kind, batch=4, dtype=dtype), "context")
+        part = parallel.StripedCache(caches.make(kind, batch=4, dtype=dtype), "context")
         return part.extend(*tokens, sinks=jnp.ones(4))[0]
 
     whole = PartitionSpec()

@@ -64,7 +64,7 @@ OVERLOADED = {
     cache.Cache.attend: "return_residual",
     cache.Cache.extend: "return_residual",
     cache.RingCache.extend: "return_residual",
-    _partitioned_cache.HeldCache.attend: "return_residual",
+    _partitioned_cache.PartitionedCache.attend: "return_residual",
     linen.MultiHeadDotProductAttention.__call__: "cache",
     linen.SelfAttention.__call__: "cache",
     linen.MultiHeadLatentAttention.__call__: "cache",

@@ -1,4 +1,4 @@
-"""Attention on several devices: shared-out batches and heads, and sequences (context parallelism).
+"""Attention on several devices: sharded batches, heads and sequences (context parallelism).
 
 ::
 
@@ -6,24 +6,27 @@
     out = parallel.attention(query, key, value, axes=axes, mesh=mesh, is_causal=True)
     cache = parallel.ShardedCache.create(DenseCache, batch, length, ..., axes=axes, mesh=mesh)
 
-Inside a ``jax.shard_map`` of one's own `axattn.dot_product_attention` works on what a device has;
-`local_attention` attends across the shards of a sequence, `DealtCache` over those of a cache.
+Inside your own ``jax.shard_map`` `axattn.dot_product_attention` works on the part of one device;
+`local_attention` attends across the shards of a sequence, `StripedCache` across those of a cache.
 """
 
 from axattn._sharded.axes import Axes
 from axattn._sharded.costs import Links
 from axattn._sharded.layouts import positions
 from axattn.parallel._attention import attention, explain, local_attention
+from axattn.parallel._deprecated import get_deprecated_name
 from axattn.parallel._sharded_cache import ShardedCache
-from axattn.parallel._striped_cache import DealtCache
+from axattn.parallel._striped_cache import StripedCache
 
 __all__ = [
     "Axes",
-    "DealtCache",
     "Links",
     "ShardedCache",
+    "StripedCache",
     "attention",
     "explain",
     "local_attention",
     "positions",
 ]
+
+__getattr__ = get_deprecated_name

@@ -88,38 +88,38 @@ def attention(
     links: costs.Links | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`axattn.dot_product_attention` of arrays that are shared out over a mesh.
+    """Compute `axattn.dot_product_attention` on the devices of a mesh.
 
-    Each device runs its own part, kernels too: the partitioner never sees them whole.
-    Differentiable as there.
+    Each device runs its own part, kernels too: the partitioner does not see it. Differentiable like
+    that function.
 
     Args:
-      query, key, value: as there: ``[..., T, N, H]``, ``[..., S, K, H]``, ``[..., S, K, h]``, all
-        of them; shared out already or not.
+      query, key, value: ``[..., T, N, H]``, ``[..., S, K, H]``, ``[..., S, K, h]``: the whole
+        arrays, sharded already or not.
       bias: broadcastable to ``[..., N, T, S]``.
       mask: an `axattn.Mask`, or an array broadcastable to ``[..., N, T, S]``.
-      axes: which axes of the mesh share out what. Where the heads' are more than K, keys and values
-        are shared out over as many as go into K, and the same on the others.
+      axes: the axes of the mesh that shard the call. Where those of the heads have more shards than
+        K, the leading ones that divide K shard keys and values, which are the same on the others.
       mesh: by default that of the context (``jax.set_mesh``).
-      strategy: where a sequence is shared out: "ring" (keys and values travel,
-        https://arxiv.org/abs/2310.01889), "gather" (all get them) or "ulysses" (shards of tokens
-        become shards of heads, https://arxiv.org/abs/2309.14509); None: the cheapest by arithmetic,
-        see `explain`.
-      layout: where the tokens are: "contiguous", or "zigzag" (the order of `positions`), which
-        leaves every device the same work under causal masks. Masks, windows and ALiBi know.
-        Lengths, segment ids, biases and dense masks speak of slots, as they lie.
-      links: what `explain` reckons with; a TPU v5p's by default.
-      **options: as there. Dropout draws other bits than on one device.
+      strategy: for a sharded sequence "ring" (keys and values travel,
+        https://arxiv.org/abs/2310.01889), "gather" (every device gets them) or "ulysses" (shards of
+        tokens become shards of heads, https://arxiv.org/abs/2309.14509). None takes the cheapest
+        by a cost model, see `explain`.
+      layout: the order of the tokens: "contiguous", or "zigzag" (see `positions`), which gives
+        every device the same work under causal masks. Causal masks, windows, prefixes and ALiBi go
+        by the positions of the tokens; lengths, segment ids, biases and dense masks by their slots.
+      links: rates for the cost model; a TPU v5p's by default.
+      **options: as in `axattn.dot_product_attention`. Dropout draws other bits than on one device.
 
     Returns:
-      ``[..., T, N, h]``, with ``return_residual`` also the LSE ``[..., T, N]``, as there; shared
-      out as the query is.
+      ``[..., T, N, h]``, with ``return_residual`` also the LSE ``[..., T, N]``; sharded as the
+      query is.
 
     Raises:
-      ValueError: as there; an axis that the mesh does not have, sizes that the axes do not divide,
-        no mesh.
-      TypeError: as there.
-      NotImplementedError: a strategy or an implementation that does not take the call.
+      ValueError: as `axattn.dot_product_attention`; an axis that the mesh does not have, sizes that
+        the axes do not divide, or no mesh.
+      TypeError: as `axattn.dot_product_attention`.
+      NotImplementedError: the strategy or the implementation does not support the call.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -134,9 +134,9 @@ def attention(
     """
     mesh = find_mesh(mesh)
     axes.check(mesh)
-    where = _Where(layout, axes.size(mesh, "sequence"))
-    given = AttentionOptions.parse("attention", bias=bias, mask=mask, **options)
-    call, lead, implementation = _call(query, key, value, given, where)
+    tokens = _TokenLayout(layout, axes.size(mesh, "sequence"))
+    parsed = AttentionOptions.parse("attention", bias=bias, mask=mask, **options)
+    call, lead, implementation = _make_call(query, key, value, parsed, tokens)
     plan = program.plan_call(
         call,
         axes,
@@ -146,7 +146,7 @@ def attention(
         links=links,
         implementation=implementation,
     )
-    return _results(call, lead, *program.run_mesh_plan(plan, call))
+    return _restore_batch(call, lead, *program.run_mesh_plan(plan, call))
 
 
 def explain(
@@ -162,7 +162,7 @@ def explain(
     links: costs.Links | None = None,
     **options: Any,
 ) -> list[costs.StrategyCost]:
-    """What each strategy would cost, the cheapest first; print them.
+    """Estimate what each strategy would cost, the cheapest first. Each prints as one line.
 
     Nothing is computed.
 
@@ -173,9 +173,9 @@ def explain(
       **options: as in `attention`.
 
     Returns:
-      A cost for each strategy, of one device, forward. It has ``strategy``, ``refusal`` (why it
-      does not take the call, or None), ``sent`` and ``held`` bytes, ``flops``, and ``seconds`` by
-      arithmetic.
+      The forward cost of each strategy on one device. It has ``strategy``, ``refusal`` (why it does
+      not support the call, or None), ``flops``, the bytes that are ``sent`` and that are ``held``
+      of other devices' keys and values, and ``seconds`` by arithmetic.
 
     Raises:
       ValueError, TypeError: what `attention` would raise for these arguments.
@@ -191,18 +191,18 @@ def explain(
       >>> {cost.strategy: round(cost.sent / 2**20) for cost in costs}  # MiB that a device sends
       {'ulysses': 140, 'ring': 112, 'gather': 112}
     """
-    mesh, found = find_mesh(mesh), []
+    mesh, ranking = find_mesh(mesh), []
     axes.check(mesh)
-    where = _Where(layout, axes.size(mesh, "sequence"))
-    given = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
+    tokens = _TokenLayout(layout, axes.size(mesh, "sequence"))
+    arguments = dict(query=query, key=key, value=value, bias=bias, mask=mask, **options)
 
-    def look(query, key, value, **options):
-        asked = AttentionOptions.parse("explain", **options)
-        call, _, implementation = _call(query, key, value, asked, where)
-        found.extend(program.compare_strategies(call, axes, mesh, layout, links, implementation))
+    def compare(query, key, value, **options):
+        parsed = AttentionOptions.parse("explain", **options)
+        call, _, implementation = _make_call(query, key, value, parsed, tokens)
+        ranking.extend(program.compare_strategies(call, axes, mesh, layout, links, implementation))
 
-    trace_shapes(look, given)
-    return found
+    trace_shapes(compare, arguments)
+    return ranking
 
 
 @overload
@@ -265,25 +265,25 @@ def local_attention(
     layout: Layout = "contiguous",
     **options: Any,
 ) -> Array | tuple[Array, Array]:
-    """`attention` inside a ``jax.shard_map``: this shard's tokens with those of all shards.
+    """Compute `attention` inside a ``jax.shard_map``, from this shard's tokens to all tokens.
 
     Args:
       query, key, value: ``[B, t, N, H]``, ``[B, s, K, H]``, ``[B, s, K, h]`` of this shard.
-      bias: None: one of the scores, ``[..., N, T, S]``, is for `attention`.
+      bias: takes None only; for one, ``[..., N, T, S]``, use `attention`.
       mask: an `axattn.Mask` without a dense part.
-      axis: the mesh axis that shares out the sequence.
+      axis: the mesh axis that shards the sequence.
       strategy: "ring" (https://arxiv.org/abs/2310.01889), "gather" or "ulysses"
         (https://arxiv.org/abs/2309.14509).
       layout: as in `attention`.
-      **options: as in `axattn.dot_product_attention`; segment ids and positions are this shard's,
-        lengths those of the whole sequence.
+      **options: as in `axattn.dot_product_attention`. Segment ids and positions are those of this
+        shard, lengths those of the whole sequence.
 
     Returns:
       ``[B, t, N, h]`` of this shard, with ``return_residual`` also the LSE ``[B, t, N]``.
 
     Raises:
-      ValueError, TypeError: as `attention`; another strategy.
-      NotImplementedError: as `attention`; and a bias or a dense mask.
+      ValueError, TypeError: as `attention`; an unknown strategy.
+      NotImplementedError: as `attention`; a bias or a dense mask.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -299,9 +299,9 @@ def local_attention(
       (1, 64, 4, 16)
     """
     shards = lax.axis_size(axis)
-    where = _Where(layout, shards, lax.axis_index(axis))
-    given = AttentionOptions.parse("local_attention", bias=bias, mask=mask, **options)
-    call, lead, implementation = _call(query, key, value, given, where)
+    tokens = _TokenLayout(layout, shards, lax.axis_index(axis))
+    parsed = AttentionOptions.parse("local_attention", bias=bias, mask=mask, **options)
+    call, lead, implementation = _make_call(query, key, value, parsed, tokens)
     dense = any(isinstance(part, Dense) for part in call.mask.parts)
     if call.bias is not None or dense:
         raise NotImplementedError("bias and dense masks are for parallel.attention, not for this")
@@ -316,18 +316,18 @@ def local_attention(
     plan = program.MeshPlan(
         Axes(sequence=axis), None, (), shards, strategy, layout, distances, implementation
     )
-    return _results(call, lead, *program.run_shard(plan, call))
+    return _restore_batch(call, lead, *program.run_shard(plan, call))
 
 
-class _Where(NamedTuple):
-    """Where the tokens of a call are; ``shard``: it has those of this one, not of all."""
+class _TokenLayout(NamedTuple):
+    """The layout of a call's tokens: of the whole sequence, or of one ``shard``."""
 
     layout: str
     shards: int
     shard: jax.Array | None = None
 
-    def positions(self, length: int) -> jax.Array:
-        """Of the call's ``length`` tokens."""
+    def compute_positions(self, length: int) -> jax.Array:
+        """Return the positions of the call's ``length`` tokens."""
         whole = length if self.shard is None else length * self.shards
         if self.shards > 1:
             layouts.check_length(self.layout, self.shards, whole)
@@ -336,18 +336,18 @@ class _Where(NamedTuple):
         return layouts.compute_positions(self.layout, slots, self.shards, whole)
 
 
-def _results(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array) -> Any:
+def _restore_batch(call: AttentionCall, lead: tuple[int, ...], out: Array, lse: Array) -> Any:
     out = out.reshape(*lead, *out.shape[1:])
     return (out, lse.reshape(*lead, *lse.shape[1:])) if call.return_residual else out
 
 
-def _call(
-    query: Any, key: Any, value: Any, options: AttentionOptions, where: _Where
+def _make_call(
+    query: Any, key: Any, value: Any, options: AttentionOptions, tokens: _TokenLayout
 ) -> tuple[AttentionCall, tuple[int, ...], tuple[str, ...] | None]:
     implementation = registry.check_names(options.implementation)
     call, lead = normalize(query, key, value, options)
     if options.q_offset is not None:
-        # It counts from where the tokens are, not from their slots.
-        further = where.positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
-        call = dataclasses.replace(call, q_positions=present(call.q_positions) + further[None])
+        # The offset is added to the positions of the tokens, not to their slots.
+        shift = tokens.compute_positions(call.q_len) - jnp.arange(call.q_len, dtype=jnp.int32)
+        call = dataclasses.replace(call, q_positions=present(call.q_positions) + shift[None])
     return call, lead, implementation

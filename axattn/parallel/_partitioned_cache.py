@@ -1,4 +1,4 @@
-"""What caches in parts have in common: the interface of `Cache`, over one that they hold."""
+"""The base of caches in parts: the interface of `Cache` over the parts on several devices."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from axattn._implementations import registry
 from axattn._typing import Array, ArrayLike, Bool, Float, Float32, Integer
 from axattn.cache import Cache
 
-# What only some kinds of caches have, and the heads, which `ShardedCache` has as a field.
-_OF_WHOLE = ("num_kv_heads", "page_size", "num_pages", "window", "max_append")
+# Attributes of some kinds of caches, and the heads, which are a field of `ShardedCache`.
+_WHOLE_ATTRIBUTES = ("num_kv_heads", "page_size", "num_pages", "window", "max_append")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeldCache(_serialization.Serializable, abc.ABC):
-    """A value like `axattn.cache.Cache`, in parts. ``isinstance(it, Cache)`` holds.
+class PartitionedCache(_serialization.Serializable, abc.ABC):
+    """A cache in parts, with the methods of `axattn.cache.Cache`. ``isinstance`` says it is one.
 
     Attributes:
-      cache: the arrays, and the lengths of all rows on all shards.
+      cache: the arrays, and the lengths of the whole rows.
     """
 
     cache: Cache
@@ -34,35 +34,35 @@ class HeldCache(_serialization.Serializable, abc.ABC):
     def whole(self) -> Cache:
         """The cache as it would be on one device, with shapes in place of its arrays.
 
-        It answers for the sizes of a cache in parts: ``batch``, ``capacity``, ``num_kv_heads``...
+        A cache in parts has its sizes: ``batch``, ``capacity``, ``num_kv_heads`` and others.
         """
 
     @abc.abstractmethod
     def _append(self, key: Array, value: Array | None, counts: Array, overflowed: Array) -> Self:
-        """With tokens of which each row takes so many."""
+        """Return the cache with ``counts`` of the tokens appended to each row."""
 
     @abc.abstractmethod
     def _attend(self, call: AttentionCall, implementation: tuple[str, ...] | None) -> Any:
-        """Output and LSE of a call over the whole cache; its ``stored`` is None."""
+        """Return output and LSE of a call over the whole cache; its ``stored`` is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_WHOLE:
+        if name in _WHOLE_ATTRIBUTES:
             return getattr(self.whole, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def batch(self) -> int:
-        """Batch rows of the whole, B."""
+        """Batch rows of the whole cache, B."""
         return self.whole.batch
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row of the whole can hold."""
+        """Tokens that a row of the whole cache can hold."""
         return self.whole.capacity
 
     @property
     def dtype(self) -> str:
-        """In which keys and values are stored."""
+        """Name of the dtype in which keys and values are stored."""
         return self.whole.dtype
 
     @property
@@ -92,7 +92,7 @@ class HeldCache(_serialization.Serializable, abc.ABC):
 
     @property
     def lengths(self) -> Integer[Array, " B"]:
-        """int32 ``[B]``, tokens per row so far, of the whole rows."""
+        """int32 ``[B]``, tokens of each whole row so far."""
         return self.cache.lengths
 
     @property
@@ -102,14 +102,14 @@ class HeldCache(_serialization.Serializable, abc.ABC):
 
     @property
     def block_table(self) -> Integer[Array, "B pages"]:
-        """int32 ``[B, pages_per_row]``, of a paged cache."""
+        """The block table of a paged cache, int32 ``[B, pages_per_row]``."""
         paged: Any = self.cache
         return paged.block_table
 
     extend = Cache.extend
 
     def next_positions(self, length: int) -> Integer[Array, "B T"]:
-        """Positions of the next tokens of each row: as `axattn.cache.Cache.next_positions`.
+        """Return the positions of the next tokens: as `axattn.cache.Cache.next_positions`.
 
         Args:
           length: how many tokens, T.
@@ -126,7 +126,7 @@ class HeldCache(_serialization.Serializable, abc.ABC):
         *,
         lengths: ArrayLike | None = None,
     ) -> Self:
-        """The cache with more tokens at the end of each row: as `axattn.cache.Cache.append`.
+        """Append tokens to each row: as `axattn.cache.Cache.append`.
 
         Args:
           key: ``[B, T, K, H]``, of all heads.
@@ -173,42 +173,42 @@ class HeldCache(_serialization.Serializable, abc.ABC):
         query: Float[Array, "B T N H"],
         **options: Any,
     ) -> Any:
-        """Attention of the newest tokens over the whole: as `axattn.cache.Cache.attend`.
+        """Attend from the newest tokens to the whole cache: as `axattn.cache.Cache.attend`.
 
         Args:
           query: ``[B, T, N, H]``, of all heads.
-          **options: as there, but for dropout.
+          **options: as there, without dropout.
 
         Returns:
           ``[B, T, N, h]``; with ``return_residual`` also the LSE ``[B, T, N]``.
 
         Raises:
           ValueError: shapes that do not fit.
-          TypeError: an argument that there is not, or that the cache knows itself.
+          TypeError: an unknown argument, or one that the cache knows itself.
           NotImplementedError: dropout; the named implementation cannot take the call.
         """
-        query, given = self.whole._query_and_options(query, **options)
-        implementation = registry.check_names(given.implementation)
-        call = normalize_over_cache(query, self.whole.stored(), given)
+        query, parsed = self.whole._query_and_options(query, **options)
+        implementation = registry.check_names(parsed.implementation)
+        call = normalize_over_cache(query, self.whole.stored(), parsed)
         if call.dropout_key is not None:
             raise NotImplementedError("dropout_rate takes 0 over a cache in parts")
         out, lse = self._attend(dataclasses.replace(call, stored=None), implementation)
         return (out, lse) if call.return_residual else out
 
     def truncate(self, lengths: ArrayLike) -> Self:
-        """The cache without the tokens at and after ``lengths``: as `axattn.cache.Cache.truncate`.
+        """Keep the first ``lengths`` tokens of each row: as `axattn.cache.Cache.truncate`.
 
         Args:
           lengths: int or int ``[B]``: tokens that each row keeps.
 
         Raises:
-          ValueError: negative lengths, or another shape; what a ring no longer has.
+          ValueError: negative lengths, another shape, or tokens that a ring no longer has.
           TypeError: lengths that are no integers.
         """
         return dataclasses.replace(self, cache=self.cache.truncate(lengths))
 
     def reset(self, rows: ArrayLike | None = None) -> Self:
-        """The cache with rows emptied and their ``overflowed`` cleared.
+        """Empty rows and clear their ``overflowed``.
 
         Args:
           rows: bool ``[B]``, True where a row is emptied; all by default.
@@ -219,11 +219,11 @@ class HeldCache(_serialization.Serializable, abc.ABC):
         return dataclasses.replace(self, cache=self.cache.reset(rows))
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> Self:
-        """As `axattn.cache.PagedCache.with_table`; a page holds its slots of every shard.
+        """Set the block table: as `axattn.cache.PagedCache.with_table`.
 
         Args:
           block_table: int ``[B, pages_per_row]``; -1 means none.
-          lengths: int ``[B]`` or int, of the tokens that are stored already.
+          lengths: int ``[B]`` or int, the tokens that are stored already.
 
         Raises:
           ValueError: another shape; lengths beyond ``capacity``.
@@ -231,24 +231,24 @@ class HeldCache(_serialization.Serializable, abc.ABC):
         """
         paged: Any = self.whole
         changed = paged.with_table(block_table, lengths)
-        return self._with(block_table=changed.block_table, lengths=changed.lengths)
+        return self._replace_in_cache(block_table=changed.block_table, lengths=changed.lengths)
 
     def _checked_tokens(self, key: Any, value: Any, lengths: Any) -> Any:
         return self.whole._checked_tokens(key, value, lengths)
 
-    def _with(self, **changes: Any) -> Self:
+    def _replace_in_cache(self, **changes: Any) -> Self:
         return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **changes))
 
 
-Cache.register(HeldCache)  # type: ignore[type-abstract]  # the stub asks for a concrete class
+Cache.register(PartitionedCache)  # type: ignore[type-abstract]  # the stub asks for a concrete class
 
 
-def resized(cache: Cache, **sizes: int) -> Cache:
-    """``cache`` with shapes in place of its arrays, of other ``rows``, ``heads`` or ``slots``."""
+def make_resized_shapes(cache: Cache, **sizes: int) -> Cache:
+    """Replace the arrays by shapes with other numbers of ``rows``, ``heads`` or ``slots``."""
 
-    def shape(array):
+    def resize(array):
         rows, heads, slots, *rest = array.shape
         new = sizes.get("rows", rows), sizes.get("heads", heads), sizes.get("slots", slots)
         return jax.ShapeDtypeStruct((*new, *rest), array.dtype)
 
-    return dataclasses.replace(cache, arrays=jax.tree.map(shape, cache.arrays))
+    return dataclasses.replace(cache, arrays=jax.tree.map(resize, cache.arrays))

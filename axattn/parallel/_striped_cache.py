@@ -1,10 +1,10 @@
-"""A cache whose tokens are dealt out to the shards of a mesh axis: token p is on shard p % n.
+"""A cache striped over the shards of a mesh axis: token p of a row is on shard p % n.
 
-Inside ``shard_map``. Every shard answers for the tokens that it holds, and the answers are merged
-by their LSE: a step sends queries' outputs, never keys or values. Dealing tokens out one by one
-fills all shards alike, whatever the lengths are, so that all can tell without asking how many each
-of them holds, and which pages they are in. And a causal mask stays one: of the slots j of shard r a
-query at position p sees those with ``j n + r <= p``, that is ``j <= (p - r) // n``.
+Inside ``shard_map``. Every shard attends to its own tokens, and the results are combined by their
+LSE: a step sends outputs, never keys or values. Stripes of one token fill all shards evenly at any
+length, so every shard knows from the lengths alone what each of them stores, and in which pages. A
+causal mask stays causal: a query at position p sees the slots j of shard r with ``j n + r <= p``,
+that is ``j <= (p - r) // n``.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from axattn._sharded.combine import add_sinks, combine_shards
 from axattn._typing import present
 from axattn.cache import Cache, RingCache
 from axattn.cache._write import write
-from axattn.parallel._partitioned_cache import HeldCache, resized
+from axattn.parallel._partitioned_cache import PartitionedCache, make_resized_shapes
 
 
 @functools.partial(_serialization.register_dataclass, data=("cache",), static=("axis",))
 @dataclasses.dataclass(frozen=True, eq=False)
-class DealtCache(HeldCache):
-    """One shard's part of a cache, inside a ``jax.shard_map`` of one's own.
+class StripedCache(PartitionedCache):
+    """One shard's part of a cache, for your own ``jax.shard_map``.
 
-    It does what an `axattn.cache.Cache` does, with tokens and queries that all shards are given,
-    and gives all of them the same results. ``cache.arrays`` are this shard's, and all else is the
-    same on all of them: so say ``out_specs``.
+    It has the methods of `axattn.cache.Cache`. All shards pass the same tokens and queries and get
+    the same results. ``cache.arrays`` differ from shard to shard, and everything else is the same:
+    choose ``out_specs`` accordingly.
 
     Attributes:
-      cache: dense or paged, of any dtype, with an n-th of the slots: of each row, or of each page.
-        A block table is the same on all shards. Lengths are those of the whole rows.
+      cache: dense or paged, of any dtype, with an n-th of the slots of each row or page. The block
+        table is the same on all shards, and lengths are those of the whole rows.
       axis: the mesh axis.
 
     Raises:
-      ValueError: a ring, which is short as it is; by its methods as `axattn.cache.Cache`.
+      ValueError: a ring, which is short enough for one device; by its methods as
+        `axattn.cache.Cache`.
       TypeError: by its methods, as `axattn.cache.Cache`.
 
     Example:
@@ -55,9 +56,9 @@ class DealtCache(HeldCache):
       >>> from axattn.cache import DenseCache
       >>> shards, auto = jax.device_count(), (jax.sharding.AxisType.Auto,)
       >>> mesh = jax.make_mesh((shards,), ("context",), axis_types=auto)
-      >>> def prompt(query, key, value):  # all shards are given all tokens
+      >>> def prompt(query, key, value):  # all tokens, on every shard
       ...     part = DenseCache.create(1, 8, num_kv_heads=1, head_dim=16, dtype="float32")
-      ...     out, cache = parallel.DealtCache(part, "context").extend(query, key, value)
+      ...     out, cache = parallel.StripedCache(part, "context").extend(query, key, value)
       ...     return out, cache.lengths
       >>> program = jax.shard_map(prompt, mesh=mesh, in_specs=PartitionSpec(),
       ...                         out_specs=PartitionSpec())
@@ -78,19 +79,20 @@ class DealtCache(HeldCache):
     @property
     def whole(self) -> Cache:
         """The cache as it would be on one device, with shapes in place of its arrays."""
-        return whole(self.cache, lax.axis_size(self.axis))
+        slots = self.cache.arrays.keys.shape[2] * lax.axis_size(self.axis)
+        return make_resized_shapes(self.cache, slots=slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of this shard's keys, values and scales."""
         return self.cache.nbytes
 
-    def copy_pages(self, sources: Any, targets: Any) -> DealtCache:
-        """As `axattn.cache.PagedCache.copy_pages`.
+    def copy_pages(self, sources: Any, targets: Any) -> StripedCache:
+        """Copy pages: as `axattn.cache.PagedCache.copy_pages`.
 
         Args:
-          sources: int ``[n]``, pages that are copied; a pair with -1 is left out.
-          targets: int ``[n]``, pages that become the copies.
+          sources: int ``[n]``, pages to copy from; a pair with -1 is skipped.
+          targets: int ``[n]``, pages to copy to.
 
         Raises:
           ValueError: shapes that differ, or pages that the pool does not have.
@@ -99,8 +101,8 @@ class DealtCache(HeldCache):
         paged: Any = self.cache
         return dataclasses.replace(self, cache=paged.copy_pages(sources, targets))
 
-    def fork(self, rows: Any) -> DealtCache:
-        """A cache whose row i is row ``rows[i]`` of this one: as `axattn.cache.Cache.fork`.
+    def fork(self, rows: Any) -> StripedCache:
+        """Return a cache whose row i is row ``rows[i]``: as `axattn.cache.Cache.fork`.
 
         Args:
           rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
@@ -112,32 +114,27 @@ class DealtCache(HeldCache):
         return dataclasses.replace(self, cache=self.cache.fork(rows))
 
     def _append(self, key, value, counts, overflowed):
-        cache = append(self.cache, self.axis, key, value, counts)
-        return dataclasses.replace(self, cache=cache)._with(overflowed=overflowed)
+        cache = append_to_shard(self.cache, self.axis, key, value, counts)
+        return dataclasses.replace(self, cache=cache)._replace_in_cache(overflowed=overflowed)
 
     def _attend(self, call, implementation):
-        return attend(self.cache, self.axis, call, implementation)
+        return attend_shard(self.cache, self.axis, call, implementation)
 
 
-def whole(cache: Cache, shards: int) -> Cache:
-    """The sizes of a shard's ``cache`` on all shards: each has its slots of every row or page."""
-    return resized(cache, slots=cache.arrays.keys.shape[2] * shards)
-
-
-def share(total: Any, shard: Any, shards: int) -> Any:
-    """How many of so many tokens a shard holds."""
+def count_share(total: Any, shard: Any, shards: int) -> Any:
+    """Return how many of ``total`` tokens a shard stores."""
     return (total - shard + shards - 1) // shards
 
 
-def append(
+def append_to_shard(
     cache: Cache, axis: str, key: jax.Array, value: jax.Array | None, counts: jax.Array
 ) -> Cache:
-    """The shard's ``cache`` with its share of tokens that fit: ``counts`` of those in each row."""
+    """Append this shard's stripe of the first ``counts`` tokens of each row, which fit."""
     shard, shards = lax.axis_index(axis), lax.axis_size(axis)
-    before, after = (share(n, shard, shards) for n in (cache.lengths, cache.lengths + counts))
+    before, after = (count_share(n, shard, shards) for n in (cache.lengths, cache.lengths + counts))
     first = (shard - cache.lengths) % shards
-    key = _own(key, first, shards)
-    value = None if value is None else _own(value, first, shards)
+    key = _select_tokens(key, first, shards)
+    value = None if value is None else _select_tokens(value, first, shards)
     local = dataclasses.replace(cache, lengths=before)
     tokens = cache._encoded(key, value)
     places = local._places(after - before, key.shape[1])
@@ -146,73 +143,77 @@ def append(
     return dataclasses.replace(cache, arrays=arrays, lengths=cache.lengths + counts)
 
 
-def _own(tokens: jax.Array, first: jax.Array, shards: int) -> jax.Array:
-    """Every n-th of tokens ``[B, T, ...]``, from ``first`` (int32 ``[B]``, below n) on."""
+def _select_tokens(tokens: jax.Array, first: jax.Array, shards: int) -> jax.Array:
+    """Select every n-th of the tokens ``[B, T, ...]`` from ``first`` on, int32 ``[B]`` below n."""
     batch, length, *rest = tokens.shape
     if length == 1:
-        return tokens  # this shard's, or of no row
+        return tokens  # `append_to_shard` stores it, or counts 0 tokens
     count = -(-length // shards)
     tokens = jnp.pad(tokens, ((0, 0), (0, count * shards - length), *((0, 0) for _ in rest)))
     tokens = tokens.reshape(batch, count, shards, *rest)
 
-    def row(tokens, first):
+    def select_row(tokens, first):
         return lax.dynamic_index_in_dim(tokens, first, 1, keepdims=False)
 
-    return jax.vmap(row)(tokens, first)
+    return jax.vmap(select_row)(tokens, first)
 
 
-def attend(
+def attend_shard(
     cache: Cache, axis: str, call: AttentionCall, implementation: tuple[str, ...] | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and LSE of a call over the whole cache, on all shards the same."""
-    local = _of_shard(call, cache, lax.axis_index(axis), lax.axis_size(axis))
-    local = vary_over(local, varying_axes(*jax.tree.leaves(local)))
-    out, lse = registry.run_plan(local, registry.make_plan(local, implementation))
+    """Return output and LSE of a call over the whole cache, the same on all shards."""
+    shard_call = _make_shard_call(call, cache, lax.axis_index(axis), lax.axis_size(axis))
+    shard_call = vary_over(shard_call, varying_axes(*jax.tree.leaves(shard_call)))
+    out, lse = registry.run_plan(shard_call, registry.make_plan(shard_call, implementation))
     out, lse = add_sinks(combine_shards(axis, (out, present(lse))), call.sinks)
     return out.astype(call.query.dtype), lse
 
 
-def _of_shard(call: AttentionCall, cache: Cache, shard: jax.Array, shards: int) -> AttentionCall:
-    """The call over the slots of one shard. Sinks are left to who merges."""
+def _make_shard_call(
+    call: AttentionCall, cache: Cache, shard: jax.Array, shards: int
+) -> AttentionCall:
+    """Return the call over the slots of one shard, without sinks, which count once."""
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)
     positions = positions_or_default(call.q_positions, call.q_len)
     offsets = [part.offset for part in call.mask.parts if isinstance(part, parts.Causal)]
     rest = [part for part in call.mask.parts if not isinstance(part, parts.Causal)]
-    known: dict[str, Any]
-    if call.alibi_slopes is not None or _speak_of_positions(rest):
-        known = dict(q_positions=positions, kv_positions=(slots * shards + shard)[None])
+    changes: dict[str, Any]
+    if call.alibi_slopes is not None or _need_positions(rest):
+        changes = dict(q_positions=positions, kv_positions=(slots * shards + shard)[None])
         causal = [parts.Causal(offset) for offset in offsets]
     else:
-        # Without positions of keys kernels need not look at any.
+        # Query positions in units of slots: kernels then need no key positions.
         last: Any = functools.reduce(jnp.minimum, offsets) if offsets else 0
         last = positions + (last[:, None] if jnp.ndim(last) else last)
-        known = dict(q_positions=(last - shard) // shards, kv_positions=None)
+        changes = dict(q_positions=(last - shard) // shards, kv_positions=None)
         causal = [parts.Causal(parts.Static(0))] if offsets else []
 
-    def columns(array: jax.Array) -> jax.Array:
-        """This shard's slots of an array ``[..., S or 1]``."""
+    def select_slots(array: jax.Array) -> jax.Array:
+        """Select this shard's slots of an array ``[..., S or 1]``."""
         if array.shape[-1] == 1:
             return array
         array = array.reshape(*array.shape[:-1], -1, shards)
         return lax.dynamic_index_in_dim(array, shard, array.ndim - 1, keepdims=False)
 
-    def part(one: parts.Part) -> parts.Part:
-        if isinstance(one, parts.Lengths):
-            return parts.Lengths(one.q, None if one.kv is None else share(one.kv, shard, shards))
-        if isinstance(one, parts.Segments):
-            return parts.Segments(one.q_ids, columns(one.kv_ids))
-        return parts.Dense(columns(one.array)) if isinstance(one, parts.Dense) else one
+    def convert_part(part: parts.Part) -> parts.Part:
+        if isinstance(part, parts.Lengths):
+            kv = None if part.kv is None else count_share(part.kv, shard, shards)
+            return parts.Lengths(part.q, kv)
+        if isinstance(part, parts.Segments):
+            return parts.Segments(part.q_ids, select_slots(part.kv_ids))
+        return parts.Dense(select_slots(part.array)) if isinstance(part, parts.Dense) else part
 
     return dataclasses.replace(
         call,
         stored=cache.stored(),
-        bias=None if call.bias is None else columns(call.bias),
-        mask=Mask((*causal, *map(part, rest))),
+        bias=None if call.bias is None else select_slots(call.bias),
+        mask=Mask((*causal, *map(convert_part, rest))),
         sinks=None,
         return_residual=True,
-        **known,
+        **changes,
     )
 
 
-def _speak_of_positions(some: list[parts.Part]) -> bool:
-    return any(isinstance(part, parts.Window | parts.Prefix) for part in some)
+def _need_positions(mask_parts: list[parts.Part]) -> bool:
+    """Return whether some parts compare positions in a way that slots cannot express."""
+    return any(isinstance(part, parts.Window | parts.Prefix) for part in mask_parts)

@@ -1,4 +1,4 @@
-"""One shard's part of a cache, inside a ``shard_map`` of one's own."""
+"""One shard's part of a cache, inside a ``shard_map`` of the user."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import axattn
+from axattn import parallel
 from axattn.cache import DenseCache, PagedCache, RingCache
-from axattn.parallel._striped_cache import DealtCache
+from axattn.parallel._striped_cache import StripedCache
 
 SHARDS, B, N, K, H = 4, 2, 8, 2, 16
 LENGTH, SLOTS = 23, 8  # slots of a shard: 32 in all
@@ -19,8 +20,8 @@ LENGTH, SLOTS = 23, 8  # slots of a shard: 32 in all
 def make(kind):
     sizes = dict(num_kv_heads=K, head_dim=H, dtype="float32")
     if kind == "dense":
-        return DealtCache(DenseCache.create(B, SLOTS, **sizes), "context")
-    cache = DealtCache(PagedCache.create(B, 2 * B, 4, 2, **sizes), "context")
+        return StripedCache(DenseCache.create(B, SLOTS, **sizes), "context")
+    cache = StripedCache(PagedCache.create(B, 2 * B, 4, 2, **sizes), "context")
     return cache.with_table(np.arange(2 * B)[::-1].reshape(B, 2))
 
 
@@ -51,6 +52,14 @@ def test_a_prompt_and_tokens(mesh_of, kind):
     assert lengths.tolist() == [LENGTH] * B and overflowed.all()
 
 
+def test_the_deprecated_name():
+    with pytest.warns(DeprecationWarning, match=r"use axattn\.parallel\.StripedCache"):
+        assert parallel.DealtCache is StripedCache
+    assert "DealtCache" not in parallel.__all__
+    with pytest.raises(AttributeError, match="no attribute 'Dealt'"):
+        parallel.Dealt  # noqa: B018
+
+
 def test_rings_stay_whole():
     with pytest.raises(ValueError, match="cache takes a dense or a paged one"):
-        DealtCache(RingCache.create(1, 4, 1, 8), "context")
+        StripedCache(RingCache.create(1, 4, 1, 8), "context")
