@@ -5,8 +5,8 @@
     cache = DenseCache.create(batch, length, num_kv_heads, head_dim, dtype=jnp.int8)
     out, cache = cache.extend(query, key, value)      # append, then attend: prefill and decode
 
-A cache is a pytree that is passed in and returned; donate it to ``jax.jit`` and it is updated in
-place. The layers of `axattn.linen` and `axattn.nnx` take any: ``layer(x, cache=cache)``.
+A cache is a pytree that is passed in and returned; donated to ``jax.jit`` it is updated in place.
+The layers of `axattn.linen` and `axattn.nnx` take every kind: ``layer(x, cache=cache)``.
 """
 
 from axattn.cache._base import Cache

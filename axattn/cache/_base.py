@@ -1,4 +1,4 @@
-"""What all key/value caches have in common."""
+"""`Cache`, the base of all key/value caches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from axattn._call import AttentionCall
 from axattn._options import AttentionOptions
 from axattn._stored import KeyValueArrays, Stored
 from axattn._typing import Array, ArrayLike, Bool, CacheType, Float, Float32, Integer
-from axattn.cache._checks import as_array, counts_of, host, is_concrete
-from axattn.cache._storage import bytes_per_token, encode
-from axattn.cache._write import Places, write
+from axattn.cache._checks import check_counts, convert_to_array, is_concrete, move_to_host
+from axattn.cache._storage import bytes_per_token, encode_tokens
+from axattn.cache._write import SlotMapping, write_tokens
 
 _Kind = TypeVar("_Kind")
 
-# What attention over a cache takes from the cache itself.
-_OWN = ("key", "value", "key_value_seq_lengths", "kv_positions", "q_offset")
+# Arguments of attention that the cache itself knows.
+_CACHE_ARGUMENTS = ("key", "value", "key_value_seq_lengths", "kv_positions", "q_offset")
 
 DATA_FIELDS = ("arrays", "lengths", "overflowed", "key_center")
 STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
@@ -32,31 +32,30 @@ STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache(_serialization.Serializable, abc.ABC):
-    """Keys and values of the tokens seen so far, as a value: passed in, returned, donated.
+    """Keys and values of the tokens so far, as a value that is passed in, returned and donated.
 
-    The kinds are `DenseCache`, `RingCache` and `PagedCache`, each with a ``create`` of its own. A
-    pytree. Every method returns a new cache; with the old one donated to ``jax.jit`` the arrays
-    are updated in place (not so as ``xs`` of ``lax.scan``, which stacks copies: keep one cache per
-    layer, in a tuple). Tokens are ``[B, T, K, H]`` outside and head-major inside. Queries have a
-    gradient with ``implementation="xla"``; keys and values, too, where they are stored as they are.
+    The kinds are `DenseCache`, `RingCache` and `PagedCache`, each made by its own ``create``. A
+    cache is a pytree, and every method returns a new one. With the old one donated to ``jax.jit``
+    the arrays are updated in place. (As ``xs`` of ``lax.scan`` they are copied: keep one cache per
+    layer, in a tuple.) Tokens are ``[B, T, K, H]`` outside and head-major inside. Queries have a
+    gradient with ``implementation="xla"``; so have keys and values that are stored unchanged.
 
     Attributes:
-      arrays: what is stored, head-major: keys ``[rows, K, slots, H]``, values
-        ``[rows, K, slots, h]`` and, where quantized, float32 scales ``[rows, K, slots]`` of both. A
-        row is one of the batch, or a page.
-      lengths: int32 ``[B]``, tokens per row so far: the position of the next one.
-      overflowed: bool ``[B]``: under ``jit`` tokens for this row were refused, since they did not
-        fit. What was stored before is untouched, and the row takes no more until `reset`: a later
-        token must not stand where the missing one was. ``checkify`` raises (debug checks).
-      key_center: float32 ``[K, H]`` or None: subtracted from keys before they are stored.
+      arrays: head-major keys ``[rows, K, slots, H]``, values ``[rows, K, slots, h]`` and, where
+        quantized, float32 scales ``[rows, K, slots]`` of both. A row is a batch row, or a page.
+      lengths: int32 ``[B]``, tokens per row so far, which is the position of the next one.
+      overflowed: bool ``[B]``: under ``jit`` tokens for this row were refused, because they did not
+        fit. The stored tokens are untouched, and the row takes no more until `reset`: later tokens
+        would get the positions of the missing ones. ``checkify`` raises (debug checks).
+      key_center: float32 ``[K, H]`` or None, subtracted from keys before they are stored.
       dtype: name of the dtype of keys and values.
       head_dim: H, the size of a key.
       value_head_dim: h, the size of a value.
 
     Raises:
-      ValueError: by its methods, for shapes that do not fit, and for tokens that do not fit where
-        this can be known. Nothing is changed.
-      TypeError: by its methods, for other dtypes and for arguments that the cache knows itself.
+      ValueError: by its methods, for wrong shapes, and for tokens that do not fit where this can
+        be known. Nothing is changed then.
+      TypeError: by its methods, for wrong dtypes and for arguments that the cache knows itself.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,7 +81,7 @@ class Cache(_serialization.Serializable, abc.ABC):
     head_dim: int
     value_head_dim: int
 
-    # ---- what it is ---------------------------------------------------------------------------
+    # ---- sizes --------------------------------------------------------------------------------
 
     @property
     @abc.abstractmethod
@@ -91,7 +90,7 @@ class Cache(_serialization.Serializable, abc.ABC):
 
     @property
     def batch(self) -> int:
-        """Rows, B."""
+        """Batch rows, B."""
         return self.lengths.shape[0]
 
     @property
@@ -106,7 +105,7 @@ class Cache(_serialization.Serializable, abc.ABC):
 
     @property
     def stores_floats(self) -> bool:
-        """Whether keys and values are stored as they are, in ``dtype``, not quantized."""
+        """Whether keys and values are stored in ``dtype``, not quantized."""
         return not _quantization.is_quantized(self.dtype)
 
     @property
@@ -126,7 +125,7 @@ class Cache(_serialization.Serializable, abc.ABC):
         )
 
     def next_positions(self: CacheType, length: int) -> Integer[Array, "B T"]:
-        """Positions of the next tokens of each row: for RoPE.
+        """Return the positions of the next tokens of each row, for RoPE.
 
         Args:
           length: how many tokens, T.
@@ -137,7 +136,7 @@ class Cache(_serialization.Serializable, abc.ABC):
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
     def stored(self) -> Stored:
-        """Returns what attention reads: arrays and what they mean, without lengths and masks."""
+        """Return what attention reads: the arrays and their meaning, without lengths and masks."""
         return Stored(
             self.arrays,
             key_center=self.key_center,
@@ -156,21 +155,21 @@ class Cache(_serialization.Serializable, abc.ABC):
         *,
         lengths: ArrayLike | None = None,
     ) -> Self:
-        """The cache with more tokens at the end of each row.
+        """Append tokens to the end of each row.
 
         Args:
-          key: ``[B, T, K, H]``, any T, after RoPE. Its dtype is the cache's, or any
-            floating-point one where the cache is quantized.
+          key: ``[B, T, K, H]``, any T, after RoPE. Its dtype is the cache's; a quantized cache
+            takes any floating-point dtype.
           value: ``[B, T, K, h]``; None where values are in the keys.
-          lengths: int ``[B]`` or int: how many of the T tokens are real in each row, 0 to T; those
-            behind are padding, of any content. All T by default.
+          lengths: int ``[B]`` or int: how many of the T tokens are real in each row, 0 to T; the
+            others are padding with any content. T by default.
 
         Returns:
-          The cache with them; this one is as it was.
+          The cache with the new tokens. This one does not change.
 
         Raises:
-          ValueError: shapes that do not fit; tokens that do not fit, where this can be known. Under
-            ``jit`` the row is left as it was and ``overflowed`` set.
+          ValueError: wrong shapes; tokens that do not fit, where this can be known. Under ``jit``
+            such a row does not change and its ``overflowed`` is set.
           TypeError: another dtype.
 
         Example:
@@ -181,7 +180,7 @@ class Cache(_serialization.Serializable, abc.ABC):
           >>> cache.append(key, value, lengths=jnp.array([4, 2])).lengths.tolist()
           [4, 2]
         """
-        key, value, counts = self._checked_tokens(key, value, lengths)
+        key, value, counts = self._check_tokens(key, value, lengths)
         return self._append(key, value, counts) if key.shape[1] else self
 
     @overload
@@ -229,49 +228,48 @@ class Cache(_serialization.Serializable, abc.ABC):
         is_causal: bool = True,
         **options: Any,
     ) -> Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]]:
-        """Attention of the newest tokens over all that is stored.
+        """Attend from the newest tokens to all stored tokens.
 
         Args:
-          query: ``[B, T, N, H]``, floating point; N a multiple of K. By default the queries of the
-            T tokens appended last.
-          query_seq_lengths: int ``[B]`` or int: how many of them are real (``lengths`` of
-            `append`); rows behind give zeros.
-          q_positions: int ``[T]`` or ``[B, T]``, where they are others.
-          is_causal: False where every query sees all that is stored (cross-attention).
-          **options: as in `axattn.dot_product_attention`. An array for ``mask`` or ``bias`` speaks
-            of the slots: S is ``capacity``.
+          query: ``[B, T, N, H]``, floating point; N a multiple of K. By default these are the
+            queries of the T tokens that were appended last.
+          query_seq_lengths: int ``[B]`` or int: how many of the T are real (``lengths`` of
+            `append`); the others give zeros.
+          q_positions: int ``[T]`` or ``[B, T]``, for queries at other positions.
+          is_causal: False where every query sees all stored tokens (cross-attention).
+          **options: as in `axattn.dot_product_attention`. In an array for ``mask`` or ``bias`` S
+            counts the slots of a row, ``capacity``.
 
         Returns:
           ``[B, T, N, h]`` in the query's dtype; with ``return_residual`` also the LSE, float32
           ``[B, T, N]``. A row without tokens gives zeros.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: wrong shapes.
           TypeError: an argument that the cache knows itself: ``key``, ``value``, ``kv_positions``,
             ``key_value_seq_lengths`` or ``q_offset``; another dtype.
-          NotImplementedError: the named implementation cannot take the call.
+          NotImplementedError: the named implementation does not support the call.
         """
-        query, given = self._query_and_options(
+        query, parsed = self._parse_query(
             query,
             query_seq_lengths=query_seq_lengths,
             q_positions=q_positions,
             is_causal=is_causal,
             **options,
         )
-        return attend_stored(query, self.stored(), given)
+        return attend_stored(query, self.stored(), parsed)
 
     def explain_implementations(
         self, query: Any, *, target: str | None = None, **options: Any
     ) -> Explanation:
-        """Explains which implementations `attend` can take, and which one ``None`` would.
+        """Explain which implementations support a call of `attend`, and which one ``None`` takes.
 
         Nothing is computed.
 
         Args:
           query: ``[B, T, N, H]``, an array or a ``jax.ShapeDtypeStruct``. The cache, too, may have
-            these in place of its arrays (``jax.eval_shape`` of its ``create``).
-          target: the chip that is asked about, a name in ``axattn.aot.TARGETS``; None for this
-            process's devices.
+            shapes in place of its arrays (``jax.eval_shape`` of its ``create``).
+          target: the name of a chip in ``axattn.aot.TARGETS``; None for this process's devices.
           **options: as in `attend`.
 
         Returns:
@@ -290,8 +288,8 @@ class Cache(_serialization.Serializable, abc.ABC):
         """
 
         def make_call(cache: Cache, query: Any, **options: Any) -> AttentionCall:
-            query, given = cache._query_and_options(query, **options)
-            return normalize_over_cache(query, cache.stored(), given)
+            query, parsed = cache._parse_query(query, **options)
+            return normalize_over_cache(query, cache.stored(), parsed)
 
         return explain_call(make_call, dict(cache=self, query=query, **options), target)
 
@@ -344,7 +342,7 @@ class Cache(_serialization.Serializable, abc.ABC):
     ) -> tuple[
         Float[Array, "B T N h"] | tuple[Float[Array, "B T N h"], Float32[Array, "B T N"]], CacheType
     ]:
-        """`append`, then `attend` from the same tokens: one step of a layer.
+        """Append tokens, then attend from them: one step of a layer.
 
         Args:
           query: ``[B, T, N, H]``, floating point; N a multiple of K.
@@ -354,12 +352,12 @@ class Cache(_serialization.Serializable, abc.ABC):
           **options: as in `attend`.
 
         Returns:
-          ``(output, cache)``; output ``[B, T, N, h]``. In a row that overflowed it is zeros.
+          ``(output, cache)``; output ``[B, T, N, h]``, zeros in a row that overflowed.
 
         Raises:
-          ValueError, TypeError: as `append` and `attend`; queries and keys are not as many; a
+          ValueError, TypeError: as `append` and `attend`; different numbers of queries and keys;
             ``query_seq_lengths``, which is ``lengths`` here.
-          NotImplementedError: the named implementation cannot take the call.
+          NotImplementedError: the named implementation does not support the call.
         """
         if "query_seq_lengths" in options:
             raise TypeError("extend takes no argument query_seq_lengths: lengths says it")
@@ -370,15 +368,15 @@ class Cache(_serialization.Serializable, abc.ABC):
             )
         # Type checkers see only the common class of all caches here.
         cache = cast(CacheType, self.append(key, value, lengths=lengths))
-        written = cache.lengths - self.lengths
-        return cache.attend(query, query_seq_lengths=written, **options), cache
+        counts = cache.lengths - self.lengths
+        return cache.attend(query, query_seq_lengths=counts, **options), cache
 
     # ---- other changes ------------------------------------------------------------------------
 
     def truncate(self, lengths: ArrayLike) -> Self:
-        """The cache without the tokens at and after ``lengths``.
+        """Keep the first ``lengths`` tokens of each row, for instance without rejected drafts.
 
-        For speculative tokens that were rejected. A row that is shorter already stays as it is.
+        Shorter rows do not change.
 
         Args:
           lengths: int or int ``[B]``: tokens that each row keeps.
@@ -387,14 +385,14 @@ class Cache(_serialization.Serializable, abc.ABC):
           ValueError: negative lengths, or another shape.
           TypeError: lengths that are no integers.
         """
-        lengths = counts_of("lengths", lengths, self.batch)
+        lengths = check_counts("lengths", lengths, self.batch)
         return dataclasses.replace(self, lengths=jnp.minimum(self.lengths, lengths))
 
     def reset(self, rows: ArrayLike | None = None) -> Self:
-        """The cache with rows emptied and their ``overflowed`` cleared.
+        """Empty rows and clear their ``overflowed``.
 
         Args:
-          rows: bool ``[B]``, True where a row is emptied; all by default.
+          rows: bool ``[B]``, True for the rows to empty; all by default.
 
         Raises:
           ValueError: ``rows`` of another dtype or shape.
@@ -413,7 +411,7 @@ class Cache(_serialization.Serializable, abc.ABC):
         )
 
     def fork(self, rows: ArrayLike) -> Self:
-        """A cache whose row i is row ``rows[i]`` of this one: beams and samples.
+        """Return a cache whose row i is row ``rows[i]`` of this one, for beams and samples.
 
         The rows are copied. Indices must be in range: under ``jit`` they are clipped.
 
@@ -431,29 +429,30 @@ class Cache(_serialization.Serializable, abc.ABC):
           >>> cache.fork(jnp.array([0, 0, 1])).batch  # two continuations of row 0, one of row 1
           3
         """
-        rows = self._rows(rows)
-        changes = {name: take_rows(getattr(self, name), rows) for name in self._per_row()}
+        rows = self._check_rows(rows)
+        changes = {name: _take_rows(getattr(self, name), rows) for name in self._list_row_fields()}
         if self.key_center is not None:
             changes["key_center"] = jnp.array(self.key_center, copy=True)  # each can be donated
         return dataclasses.replace(self, **changes)
 
     # ---- for the kinds of caches --------------------------------------------------------------
 
-    def _per_row(self) -> tuple[str, ...]:
-        """The fields that `fork` picks rows of."""
+    def _list_row_fields(self) -> tuple[str, ...]:
+        """Return the fields with batch rows, which `fork` selects from."""
         return ("arrays", "lengths", "overflowed")
 
     @abc.abstractmethod
-    def _fits(self, counts: Array) -> tuple[Array, str]:
-        """Which rows have room for so many tokens, bool [B], and what to say of those that do not.
+    def _check_room(self, counts: Array) -> tuple[Array, str]:
+        """Return which rows have room for ``counts`` tokens, bool [B], and the error message.
 
-        Computed with numpy where everything is concrete.
+        Both are computed with numpy where all arrays are concrete.
         """
 
     @abc.abstractmethod
-    def _places(self, counts: Array, length: int) -> Places: ...
+    def _map_slots(self, counts: Array, length: int) -> SlotMapping:
+        """Return the slots of the next tokens, ``counts`` of the ``length`` in each row."""
 
-    def _query_and_options(
+    def _parse_query(
         self,
         query: Any,
         *,
@@ -462,12 +461,12 @@ class Cache(_serialization.Serializable, abc.ABC):
         is_causal: bool = True,
         **options: Any,
     ) -> tuple[Array, AttentionOptions]:
-        """Returns what `attend` asks: what the user gave, and what the cache knows."""
-        query = as_array("query", query)
-        length = query.shape[1] if query.ndim == 4 else 0  # else the door says what it takes
+        """Return the query, and options of the user and of the cache as one value."""
+        query = convert_to_array("query", query)
+        length = query.shape[1] if query.ndim == 4 else 0  # else `attend_stored` raises
         self._check_options(options, length, q_positions, is_causal)
         if query_seq_lengths is not None:
-            query_seq_lengths = counts_of(
+            query_seq_lengths = check_counts(
                 "query_seq_lengths", query_seq_lengths, self.batch, at_most=length
             )
         if q_positions is None and is_causal and length:
@@ -476,37 +475,38 @@ class Cache(_serialization.Serializable, abc.ABC):
             q_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         return query, AttentionOptions.parse(
             "attend",
-            **{**self._mask_options(), **options},
+            **{**self._make_mask_options(), **options},
             query_seq_lengths=query_seq_lengths,
             q_positions=q_positions,
             is_causal=is_causal,
         )
 
-    def _mask_options(self) -> dict[str, Any]:
+    def _make_mask_options(self) -> dict[str, Any]:
         return {"key_value_seq_lengths": self.lengths}
 
     def _check_options(
         self, options: dict[str, Any], length: int, q_positions: Any, is_causal: bool
     ) -> None:
         for name in options:
-            if name in _OWN:
+            if name in _CACHE_ARGUMENTS:
                 raise TypeError(f"attend takes no argument {name}: the cache knows it")
 
     def _append(self, key: Array, value: Array | None, counts: Array) -> Self:
-        counts, overflowed = self._admitted(counts)
-        places = self._places(counts, key.shape[1])
-        arrays = _write(self.arrays, self._encoded(key, value), places)
+        counts, overflowed = self._admit(counts)
+        mapping = self._map_slots(counts, key.shape[1])
+        arrays = _write_jitted(self.arrays, self._encode(key, value), mapping)
         return dataclasses.replace(
             self, arrays=arrays, lengths=self.lengths + counts, overflowed=overflowed
         )
 
-    def _admitted(self, counts: Array) -> tuple[Array, Array]:
-        """How many of the new tokens each row takes, int32 [B], and its ``overflowed`` then.
+    def _admit(self, counts: Array) -> tuple[Array, Array]:
+        """Return how many of the new tokens each row takes, int32 [B], and ``overflowed``.
 
-        Raises what `append` says of tokens that do not fit.
+        Raises:
+          ValueError: tokens that do not fit, where this can be known.
         """
-        fits, message = self._fits(counts)
-        (overflowed,) = host(self.overflowed)
+        fits, message = self._check_room(counts)
+        (overflowed,) = move_to_host(self.overflowed)
         if is_concrete(fits, overflowed):
             if np.any(overflowed & (np.asarray(counts) > 0)):
                 rows = np.nonzero(overflowed)[0].tolist()
@@ -519,29 +519,29 @@ class Cache(_serialization.Serializable, abc.ABC):
             counts = jnp.where(fits & ~self.overflowed, counts, 0)
         return jnp.asarray(counts, jnp.int32), self.overflowed | ~jnp.asarray(fits)
 
-    def _checked_tokens(
+    def _check_tokens(
         self, key: Any, value: Any, lengths: Any
     ) -> tuple[Array, Array | None, Array]:
-        """New keys and values, and how many there are in each row."""
-        key = self._checked("key", key, self.head_dim)
+        """Check new keys and values; return them and their number in each row."""
+        key = self._check_vectors("key", key, self.head_dim)
         length = key.shape[1]
         if self.values_in_keys:
             if value is not None:
                 raise ValueError("value takes None: in this cache the values are in the keys")
         else:
-            value = self._checked("value", value, self.value_head_dim)
+            value = self._check_vectors("value", value, self.value_head_dim)
             if value.shape[1] != length:
                 raise ValueError(
                     f"value takes as many tokens as key, {length}, got shape {value.shape}"
                 )
         counts = length if lengths is None else lengths
-        return key, value, counts_of("lengths", counts, self.batch, at_most=length)
+        return key, value, check_counts("lengths", counts, self.batch, at_most=length)
 
-    def _checked(self, name: str, x: Any, size: int) -> Array:
+    def _check_vectors(self, name: str, x: Any, size: int) -> Array:
         takes = f"[B, T, K, size] = [{self.batch}, T, {self.num_kv_heads}, {size}]"
         if x is None:
             raise ValueError(f"{name} takes {takes}, got None")
-        x = as_array(name, x)
+        x = convert_to_array(name, x)
         shape = (self.batch, *x.shape[1:2], self.num_kv_heads, size)
         if x.ndim != 4 or x.shape != shape:
             raise ValueError(f"{name} takes {takes} for this cache, got {x.shape}")
@@ -555,17 +555,17 @@ class Cache(_serialization.Serializable, abc.ABC):
             )
         return x
 
-    def _encoded(self, key: Array, value: Array | None) -> KeyValueArrays:
-        """New tokens as they are stored."""
+    def _encode(self, key: Array, value: Array | None) -> KeyValueArrays:
+        """Return new tokens in the form in which they are stored."""
         if self.key_center is not None:
             center = self.key_center.astype(jnp.float32)[None, None]
             key = (key.astype(jnp.float32) - center).astype(
                 key.dtype if self.stores_floats else jnp.float32
             )
-        return encode(key, value, self.dtype, self.arrays.keys.dtype)
+        return encode_tokens(key, value, self.dtype, self.arrays.keys.dtype)
 
-    def _rows(self, rows: Any) -> Array:
-        rows = as_array("rows", rows)
+    def _check_rows(self, rows: Any) -> Array:
+        rows = convert_to_array("rows", rows)
         if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim != 1 or rows.size == 0:
             raise ValueError(f"rows takes int [B'], got {rows.dtype} {rows.shape}")
         if is_concrete(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch:
@@ -573,16 +573,16 @@ class Cache(_serialization.Serializable, abc.ABC):
         return rows.astype(jnp.int32)
 
 
-def register(
+def register_kind(
     cls: type[_Kind], data: tuple[str, ...] = (), static: tuple[str, ...] = ()
 ) -> type[_Kind]:
-    """Makes a kind of cache a pytree; ``data`` and ``static`` are the fields that it adds."""
+    """Make a kind of cache a pytree; ``data`` and ``static`` are the fields that it adds."""
     fields = (*DATA_FIELDS, *data), (*STATIC_FIELDS, *static)
     return _serialization.register_dataclass(cls, *fields)
 
 
-_write = jax.jit(write)  # one program when called eagerly, too
+_write_jitted = jax.jit(write_tokens)  # so that an eager call compiles one program
 
 
-def take_rows(tree: Any, rows: Array) -> Any:
+def _take_rows(tree: Any, rows: Array) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)

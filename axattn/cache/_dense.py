@@ -8,23 +8,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from axattn._typing import ArrayLike
-from axattn.cache._base import Cache, register
-from axattn.cache._checks import counts_of, host, positive
-from axattn.cache._storage import empty_fields, given_fields
-from axattn.cache._write import Places
+from axattn.cache._base import Cache, register_kind
+from axattn.cache._checks import check_counts, check_positive, move_to_host
+from axattn.cache._storage import make_empty_fields, wrap_arrays
+from axattn.cache._write import SlotMapping
 
 
-@register
+@register_kind
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseCache(Cache):
     """A cache with room for a fixed number of tokens in each row.
 
-    Token p of a row is in slot p; arrays are ``[B, K, length, size]``. Made by `create`; methods
+    Token p of a row is in slot p; arrays are ``[B, K, length, size]``. `create` makes it. Methods
     and attributes are those of `Cache`.
 
     Raises:
-      ValueError: by `create` and the methods, for sizes and tokens that do not fit.
-      TypeError: by both, for dtypes that cannot be.
+      ValueError: by `create` and the methods, for wrong sizes and for tokens that do not fit.
+      TypeError: by both, for wrong dtypes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,20 +48,20 @@ class DenseCache(Cache):
         dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> DenseCache:
-        """An empty cache for ``batch`` rows of at most ``length`` tokens.
+        """Create an empty cache for ``batch`` rows of at most ``length`` tokens.
 
         Args:
           batch, length, num_kv_heads, head_dim: B, S, K and H.
           value_head_dim: h; H by default.
-          values_in_keys: store one array only: values are the first h features of the keys (latent
-            attention, https://arxiv.org/abs/2405.04434).
+          values_in_keys: store keys only: their first h features are the values (latent attention,
+            https://arxiv.org/abs/2405.04434).
           dtype: ``float32``, ``bfloat16``, ``float16``; or ``int8``, ``float8_e4m3fn``, ``int4``
             with one float32 scale per token and head.
-          key_center: float ``[K, H]``, subtracted from keys before they are stored and allowed for
-            in the scores: see `axattn.quantization.key_center`.
+          key_center: float ``[K, H]``, subtracted from keys before they are stored; the scores
+            make up for it, see `axattn.quantization.key_center`.
 
         Raises:
-          ValueError: sizes that are no positive integers, or do not fit together.
+          ValueError: sizes that are not positive integers, or that contradict each other.
           TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
 
         Example:
@@ -70,9 +70,9 @@ class DenseCache(Cache):
           >>> cache.bytes_per_token, cache.nbytes  # of one layer
           (2112, 69206016)
         """
-        positive("length", length)
+        check_positive("length", length)
         return DenseCache(
-            **empty_fields(
+            **make_empty_fields(
                 batch,
                 batch,
                 length,
@@ -97,23 +97,23 @@ class DenseCache(Cache):
         dtype: DTypeLike | None = None,
         key_center: ArrayLike | None = None,
     ) -> DenseCache:
-        """A cache over arrays that are there already, with their tokens.
+        """Make a cache of existing arrays and the tokens in them.
 
-        They become the cache's, as in `PagedCache.from_arrays`: where it is donated, they are gone.
+        The cache takes over the arrays, as in `PagedCache.from_arrays`: donating it deletes them.
 
         Args:
-          keys: ``[B, K, length, H]``, after RoPE, as they are stored.
-          values: ``[B, K, length, h]``; None: the first h features of the keys.
+          keys: ``[B, K, length, H]``, after RoPE.
+          values: ``[B, K, length, h]``; None if they are the first h features of the keys.
           lengths: int ``[B]`` or int, tokens of each row, in its first slots.
-          key_scales: float32 ``[B, K, length]`` of int8, float8 or int4; else None.
+          key_scales: float32 ``[B, K, length]`` for int8, float8 and int4; else None.
           value_scales: likewise float32 ``[B, K, length]``, of the values.
-          value_head_dim: h where ``values`` is None; H by default.
-          dtype: of keys and values; by default that of the array. Where the arrays hold bits
-            (uint8 of float8_e4m3fn, uint16 of bfloat16), what these are.
-          key_center: float ``[K, H]``, what was subtracted from the keys.
+          value_head_dim: h if ``values`` is None; H by default.
+          dtype: dtype of keys and values; by default that of the array. Arrays of bits (uint8 for
+            float8_e4m3fn, uint16 for bfloat16) need it.
+          key_center: float ``[K, H]`` that was subtracted from the keys.
 
         Raises:
-          ValueError: shapes that do not fit together; scales that lack, or are not wanted; lengths
+          ValueError: shapes that contradict each other; missing or superfluous scales; lengths
             beyond the slots.
           TypeError: other dtypes.
 
@@ -125,7 +125,7 @@ class DenseCache(Cache):
           >>> cache.dtype, cache.capacity, cache.lengths.tolist()
           ('bfloat16', 32, [20, 20])
         """
-        fields = given_fields(
+        fields = wrap_arrays(
             keys,
             values,
             key_scales,
@@ -137,7 +137,7 @@ class DenseCache(Cache):
             key_center=key_center,
         )
         batch, _, capacity, _ = fields["arrays"].keys.shape
-        lengths = counts_of("lengths", lengths, batch, at_most=capacity)
+        lengths = check_counts("lengths", lengths, batch, at_most=capacity)
         return DenseCache(
             **fields,
             lengths=jnp.array(lengths, jnp.int32),
@@ -148,14 +148,14 @@ class DenseCache(Cache):
     def capacity(self) -> int:
         return self.arrays.keys.shape[2]
 
-    def _fits(self, counts):
-        lengths, counts = host(self.lengths, counts)
+    def _check_room(self, counts):
+        lengths, counts = move_to_host(self.lengths, counts)
         message = f"the cache holds {self.capacity} tokens per row"
         fits = lengths + counts <= self.capacity
         if lengths is not self.lengths:
             message += f": lengths {lengths.tolist()} and {counts.tolist()} more do not fit"
         return fits, message
 
-    def _places(self, counts, length):
+    def _map_slots(self, counts, length):
         rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
-        return Places(self.lengths, counts, rows)
+        return SlotMapping(self.lengths, counts, rows)

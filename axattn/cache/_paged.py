@@ -1,4 +1,4 @@
-"""A cache in pages: rows share one pool, and a page can be in several rows."""
+"""A cache whose rows have pages of one pool; rows can share a page."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from jax.typing import DTypeLike
 
 from axattn._stored import Stored
 from axattn._typing import Array, ArrayLike, Integer
-from axattn.cache._base import Cache, register
-from axattn.cache._checks import as_array, counts_of, host, is_concrete, positive
-from axattn.cache._storage import empty_fields, given_fields
-from axattn.cache._write import Places, runs_of
+from axattn.cache._base import Cache, register_kind
+from axattn.cache._checks import (
+    check_counts,
+    check_positive,
+    convert_to_array,
+    is_concrete,
+    move_to_host,
+)
+from axattn.cache._storage import make_empty_fields, wrap_arrays
+from axattn.cache._write import SlotMapping, count_runs
 
 
-@lambda cls: register(cls, data=("block_table",))
+@lambda cls: register_kind(cls, data=("block_table",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedCache(Cache):
-    """A cache in pages: rows share one pool, and a page can be in several rows.
+    """A cache whose rows have pages of one pool; rows can share a page.
 
     PagedAttention, https://arxiv.org/abs/2309.06180. Token p of row b is in slot p % page_size of
     page ``block_table[b, p // page_size]``; arrays are ``[num_pages, K, page_size, size]``. The
-    table is made on the host, by `PagePool` or by anything else, and handed over with `with_table`
-    whenever it changes; all shapes are static. Made by `create`; methods and the other attributes
-    are those of `Cache`.
+    host makes the table, with `PagePool` or otherwise, and sets it by `with_table` whenever it
+    changes; all shapes are static. `create` makes the cache. Methods and the other attributes are
+    those of `Cache`.
 
     Attributes:
-      block_table: int32 ``[B, pages_per_row]``. Entries for tokens that are not there may be
-        anything; -1 means none.
+      block_table: int32 ``[B, pages_per_row]``; -1 means no page. Entries after the last token of a
+        row can be anything.
 
     Raises:
-      ValueError: by `create` and the methods, for sizes and tokens that do not fit: also tokens
-        that have no page.
-      TypeError: by both, for dtypes that cannot be.
+      ValueError: by `create` and the methods, for wrong sizes, and for tokens that do not fit or
+        have no page.
+      TypeError: by both, for wrong dtypes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,17 +77,17 @@ class PagedCache(Cache):
         dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> PagedCache:
-        """An empty pool of ``num_pages`` pages and a table of -1 for ``batch`` rows.
+        """Create an empty pool of ``num_pages`` pages and a table of -1 for ``batch`` rows.
 
         Args:
           batch, num_kv_heads, head_dim: B, K and H.
           num_pages, page_size: pages in the pool and tokens per page.
-          pages_per_row: most pages that a row can have.
+          pages_per_row: maximum number of pages of a row.
           value_head_dim, values_in_keys, dtype: as in `DenseCache.create`.
-          key_center: float ``[K, H]``, as there.
+          key_center: float ``[K, H]``, as in `DenseCache.create`.
 
         Raises:
-          ValueError: sizes that are no positive integers, or do not fit together.
+          ValueError: sizes that are not positive integers, or that contradict each other.
           TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
         """
         for name, count in (
@@ -89,8 +95,8 @@ class PagedCache(Cache):
             ("page_size", page_size),
             ("pages_per_row", pages_per_row),
         ):
-            positive(name, count)
-        fields = empty_fields(
+            check_positive(name, count)
+        fields = make_empty_fields(
             batch,
             num_pages,
             page_size,
@@ -116,28 +122,29 @@ class PagedCache(Cache):
         dtype: DTypeLike | None = None,
         key_center: ArrayLike | None = None,
     ) -> PagedCache:
-        """A cache over a pool of pages that is there already, with its tokens.
+        """Make a cache of an existing pool of pages and the tokens in them.
 
-        The arrays become the cache's, without a copy: where it is donated, they are gone. (What a
-        cache stores as bits, float8 and with older versions of JAX bfloat16 on CPUs, is copied
-        where it is given as numbers.) A vector is its scale times its codes: see
+        The cache takes over the arrays without a copy: donating it deletes them. (A cache stores
+        float8 as bits, and with older versions of JAX bfloat16 on CPUs: such arrays are copied,
+        unless they are bits already.) A vector is its scale times its codes: see
         `axattn.quantization`.
 
         Args:
-          keys: ``[num_pages, K, page_size, H]``, after RoPE, as they are stored.
-          values: ``[num_pages, K, page_size, h]``; None: the first h features of the keys.
-          block_table: int ``[B, pages_per_row]``, the pages of each row; -1 means none.
-          lengths: int ``[B]`` or int, tokens of each row that are in its pages.
-          key_scales: float32 ``[num_pages, K, page_size]`` of int8, float8 or int4; else None.
+          keys: ``[num_pages, K, page_size, H]``, after RoPE.
+          values: ``[num_pages, K, page_size, h]``; None if they are the first h features of the
+            keys.
+          block_table: int ``[B, pages_per_row]``, the pages of each row; -1 means no page.
+          lengths: int ``[B]`` or int, tokens of each row in its pages.
+          key_scales: float32 ``[num_pages, K, page_size]`` for int8, float8 and int4; else None.
           value_scales: likewise float32 ``[num_pages, K, page_size]``, of the values.
-          value_head_dim: h where ``values`` is None; H by default.
-          dtype: of keys and values; by default that of the array. Where the arrays hold bits
-            (uint8 of float8_e4m3fn, uint16 of bfloat16), what these are.
-          key_center: float ``[K, H]``, what was subtracted from the keys.
+          value_head_dim: h if ``values`` is None; H by default.
+          dtype: dtype of keys and values; by default that of the array. Arrays of bits (uint8 for
+            float8_e4m3fn, uint16 for bfloat16) need it.
+          key_center: float ``[K, H]`` that was subtracted from the keys.
 
         Raises:
-          ValueError: shapes that do not fit together; scales that lack, or are not wanted; lengths
-            beyond the row's pages, or with entries of the table that are no pages of the pool.
+          ValueError: shapes that contradict each other; missing or superfluous scales; lengths
+            beyond the row's pages, or tokens whose entry of the table is no page of the pool.
           TypeError: other dtypes.
 
         Example:
@@ -153,7 +160,7 @@ class PagedCache(Cache):
           >>> cache.attend(jnp.ones((2, 1, 8, 64))).shape
           (2, 1, 8, 64)
         """
-        fields = given_fields(
+        fields = wrap_arrays(
             keys,
             values,
             key_scales,
@@ -174,8 +181,8 @@ class PagedCache(Cache):
             block_table=jnp.full(shape, -1, jnp.int32),
         )
         cache = empty.with_table(block_table)
-        lengths = counts_of("lengths", lengths, cache.batch, at_most=cache.capacity)
-        fits, message = cache._fits(lengths)
+        lengths = check_counts("lengths", lengths, cache.batch, at_most=cache.capacity)
+        fits, message = cache._check_room(lengths)
         if is_concrete(fits) and not np.all(fits):
             raise ValueError(f"lengths takes tokens that have a page: {message}")
         return dataclasses.replace(cache, lengths=jnp.array(lengths, jnp.int32))
@@ -192,28 +199,28 @@ class PagedCache(Cache):
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row's part of the table can name."""
+        """Tokens that a row has room for in its part of the table."""
         return self.block_table.shape[1] * self.page_size
 
     def stored(self) -> Stored:
-        """As `Cache.stored`, with the table."""
+        """Return what attention reads, as `Cache.stored`, with the table."""
         return dataclasses.replace(super().stored(), block_table=self.block_table)
 
     def with_table(self, block_table: ArrayLike, lengths: ArrayLike | None = None) -> PagedCache:
-        """The cache with another table and, where given, other lengths.
+        """Replace the block table and, if they are given, the lengths.
 
         ``overflowed`` stays: `reset` clears it.
 
         Args:
-          block_table: int ``[B, pages_per_row]``; -1 means none.
-          lengths: int ``[B]`` or int, of the tokens that are stored already: after a prefix was
-            found in the pool, or where a row now is another sequence.
+          block_table: int ``[B, pages_per_row]``; -1 means no page.
+          lengths: int ``[B]`` or int, the tokens that are stored already: for a row with a prefix
+            from the pool, or with another sequence than before.
 
         Raises:
           ValueError: another shape; lengths beyond ``capacity``.
           TypeError: anything but integers.
         """
-        block_table = jnp.array(as_array("block_table", block_table), copy=True)
+        block_table = jnp.array(convert_to_array("block_table", block_table), copy=True)
         if not jnp.issubdtype(block_table.dtype, jnp.integer):
             raise TypeError(f"block_table takes integers, got {block_table.dtype}")
         if block_table.shape != self.block_table.shape:
@@ -223,25 +230,26 @@ class PagedCache(Cache):
             )
         changes: dict[str, Any] = {"block_table": block_table.astype(jnp.int32)}
         if lengths is not None:
-            lengths = counts_of("lengths", lengths, self.batch, at_most=self.capacity)
+            lengths = check_counts("lengths", lengths, self.batch, at_most=self.capacity)
             changes["lengths"] = jnp.array(lengths, jnp.int32)
         return dataclasses.replace(self, **changes)
 
     def copy_pages(self, sources: ArrayLike, targets: ArrayLike) -> PagedCache:
-        """The cache with page ``targets[i]`` a copy of page ``sources[i]``, in this order.
+        """Copy page ``sources[i]`` to page ``targets[i]``, in this order.
 
-        What copy-on-write asks for, see `PagePool.take_copies`. Call it inside the donated step: by
-        itself it copies the pool.
+        This does the copies of `PagePool.take_copies`. Call it inside the step that donates the
+        cache: an eager call copies the whole pool.
 
         Args:
-          sources: int ``[n]``, pages that are copied; a pair with -1 is left out.
-          targets: int ``[n]``, pages that become the copies.
+          sources: int ``[n]``, pages to copy from; a pair with -1 is skipped.
+          targets: int ``[n]``, pages to copy to.
 
         Raises:
           ValueError: shapes that differ, or pages that the pool does not have.
           TypeError: anything but integers.
         """
-        sources, targets = as_array("sources", sources), as_array("targets", targets)
+        sources = convert_to_array("sources", sources)
+        targets = convert_to_array("targets", targets)
         for name, x in (("sources", sources), ("targets", targets)):
             if not jnp.issubdtype(x.dtype, jnp.integer) and x.size:
                 raise TypeError(f"{name} takes int [n], got {x.dtype}")
@@ -255,7 +263,7 @@ class PagedCache(Cache):
                 raise ValueError(f"{name} takes pages 0 to {self.num_pages - 1} or -1, got {x}")
         if sources.size == 0:
             return self
-        # A few sizes only, lest every number of copies be compiled anew.
+        # Pad to a power of two, so that only a few sizes are compiled.
         room = (0, (1 << (sources.size - 1).bit_length()) - sources.size)
         sources, targets = (
             jnp.pad(x.astype(jnp.int32), room, constant_values=-1) for x in (sources, targets)
@@ -264,12 +272,10 @@ class PagedCache(Cache):
         return dataclasses.replace(self, arrays=arrays)
 
     def fork(self, rows: ArrayLike) -> PagedCache:
-        """A cache whose row i has the pages of row ``rows[i]``; nothing is copied.
+        """Return a cache whose row i has the pages of row ``rows[i]``; nothing is copied.
 
-        Both caches have the same arrays: donate one of them only.
-
-        Rows that share a page that is not full must not both append to it: give each its own copy
-        first (`PagePool.fork` says which).
+        Both caches have the same arrays: donate only one of them. Rows that share a page with free
+        slots must not both append to it: copy it first (see `PagePool.fork`).
 
         Args:
           rows: int ``[B']``, rows of this cache; B' is the batch of the new one.
@@ -280,14 +286,14 @@ class PagedCache(Cache):
         """
         return super().fork(rows)
 
-    def _per_row(self):
+    def _list_row_fields(self):
         return ("block_table", "lengths", "overflowed")
 
-    def _fits(self, counts):
-        lengths, counts, table = host(self.lengths, counts, self.block_table)
+    def _check_room(self, counts):
+        lengths, counts, table = move_to_host(self.lengths, counts, self.block_table)
         np_ = np if is_concrete(lengths) else jnp
         total = lengths + counts
-        # Every page that the new tokens touch has to be there.
+        # Every page that gets new tokens has to be in the table.
         page = np_.arange(table.shape[1], dtype=np.int32)[None]
         touched = (page >= (lengths // self.page_size)[:, None]) & (
             page * self.page_size < total[:, None]
@@ -307,24 +313,24 @@ class PagedCache(Cache):
             )
         return fits, message
 
-    def _places(self, counts, length):
+    def _map_slots(self, counts, length):
         first = self.lengths // self.page_size
-        run = first[:, None] + jnp.arange(runs_of(length, self.page_size), dtype=jnp.int32)[None]
+        run = first[:, None] + jnp.arange(count_runs(length, self.page_size), dtype=jnp.int32)[None]
         rows = jnp.take_along_axis(self.block_table, run, axis=1, mode="clip")
-        return Places(self.lengths, counts, rows)
+        return SlotMapping(self.lengths, counts, rows)
 
 
 @jax.jit
 def _copy_pages(arrays: Any, sources: Array, targets: Array) -> Any:
-    def copy(i, arrays):
+    def copy_page(i, arrays):
         ok = (sources[i] >= 0) & (targets[i] >= 0)
         source = jnp.maximum(sources[i], 0)
         target = jnp.where(ok, targets[i], source)  # onto itself
 
-        def one(array):
+        def copy_array(array):
             page = lax.dynamic_slice_in_dim(array, source, 1, 0)
             return lax.dynamic_update_slice_in_dim(array, page, target, 0)
 
-        return jax.tree.map(one, arrays)
+        return jax.tree.map(copy_array, arrays)
 
-    return lax.fori_loop(0, sources.shape[0], copy, arrays)
+    return lax.fori_loop(0, sources.shape[0], copy_page, arrays)

@@ -1,4 +1,4 @@
-"""What a `PagePool` raises, and what it says of itself."""
+"""Errors and statistics of a `PagePool`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class PoolExhaustedError(RuntimeError):
-    """A request needs more pages than can be had. The pool is as it was before the request.
+    """A request needs more pages than there are. The request did not change the pool.
 
     Attributes:
       request: what was asked for.
-      needed: pages that it takes, besides those that it would share.
-      free: pages that hold nothing.
-      evictable: pages that hold published tokens which no live sequence, nor this one, uses.
+      needed: pages that it needs, besides those that it would share.
+      free: pages without tokens.
+      evictable: pages of published tokens that neither a live sequence nor this request uses.
       in_use: all other pages.
 
     Raises:
@@ -24,7 +24,7 @@ class PoolExhaustedError(RuntimeError):
       >>> pool = PagePool(num_pages=2, page_size=4)
       >>> try:
       ...     pool.allocate(9)
-      ... except PoolExhaustedError as error:  # time to let another sequence go
+      ... except PoolExhaustedError as error:  # time to free another sequence
       ...     print(error)
       allocating 9 tokens needs 3 pages and the pool has 2: 2 free, 0 evictable; 0 are in use
     """
@@ -46,7 +46,7 @@ class PoolExhaustedError(RuntimeError):
 
 
 class UnknownSequenceError(KeyError):
-    """A sequence that was freed or never allocated. The pool is as it was before the call.
+    """A sequence was freed or never allocated. The call did not change the pool.
 
     Attributes:
       sequence: the id.
@@ -75,16 +75,16 @@ class UnknownSequenceError(KeyError):
 
 @dataclasses.dataclass(frozen=True)
 class PoolStatistics:
-    """What a pool holds. Pages that are free, cached and in use add up to all of them.
+    """What a pool stores. Free, cached and used pages add up to all pages.
 
     Attributes:
       num_pages: pages of the pool.
       page_size: tokens per page.
-      pages_free: pages that hold nothing.
-      pages_cached: published pages that no live sequence holds: found by prefix, or evicted.
+      pages_free: pages without tokens.
+      pages_cached: published pages that no live sequence has: found by prefix until evicted.
       pages_in_use: pages of live sequences, each counted once, and sources of pending copies.
       tokens_stored: tokens in pages of live sequences; those in a shared page count once.
-      tokens_logical: the lengths of all live sequences added up.
+      tokens_logical: the sum of the lengths of all live sequences.
 
     Example:
       >>> from axattn.cache import PagePool
@@ -105,7 +105,7 @@ class PoolStatistics:
 
     @property
     def overhead(self) -> float:
-        """Token slots in use per token stored; 1.0 where every page is full, or none is used."""
+        """Slots in used pages per stored token; 1.0 if all used pages are full, or none is used."""
         if not self.tokens_stored:
             return 1.0
         return self.pages_in_use * self.page_size / self.tokens_stored

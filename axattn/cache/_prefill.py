@@ -1,4 +1,4 @@
-"""Prompts in chunks: memory does not grow with the prompt."""
+"""Chunked prefill: memory does not grow with the prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axattn import _jax_compat
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._typing import Array, ArrayLike
 from axattn.cache._base import Cache
-from axattn.cache._checks import counts_of, is_concrete, positive
+from axattn.cache._checks import check_counts, check_positive, is_concrete
 
 Step = Callable[[Any, Array, Array], tuple[Any, Any]]
 
@@ -27,27 +27,27 @@ def prefill(
     *,
     chunk_size: int,
 ) -> tuple[Any, Any]:
-    """Runs prompts through a model chunk by chunk, and returns what it says of their last tokens.
+    """Run prompts through a model chunk by chunk, and return its outputs at the last tokens.
 
-    Chunks have one shape, and rows that ended are padded, so memory does not depend on the prompt.
-    Only as many chunks are run as the longest row needs. To be called under ``jax.jit``, where it
-    is compiled once for prompts padded to one T; called eagerly it compiles every time.
+    All chunks have one shape and shorter rows are padded, so memory does not depend on the prompt.
+    The longest row decides how many chunks run. Call it under ``jax.jit``, where prompts padded to
+    one T share a program; an eager call compiles every time.
 
     Args:
       step: ``step(cache, tokens [B, C, ...], lengths [B]) -> (outputs [B, C, ...], cache)``: the
-        model on the next C tokens of each row, of which ``lengths`` are real. Its output may be a
+        model on the next C tokens of each row, of which ``lengths`` are real. The outputs can be a
         pytree.
-      cache: whatever ``step`` takes and returns: a cache, or a tuple of one per layer.
+      cache: whatever ``step`` takes and returns: a cache, or a tuple with one per layer.
       tokens: ``[B, T, ...]``, right-padded: token ids, or embeddings.
       lengths: int ``[B]``, real tokens per row; T by default. A row without tokens gives zeros.
       chunk_size: C, tokens of a chunk.
 
     Returns:
-      ``(last, cache)``; last are the outputs ``[B, ...]`` at the last token of each row.
+      ``(last, cache)``; ``last`` are the outputs ``[B, ...]`` at the last token of each row.
 
     Raises:
-      ValueError: arguments of other shapes; tokens that do not fit into a cache, where that can
-        be known. Under ``jit`` ``overflowed`` is set, and the row stays at the last chunk that fit.
+      ValueError: wrong shapes; tokens that do not fit into a cache, where this can be known. Under
+        ``jit`` ``overflowed`` is set, and the row keeps the chunks that did fit.
       TypeError: ``lengths`` that are no integers.
 
     Example:
@@ -62,48 +62,48 @@ def prefill(
       >>> last.shape, cache.lengths.tolist()
       ((2, 1, 4), [10, 7])
     """
-    positive("chunk_size", chunk_size)
+    check_positive("chunk_size", chunk_size)
     tokens = jnp.asarray(tokens)
     if tokens.ndim < 2 or 0 in tokens.shape:
         raise ValueError(f"tokens takes [B, T, ...] with B, T >= 1, got shape {tokens.shape}")
     batch, length = tokens.shape[:2]
-    lengths = counts_of("lengths", length if lengths is None else lengths, batch, at_most=length)
+    lengths = check_counts("lengths", length if lengths is None else lengths, batch, at_most=length)
     lengths = jnp.asarray(lengths)
     chunk = min(chunk_size, length)
     count = -(-length // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - length), *[(0, 0)] * (tokens.ndim - 2)))
 
-    def run(i, cache):
-        here = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
-        real = jnp.clip(lengths - i * chunk, 0, chunk)
-        return real, *step(cache, here, real)
+    def run_chunk(i, cache):
+        chunk_tokens = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
+        counts = jnp.clip(lengths - i * chunk, 0, chunk)
+        return counts, *step(cache, chunk_tokens, counts)
 
-    def body(i, carry):
+    def advance(i, carry):
         last, cache = carry
-        # XLA for TPUs would lay out the caches of this loop as their tokens come, and copy all of
-        # them on the way in and out.
-        real, outputs, cache = run(i, jax.tree.map(_jax_compat.keep_layout, cache))
+        # XLA for TPUs would choose the layout of the new tokens for the caches of this loop, and
+        # copy them before and after it.
+        counts, outputs, cache = run_chunk(i, jax.tree.map(_jax_compat.keep_layout, cache))
         cache = jax.tree.map(_jax_compat.keep_layout, cache)
-        at = jnp.maximum(real - 1, 0)
+        index = jnp.maximum(counts - 1, 0)
 
-        def pick(output, last):
+        def pick_newest(output, last):
             newest = jax.vmap(lambda x, n: lax.dynamic_index_in_dim(x, n, 0, keepdims=False))(
-                output, at
+                output, index
             )
-            here = (real > 0).reshape(batch, *(1 for _ in newest.shape[1:]))
-            return jnp.where(here, newest, last)
+            has_tokens = (counts > 0).reshape(batch, *(1 for _ in newest.shape[1:]))
+            return jnp.where(has_tokens, newest, last)
 
-        return jax.tree.map(pick, outputs, last), cache
+        return jax.tree.map(pick_newest, outputs, last), cache
 
-    shapes = jax.eval_shape(lambda cache: run(0, cache)[1], cache)
+    shapes = jax.eval_shape(lambda cache: run_chunk(0, cache)[1], cache)
     last = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[2:]), x.dtype), shapes)
     last = vary_over(last, varying_axes(*jax.tree.leaves((cache, tokens, lengths, shapes))))
     needed = jnp.minimum(-(-lengths.max() // chunk), count)
-    last, cache = lax.fori_loop(0, needed, body, (last, cache))
-    for one in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache)):
-        if isinstance(one, Cache) and is_concrete(one.overflowed) and bool(one.overflowed.any()):
+    last, cache = lax.fori_loop(0, needed, advance, (last, cache))
+    for leaf in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache)):
+        if isinstance(leaf, Cache) and is_concrete(leaf.overflowed) and bool(leaf.overflowed.any()):
             raise ValueError(
-                f"tokens takes prompts that fit into the cache, of {one.capacity} tokens per row; "
-                f"rows {np.nonzero(one.overflowed)[0].tolist()} overflowed"
+                f"tokens takes prompts that fit into the cache, of {leaf.capacity} tokens per row; "
+                f"rows {np.nonzero(leaf.overflowed)[0].tolist()} overflowed"
             )
     return last, cache

@@ -1,8 +1,8 @@
-"""A radix tree over token ids whose every node is a page.
+"""A radix tree over token ids in which every node is a page.
 
-A page's keys and values depend on all tokens before it, so a page is known by the path to it: the
-root's children are first pages of sequences, and so on. Inner nodes are full pages. A leaf may be
-filled in part, and a search may end inside any page.
+Keys and values depend on all tokens before them, so the path from the root identifies a page: the
+root's children are first pages of sequences, and so on. Inner nodes are full pages. A leaf can have
+free slots, and a match can end inside any page.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from axattn._typing import present
 _INT64_MAX = np.iinfo(np.int64).max
 
 
-def token_ids(name: str, tokens: Iterable[int] | int) -> tuple[int, array | None]:
-    """How many tokens there are and, if ``tokens`` says, their ids as an ``array("q")``.
+def parse_token_ids(name: str, tokens: Iterable[int] | int) -> tuple[int, array | None]:
+    """Return the number of tokens and, if ``tokens`` has them, their ids as an ``array("q")``.
 
     Args:
-      name: of the argument, for errors.
+      name: name of the argument in errors.
       tokens: token ids (any iterable of integers, a one-dimensional array) or, as a Python int,
         their number.
 
     Raises:
-      TypeError: anything else. An array's scalar is refused, because ``sampled[0]`` would be
-        meant as an id and taken for a number of tokens.
-      ValueError: a negative number of tokens, an array of other than one dimension, an id that
-        is no int64.
+      TypeError: anything else. The scalar of an array, such as ``sampled[0]``, is refused: it is
+        meant as an id, and would be taken for a number of tokens.
+      ValueError: a negative number of tokens, an array with another number of dimensions, or an id
+        beyond int64.
     """
     if type(tokens) is int:
         if tokens < 0:
@@ -56,22 +56,22 @@ def token_ids(name: str, tokens: Iterable[int] | int) -> tuple[int, array | None
     return ids.size, array("q", ids.astype(np.int64).tobytes())
 
 
-class Match(NamedTuple):
-    """The longest prefix that a tree has of some tokens.
+class PrefixMatch(NamedTuple):
+    """The longest prefix of some tokens that is in a tree.
 
     Attributes:
-      pages: full pages, all of whose tokens match.
-      partial: the page after those whose first ``inside`` tokens match, or None.
-      inside: how many of its tokens match: at least 1 with a page, and less than a page.
+      pages: full pages that match.
+      partial: the page after them that matches in part, or None.
+      partial_tokens: how many of its first tokens match, less than a page; 0 for None.
     """
 
     pages: list[int]
     partial: int | None
-    inside: int
+    partial_tokens: int
 
 
 class _Node:
-    """A page, its tokens, and the pages that follow it, sorted by their tokens."""
+    """A page, its tokens, and the pages after it, sorted by their tokens."""
 
     __slots__ = ("children", "key", "keys", "page", "parent")
 
@@ -83,29 +83,29 @@ class _Node:
         self.children: list[_Node] = []
 
     def add(self, child: _Node) -> None:
-        at = bisect_left(self.keys, child.key)
-        self.keys.insert(at, child.key)
-        self.children.insert(at, child)
+        index = bisect_left(self.keys, child.key)
+        self.keys.insert(index, child.key)
+        self.children.insert(index, child)
 
     def discard(self, child: _Node) -> None:
-        at = bisect_left(self.keys, child.key)
-        assert self.children[at] is child, "siblings have different keys"
-        del self.keys[at], self.children[at]
+        index = bisect_left(self.keys, child.key)
+        assert self.children[index] is child, "siblings have different keys"
+        del self.keys[index], self.children[index]
 
-    def closest(self, key: array) -> tuple[_Node | None, int]:
-        """The child that shares the most leading tokens with ``key``, and how many."""
-        # In sorted order nothing shares more with a key than its neighbors do.
-        at = bisect_left(self.keys, key)
+    def find_closest(self, key: array) -> tuple[_Node | None, int]:
+        """Return the child that shares the most first tokens with ``key``, and their number."""
+        # In sorted order the neighbors of a key share the most tokens with it.
+        index = bisect_left(self.keys, key)
         best, most = None, 0
-        for child in self.children[max(at - 1, 0) : at + 1]:
-            common = _common(child.key, key)
+        for child in self.children[max(index - 1, 0) : index + 1]:
+            common = _count_common(child.key, key)
             if common > most:
                 best, most = child, common
         return best, most
 
 
-def _common(a: array, b: array) -> int:
-    """Length of the common prefix."""
+def _count_common(a: array, b: array) -> int:
+    """Return the length of the common prefix."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
@@ -113,10 +113,10 @@ def _common(a: array, b: array) -> int:
 
 
 class RadixTree:
-    """Finds the pages that hold the longest known prefix of some tokens.
+    """A tree that finds the pages with the longest known prefix of some tokens.
 
-    The tree knows pages and their tokens, not who uses them; `PagePool` decides what to remove.
-    Token ids are ``array("q")``; see `token_ids`.
+    It does not know who uses the pages; `PagePool` decides what to remove. Token ids are
+    ``array("q")``; see `parse_token_ids`.
     """
 
     def __init__(self, page_size: int):
@@ -125,51 +125,51 @@ class RadixTree:
         self._nodes: dict[int, _Node] = {}
 
     def __len__(self) -> int:
-        """The number of pages."""
+        """Return the number of pages."""
         return len(self._nodes)
 
-    def filled(self, page: int) -> int:
-        """How many leading tokens of ``page`` can be found; 0 if it is not in the tree."""
+    def count_tokens(self, page: int) -> int:
+        """Return how many tokens of ``page`` are in the tree; 0 if it is not there."""
         node = self._nodes.get(page)
         return len(node.key) if node else 0
 
-    def path(self, page: int) -> list[tuple[int, tuple[int, ...]]]:
-        """The pages from the first one down to ``page``, each with its token ids."""
+    def list_path(self, page: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the pages from the first one down to ``page``, each with its token ids."""
         node, out = self._nodes[page], []
         while node.parent is not None:
             out.append((node.page, tuple(node.key)))
             node = node.parent
         return out[::-1]
 
-    def match(self, tokens: array) -> Match:
-        """The longest prefix of ``tokens`` that is in the tree."""
+    def match(self, tokens: array) -> PrefixMatch:
+        """Return the longest prefix of ``tokens`` that is in the tree."""
         node = self._root
         pages: list[int] = []
         for start in range(0, len(tokens), self._page_size):
-            child, common = node.closest(tokens[start : start + self._page_size])
+            child, common = node.find_closest(tokens[start : start + self._page_size])
             if child is None:
                 break
             if common < self._page_size:
-                return Match(pages, child.page, common)
+                return PrefixMatch(pages, child.page, common)
             pages.append(child.page)
             node = child
-        return Match(pages, None, 0)
+        return PrefixMatch(pages, None, 0)
 
     def insert(self, parent: int | None, key: array, page: int) -> int:
-        """Makes ``page`` findable as the page that holds the tokens ``key`` after ``parent``.
+        """Enter ``page`` as the page with the tokens ``key`` after ``parent``.
+
+        Nothing changes if another page begins with the same tokens.
 
         Args:
           parent: the full page before it, already in the tree; None for a first page.
           key: 1 to page_size tokens.
-          page: new to the tree, or there after the same parent with the first of these tokens.
+          page: a new page, or one that is after the same parent with the first of these tokens.
 
         Returns:
-          The full page that has these tokens: ``page``, or the one that had them before, in which
-          case nothing changes. For tokens that do not fill a page it is ``page`` always; where
-          another page begins with the same tokens, nothing changes.
+          ``page``, or the other page if ``key`` fills a page and that page has these tokens.
         """
         above = self._root if parent is None else self._nodes[parent]
-        child, common = above.closest(key)
+        child, common = above.find_closest(key)
         if child is not None and common == len(key):
             return child.page if len(key) == self._page_size else page
         if page in self._nodes:
@@ -178,21 +178,21 @@ class RadixTree:
         return page
 
     def remove(self, page: int) -> None:
-        """Forgets ``page``, which no other page follows."""
+        """Forget ``page``, which no other page follows."""
         node = self._nodes[page]
         assert not node.children, f"page {page} has pages after it"
         present(node.parent).discard(node)
         del self._nodes[page]
 
     def trim(self, page: int, length: int) -> None:
-        """Forgets the tokens of ``page``, which no other page follows, after the first ``length``.
+        """Forget the tokens of ``page`` after the first ``length``; no other page follows it.
 
-        Forgets ``page`` altogether where another page begins with the tokens that remain.
+        Forget the whole page if another page begins with the remaining tokens.
         """
         node = self._nodes[page]
         above, key = present(node.parent), node.key[:length]
         self.remove(page)
-        if above.closest(key)[1] < length:
+        if above.find_closest(key)[1] < length:
             self._add(key, page, above)
 
     def _add(self, key: array, page: int, parent: _Node) -> None:

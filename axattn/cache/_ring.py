@@ -1,4 +1,4 @@
-"""A cache for sliding-window attention: its memory is bounded by the window."""
+"""A ring buffer for sliding-window attention: the window bounds its memory."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from jax.typing import DTypeLike
 from axattn import _jax_compat
 from axattn._stored import NEVER
 from axattn._typing import Array, ArrayLike, Float, Float32, Integer
-from axattn.cache._base import Cache, register
-from axattn.cache._checks import counts_of, host, is_concrete, positive
-from axattn.cache._storage import empty_fields
-from axattn.cache._write import Places, runs_of
+from axattn.cache._base import Cache, register_kind
+from axattn.cache._checks import check_counts, check_positive, is_concrete, move_to_host
+from axattn.cache._storage import make_empty_fields
+from axattn.cache._write import SlotMapping, count_runs
 
-# These speak of slots, and a ring's slots hold other tokens every time around.
-_OF_SLOTS = ("mask", "bias", "query_segment_ids", "key_value_segment_ids")
+# Options that go by slots: in a ring the token of a slot changes.
+_SLOT_OPTIONS = ("mask", "bias", "query_segment_ids", "key_value_segment_ids")
 
 
-@lambda cls: register(cls, data=("positions",), static=("window",))
+@lambda cls: register_kind(cls, data=("positions",), static=("window",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class RingCache(Cache):
-    """A cache for sliding-window attention: its memory is bounded by the window.
+    """A ring buffer for sliding-window attention: the window bounds its memory.
 
-    Token p of a row is in slot p % slots; arrays are ``[B, K, slots, size]``. Made by `create`;
-    methods and the other attributes are those of `Cache`. What speaks of slots (``mask``, ``bias``,
-    segment ids) is refused, since a slot holds other tokens every time around.
+    Token p of a row is in slot p % slots; arrays are ``[B, K, slots, size]``. `create` makes it.
+    Methods and the other attributes are those of `Cache`. Options that go by slots (``mask``,
+    ``bias``, segment ids) are refused, because the token of a slot changes.
 
     Attributes:
-      positions: int32 ``[B, slots]``, of the token in each slot; 2**30 where there is none.
+      positions: int32 ``[B, slots]``, the position of the token in each slot; 2**30 for no token.
       window: tokens to the left that a query sees besides itself.
 
     Raises:
-      ValueError: by `create` and the methods, for sizes and tokens that do not fit, and for what a
-        ring cannot do.
-      TypeError: by both, for dtypes that cannot be.
+      ValueError: by `create` and the methods, for wrong sizes, for tokens that do not fit and for
+        options that a ring does not support.
+      TypeError: by both, for wrong dtypes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,29 +69,29 @@ class RingCache(Cache):
         dtype: DTypeLike = jnp.bfloat16,
         key_center: ArrayLike | None = None,
     ) -> RingCache:
-        """An empty cache of ``window + max_append`` slots per row, rounded up to a multiple of 8.
+        """Create an empty cache of ``window + max_append`` slots per row, a multiple of 8.
 
         Args:
           batch, num_kv_heads, head_dim: B, K and H.
           window: tokens to the left that a query sees besides itself, as in
             ``local_window_size=(window, 0)``.
-          max_append: most tokens that one `append` takes: the first of them still needs a window of
-            tokens before it. `extend` takes any number and goes in steps of this many. It is also
-            how many of the newest tokens `truncate` can take back. Rounding may add some.
+          max_append: maximum number of tokens of one `append`, whose first one still needs the
+            window before it. `extend` takes any number, in steps of this many. `truncate` can
+            remove this many of the newest tokens. Rounding the slots up can make it larger.
           value_head_dim, values_in_keys, dtype: as in `DenseCache.create`.
-          key_center: float ``[K, H]``, as there.
+          key_center: float ``[K, H]``, as in `DenseCache.create`.
 
         Raises:
-          ValueError: sizes that are no positive integers (``window`` may be 0), or do not fit
-            together.
+          ValueError: sizes that are not positive integers (``window`` can be 0), or that contradict
+            each other.
           TypeError: another ``dtype``, or a ``key_center`` that is not floating point.
         """
-        positive("max_append", max_append)
+        check_positive("max_append", max_append)
         if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
             raise ValueError(f"window takes an int >= 0, got {window!r}")
-        # GPUs copy groups of 8 slots.
+        # GPU kernels copy groups of 8 slots.
         slots = -(-(int(window) + max_append) // 8) * 8
-        fields = empty_fields(
+        fields = make_empty_fields(
             batch,
             batch,
             slots,
@@ -107,12 +107,12 @@ class RingCache(Cache):
 
     @property
     def capacity(self) -> int:
-        """Slots per row; there is no limit to the tokens of a row."""
+        """Slots per row. The number of tokens of a row is not limited."""
         return self.positions.shape[1]
 
     @property
     def max_append(self) -> int:
-        """Most tokens that one `append` takes."""
+        """Maximum number of tokens of one `append`."""
         return self.capacity - self.window
 
     @overload
@@ -162,21 +162,21 @@ class RingCache(Cache):
         lengths: ArrayLike | None = None,
         **options: Any,
     ) -> Any:
-        """As `Cache.extend`, of any number of tokens: in steps of at most ``max_append``.
+        """Append tokens, then attend from them, in steps of at most ``max_append`` tokens.
 
         Args:
           query: ``[B, T, N, H]``, floating point; N a multiple of K.
           key: ``[B, T, K, H]``.
           value: ``[B, T, K, h]``; None where values are in the keys.
           lengths: int ``[B]`` or int: how many of the T tokens are real in each row.
-          **options: as in `Cache.attend`; of more than ``max_append`` tokens without
-            ``return_residual`` and ``q_positions``.
+          **options: as in `Cache.attend`. With more than ``max_append`` tokens
+            ``return_residual`` and ``q_positions`` are refused.
 
         Returns:
           ``(output, cache)``; output ``[B, T, N, h]``.
 
         Raises:
-          ValueError: as `Cache.extend`; and what cannot be said of so many tokens.
+          ValueError: as `Cache.extend`; an option that is refused with so many tokens.
           TypeError: as `Cache.extend`.
         """
         step, length = self.max_append, (*jnp.shape(key), 0, 0)[1]
@@ -187,56 +187,56 @@ class RingCache(Cache):
                 f"extend takes return_residual and q_positions for at most max_append = {step} "
                 f"tokens, got {length}"
             )
-        key, value, counts = self._checked_tokens(key, value, lengths)
+        key, value, counts = self._check_tokens(key, value, lengths)
         chunks = -(-length // step)
 
-        def in_chunks(x):
+        def split_chunks(x):
             x = jnp.pad(x, ((0, 0), (0, chunks * step - length), (0, 0), (0, 0)))
             return jnp.moveaxis(x.reshape(x.shape[0], chunks, step, *x.shape[2:]), 1, 0)
 
-        def body(cache, chunk):
+        def extend_chunk(cache, chunk):
             i, *tokens = chunk
-            here = jnp.clip(counts - i * step, 0, step)
-            out, cache = Cache.extend(cache, *tokens, lengths=here, **options)
+            chunk_counts = jnp.clip(counts - i * step, 0, step)
+            out, cache = Cache.extend(cache, *tokens, lengths=chunk_counts, **options)
             return cache, out
 
         tokens = (query, key) if value is None else (query, key, value)
-        cache, out = lax.scan(body, self, (jnp.arange(chunks), *map(in_chunks, tokens)))
+        cache, out = lax.scan(extend_chunk, self, (jnp.arange(chunks), *map(split_chunks, tokens)))
         out = jnp.moveaxis(out, 0, 1)
         return out.reshape(out.shape[0], chunks * step, *out.shape[3:])[:, :length], cache
 
     def truncate(self, lengths: ArrayLike) -> RingCache:
-        """The cache without the tokens at and after ``lengths``.
+        """Keep the first ``lengths`` tokens of each row.
 
         Args:
           lengths: int or int ``[B]``: tokens that each row keeps.
 
         Raises:
-          ValueError: tokens within the window before the new end were overwritten: at most
-            ``max_append`` can be taken back (any number where ``window`` is 0). Under ``jit`` the
-            row is left as it was and ``overflowed`` set. Negative lengths, or another shape.
+          ValueError: tokens of the window before the new end were overwritten. At most
+            ``max_append`` tokens can be removed (any number if ``window`` is 0). Under ``jit`` the
+            row does not change and its ``overflowed`` is set. Negative lengths, or another shape.
           TypeError: lengths that are no integers.
         """
-        lengths = counts_of("lengths", lengths, self.batch)
-        mine, positions, new = host(self.lengths, self.positions, lengths)
-        new = (np if is_concrete(mine) else jnp).minimum(mine, new)
-        # The next query, at position new, sees what is from new - window to new - 1: nothing, where
-        # the window or new is 0.
+        lengths = check_counts("lengths", lengths, self.batch)
+        current, positions, new = move_to_host(self.lengths, self.positions, lengths)
+        new = (np if is_concrete(current) else jnp).minimum(current, new)
+        # The next query, at position new, sees new - window to new - 1: nothing, if the window or
+        # new is 0.
         oldest = positions.min(1)
-        there = (oldest <= new - self.window) | (oldest == 0) | (new == mine)
-        there |= (new == 0) | (self.window == 0)
+        has_window = (oldest <= new - self.window) | (oldest == 0) | (new == current)
+        has_window |= (new == 0) | (self.window == 0)
         message = f"tokens of the window before lengths {new} are no longer in the ring"
-        if is_concrete(there):
-            if not there.all():
+        if is_concrete(has_window):
+            if not has_window.all():
                 raise ValueError(message)
         else:
-            _jax_compat.debug_check(there.all(), "truncate: the ring no longer has the window")
-        new = jnp.where(there, new, mine).astype(jnp.int32)
+            _jax_compat.debug_check(has_window.all(), "truncate: the ring no longer has the window")
+        new = jnp.where(has_window, new, current).astype(jnp.int32)
         return dataclasses.replace(
             self,
             lengths=new,
             positions=jnp.where(self.positions < new[:, None], self.positions, NEVER),
-            overflowed=self.overflowed | ~jnp.asarray(there),
+            overflowed=self.overflowed | ~jnp.asarray(has_window),
         )
 
     def reset(self, rows: ArrayLike | None = None) -> RingCache:
@@ -245,7 +245,7 @@ class RingCache(Cache):
         return dataclasses.replace(cache, positions=positions)
 
     def _check_positions(self, q_positions):
-        """Where it can be known: every query's window is still there."""
+        """Raise ValueError for a query whose window was overwritten, where this can be known."""
         if q_positions is None or not is_concrete(q_positions, self.positions):
             return
         oldest, first = np.asarray(self.positions).min(1), np.asarray(q_positions).min(-1)
@@ -255,8 +255,8 @@ class RingCache(Cache):
                 f"got {first.tolist()} and later; the oldest there are {oldest.tolist()}"
             )
 
-    def _per_row(self):
-        return (*super()._per_row(), "positions")
+    def _list_row_fields(self):
+        return (*super()._list_row_fields(), "positions")
 
     def _append(self, key, value, counts):
         length = key.shape[1]
@@ -266,23 +266,24 @@ class RingCache(Cache):
                 f"got {length}; extend takes any number"
             )
         cache = super()._append(key, value, counts)
-        # The newest token that belongs into each slot: if it is one of the new ones, it is there.
+        # The newest token of each slot; the slot was written if that is one of the new tokens.
         slots = jnp.arange(self.capacity, dtype=jnp.int32)[None]
         last = cache.lengths[:, None] - 1
         newest = last - (last - slots) % self.capacity
         fresh = newest >= self.lengths[:, None]
         return dataclasses.replace(cache, positions=jnp.where(fresh, newest, self.positions))
 
-    def _fits(self, counts):
-        # Positions are int32, and those from NEVER on are no positions.
-        lengths, counts = host(self.lengths, counts)
+    def _check_room(self, counts):
+        # NEVER marks empty slots: positions have to stay below it.
+        lengths, counts = move_to_host(self.lengths, counts)
         return lengths + counts < NEVER, f"a row takes fewer than {NEVER} tokens"
 
-    def _places(self, counts, length):
+    def _map_slots(self, counts, length):
         rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
-        return Places(self.lengths, counts, jnp.tile(rows, (1, runs_of(length, self.capacity))))
+        rows = jnp.tile(rows, (1, count_runs(length, self.capacity)))
+        return SlotMapping(self.lengths, counts, rows)
 
-    def _mask_options(self):
+    def _make_mask_options(self):
         return {"kv_positions": self.positions, "local_window_size": (self.window, 0)}
 
     def _check_options(self, options, length, q_positions, is_causal):
@@ -295,7 +296,7 @@ class RingCache(Cache):
         self._check_positions(q_positions)
         if not is_causal:
             raise ValueError("is_causal takes True: a ring holds the window before each query")
-        for name in _OF_SLOTS:
+        for name in _SLOT_OPTIONS:
             if options.get(name) is not None:
                 raise ValueError(f"{name} speaks of slots, which a ring uses again; it takes None")
         window = options.get("local_window_size")

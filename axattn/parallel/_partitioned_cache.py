@@ -137,8 +137,8 @@ class PartitionedCache(_serialization.Serializable, abc.ABC):
           ValueError: shapes that do not fit; tokens that do not fit, where this can be known.
           TypeError: another dtype.
         """
-        key, value, counts = self._checked_tokens(key, value, lengths)
-        counts, overflowed = self.whole._admitted(counts)
+        key, value, counts = self._check_tokens(key, value, lengths)
+        counts, overflowed = self.whole._admit(counts)
         return self._append(key, value, counts, overflowed)
 
     @overload
@@ -187,7 +187,7 @@ class PartitionedCache(_serialization.Serializable, abc.ABC):
           TypeError: an unknown argument, or one that the cache knows itself.
           NotImplementedError: dropout; the named implementation cannot take the call.
         """
-        query, parsed = self.whole._query_and_options(query, **options)
+        query, parsed = self.whole._parse_query(query, **options)
         implementation = registry.check_names(parsed.implementation)
         call = normalize_over_cache(query, self.whole.stored(), parsed)
         if call.dropout_key is not None:
@@ -233,8 +233,8 @@ class PartitionedCache(_serialization.Serializable, abc.ABC):
         changed = paged.with_table(block_table, lengths)
         return self._replace_in_cache(block_table=changed.block_table, lengths=changed.lengths)
 
-    def _checked_tokens(self, key: Any, value: Any, lengths: Any) -> Any:
-        return self.whole._checked_tokens(key, value, lengths)
+    def _check_tokens(self, key: Any, value: Any, lengths: Any) -> Any:
+        return self.whole._check_tokens(key, value, lengths)
 
     def _replace_in_cache(self, **changes: Any) -> Self:
         return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **changes))

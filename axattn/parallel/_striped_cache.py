@@ -26,7 +26,7 @@ from axattn._masks import Mask, positions_or_default
 from axattn._sharded.combine import add_sinks, combine_shards
 from axattn._typing import present
 from axattn.cache import Cache, RingCache
-from axattn.cache._write import write
+from axattn.cache._write import write_tokens
 from axattn.parallel._partitioned_cache import PartitionedCache, make_resized_shapes
 
 
@@ -136,10 +136,10 @@ def append_to_shard(
     key = _select_tokens(key, first, shards)
     value = None if value is None else _select_tokens(value, first, shards)
     local = dataclasses.replace(cache, lengths=before)
-    tokens = cache._encoded(key, value)
-    places = local._places(after - before, key.shape[1])
-    axes = varying_axes(*jax.tree.leaves((cache.arrays, tokens, places)))
-    arrays = write(vary_over(cache.arrays, axes), tokens, places)
+    tokens = cache._encode(key, value)
+    mapping = local._map_slots(after - before, key.shape[1])
+    axes = varying_axes(*jax.tree.leaves((cache.arrays, tokens, mapping)))
+    arrays = write_tokens(vary_over(cache.arrays, axes), tokens, mapping)
     return dataclasses.replace(cache, arrays=arrays, lengths=cache.lengths + counts)
 
 

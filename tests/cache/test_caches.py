@@ -81,10 +81,10 @@ def test_the_scatter_of_gpus_and_whole_tiles_of_tpus_write_the_same(kind, length
 
     @jax.jit
     def both(cache):
-        key, value, n = cache._checked_tokens(k, v, np.array([length, min(length, 3), 0]))
-        tokens, places = cache._encoded(key, value), cache._places(jnp.asarray(n), length)
-        slices = _write._slices(cache.arrays, tokens, places, unit_of=lambda array: unit)
-        return slices, _write._scatter(cache.arrays, tokens, places)
+        key, value, n = cache._check_tokens(k, v, np.array([length, min(length, 3), 0]))
+        tokens, places = cache._encode(key, value), cache._map_slots(jnp.asarray(n), length)
+        slices = _write._update_slices(cache.arrays, tokens, places, get_unit=lambda array: unit)
+        return slices, _write._scatter_tokens(cache.arrays, tokens, places)
 
     for before in (np.array([31, 32, 0]), np.array([16, 4, 15])):
         same(*both(grown(kind, before)[0]))
@@ -93,9 +93,9 @@ def test_the_scatter_of_gpus_and_whole_tiles_of_tpus_write_the_same(kind, length
 def test_units_of_tpus():
     wide = {"int8": 32, "int4": 64, "uint8": 32, "bfloat16": 1, "float32": 1}
     for dtype, unit in wide.items():
-        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 256), dtype)) == unit
-        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 128), dtype)) == 1
-        assert _write._tpu_unit(jax.ShapeDtypeStruct((2, 2, 16, 256), dtype)) == 1
+        assert _write._get_tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 256), dtype)) == unit
+        assert _write._get_tpu_unit(jax.ShapeDtypeStruct((2, 2, 128, 128), dtype)) == 1
+        assert _write._get_tpu_unit(jax.ShapeDtypeStruct((2, 2, 16, 256), dtype)) == 1
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def snapshot(pool: PagePool):
         list(pages._readers),
         list(pages._copies.items()),
         list(pages._evictable),
-        {page: pages.tree.path(page) for page in pages.tree._nodes},
+        {page: pages.tree.list_path(page) for page in pages.tree._nodes},
     )
 
 
@@ -154,7 +154,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def allocate_tokens(self, tokens, form):
         tree = self.pool._pages.tree
-        known = [[t for _, key in tree.path(page) for t in key] for page in tree._nodes]
+        known = [[t for _, key in tree.list_path(page) for t in key] for page in tree._nodes]
         longest = max([common(tokens[:-1], each) for each in known], default=0)
         if self.roomy:
             assert longest == max([common(tokens[:-1], p) for p in self.published], default=0)
@@ -191,8 +191,8 @@ class PoolMachine(RuleBasedStateMachine):
         before = self.pool.statistics()
         last = self.last_page(i)
         shared = last is not None and self.holders()[last] > 1
-        found = 0 if last is None else self.pool._pages.tree.filled(last)
-        pending = len(self.pool._pages.pending)
+        found = 0 if last is None else self.pool._pages.tree.count_tokens(last)
+        pending = len(self.pool._pages.pending_copies)
         given = len(more) if by_number else more
         done = self.request(
             lambda: self.pool.append(i, given) or True, self.room_to_append(row, len(more))
@@ -206,7 +206,7 @@ class PoolMachine(RuleBasedStateMachine):
         if last is not None and more:
             at = len(row.tokens)
             moved = self.pool._sequences[i].pages[at // self.pool.page_size] != last
-            copied = len(self.pool._pages.pending) > pending
+            copied = len(self.pool._pages.pending_copies) > pending
             if shared:
                 assert moved and copied
             elif found <= at % self.pool.page_size:
@@ -217,7 +217,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def publish(self, i):
         row = self.rows[i]
-        if row.stored < len(row.tokens) or self.pool._pages.pending:
+        if row.stored < len(row.tokens) or self.pool._pages.pending_copies:
             self.store([i])
         if row.known < len(row.tokens):
             before = snapshot(self.pool)
@@ -396,7 +396,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert held_after[page] == sequence.pages[:at], (i, page)
         for page in pages.tree._nodes:
             assert page not in pages._copies
-            path = pages.tree.path(page)
+            path = pages.tree.list_path(page)
             assert path[-1][0] == page and all(len(key) == size for _, key in path[:-1])
             tokens = [t for _, key in path for t in key]
             stored = self.device[[p for p, _ in path]].ravel()[: len(tokens)]

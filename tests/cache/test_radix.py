@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axattn.cache._radix import Match, RadixTree, token_ids
+from axattn.cache._radix import PrefixMatch, RadixTree, parse_token_ids
 
 SIZE = 3
 
@@ -30,15 +30,15 @@ def add(tree: RadixTree, tokens, first: int) -> list[int]:
 
 def test_an_empty_tree_finds_nothing():
     tree = RadixTree(SIZE)
-    assert len(tree) == 0 and tree.filled(0) == 0
+    assert len(tree) == 0 and tree.count_tokens(0) == 0
     for tokens in (ids(), ids(1), ids(1, 2, 3, 4)):
-        assert tree.match(tokens) == Match([], None, 0)
+        assert tree.match(tokens) == PrefixMatch([], None, 0)
 
 
 def test_match_ends_anywhere():
     tree = RadixTree(SIZE)
     assert add(tree, [1, 2, 3, 4, 5, 6, 7], 10) == [10, 11, 12]
-    assert [tree.filled(page) for page in (10, 11, 12, 13)] == [3, 3, 1, 0]
+    assert [tree.count_tokens(page) for page in (10, 11, 12, 13)] == [3, 3, 1, 0]
     for tokens, match in (
         ((9,), ([], None, 0)),
         ((1,), ([], 10, 1)),
@@ -51,14 +51,14 @@ def test_match_ends_anywhere():
         ((4, 5, 6), ([], None, 0)),  # the tokens of page 11, but not after those of page 10
     ):
         assert tree.match(ids(*tokens)) == match, tokens
-    assert tree.path(12) == [(10, (1, 2, 3)), (11, (4, 5, 6)), (12, (7,))]
+    assert tree.list_path(12) == [(10, (1, 2, 3)), (11, (4, 5, 6)), (12, (7,))]
 
 
 def test_a_full_page_that_is_there_is_kept():
     tree = RadixTree(SIZE)
     add(tree, [1, 2, 3, 4, 5, 6], 10)
     assert add(tree, [1, 2, 3, 4, 5, 7], 20) == [10, 21]
-    assert len(tree) == 3 and tree.filled(20) == 0
+    assert len(tree) == 3 and tree.count_tokens(20) == 0
     assert tree.match(ids(1, 2, 3, 4, 5, 7)) == ([10, 21], None, 0)
 
 
@@ -69,18 +69,18 @@ def test_a_page_that_filled_up():
     assert tree.insert(None, ids(1, 5, 3), 10) == 10
     assert tree.match(ids(1, 5, 3)) == ([10], None, 0) and len(tree) == 1
     # Fewer tokens than it has say nothing new.
-    assert tree.insert(None, ids(1, 5), 10) == 10 and tree.filled(10) == 3
+    assert tree.insert(None, ids(1, 5), 10) == 10 and tree.count_tokens(10) == 3
     # Another page took the place meanwhile.
     add(tree, [2], 20)
     add(tree, [2, 2, 2], 21)
-    assert tree.insert(None, ids(2, 2, 2), 20) == 21 and tree.filled(20) == 1
+    assert tree.insert(None, ids(2, 2, 2), 20) == 21 and tree.count_tokens(20) == 1
 
 
 def test_tokens_that_another_page_begins_with_are_not_entered_twice():
     tree = RadixTree(SIZE)
     add(tree, [1, 2, 3], 10)
     assert add(tree, [1, 2], 20) == [20]
-    assert tree.filled(20) == 0 and len(tree) == 1
+    assert tree.count_tokens(20) == 0 and len(tree) == 1
 
 
 def test_remove_leaves_the_rest():
@@ -110,7 +110,7 @@ def test_trim_forgets_tokens():
     add(tree, [1, 2, 3, 7, 8, 8], 30)
     tree.trim(31, 1)
     assert tree.match(ids(1, 2, 3, 7, 8)) == ([10], 21, 1)
-    assert len(tree) == 3 and tree.filled(31) == 0
+    assert len(tree) == 3 and tree.count_tokens(31) == 0
 
 
 def test_a_chain_longer_than_the_stack():
@@ -137,8 +137,8 @@ def test_match_is_the_longest_prefix(sequences, query):
         for s in sequences
     ]
     match = tree.match(ids(*query))
-    assert len(match.pages) * SIZE + match.inside == max(lengths, default=0)
-    assert (match.partial is None) == (match.inside == 0)
+    assert len(match.pages) * SIZE + match.partial_tokens == max(lengths, default=0)
+    assert (match.partial is None) == (match.partial_tokens == 0)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,17 @@ def test_match_is_the_longest_prefix(sequences, query):
     ids=lambda x: type(x).__name__,
 )
 def test_token_ids(tokens):
-    assert token_ids("tokens", tokens) == (3, ids(5, -6, 7))
+    assert parse_token_ids("tokens", tokens) == (3, ids(5, -6, 7))
 
 
 def test_token_ids_of_nothing_and_of_a_number():
-    assert token_ids("tokens", ()) == token_ids("tokens", np.zeros(0, np.uint8)) == (0, ids())
-    assert token_ids("tokens", 12) == (12, None)
-    assert token_ids("tokens", np.array([2**63 - 1], np.uint64)) == (1, ids(2**63 - 1))
+    assert (
+        parse_token_ids("tokens", ())
+        == parse_token_ids("tokens", np.zeros(0, np.uint8))
+        == (0, ids())
+    )
+    assert parse_token_ids("tokens", 12) == (12, None)
+    assert parse_token_ids("tokens", np.array([2**63 - 1], np.uint64)) == (1, ids(2**63 - 1))
 
 
 @pytest.mark.parametrize(
@@ -187,4 +191,4 @@ def test_token_ids_of_nothing_and_of_a_number():
 )
 def test_what_token_ids_are_not(tokens, error, message):
     with pytest.raises(error, match=f"^prompt .*{message}"):
-        token_ids("prompt", tokens)
+        parse_token_ids("prompt", tokens)

@@ -55,5 +55,5 @@ def make_call(B, T, S, N, K, H, h=None, dtype=jnp.bfloat16, seed=0, **options):
 
 def call_of_cache(cache, query, **options):
     """The call that ``cache.attend`` makes."""
-    query, given = cache._query_and_options(query, **options)
+    query, given = cache._parse_query(query, **options)
     return normalize_over_cache(query, cache.stored(), given)
