@@ -44,7 +44,7 @@ from axattn._mask_parts import (
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mask(_serialization.Serializable):
+class Mask(_serialization.SerializableValue):
     """What each query may attend to: a conjunction of structured parts, combined with ``&``.
 
     True means attend. A mask is a pytree (arrays inside it are traced, batched and donated like any

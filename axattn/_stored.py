@@ -43,7 +43,7 @@ NEVER = 2**30
     static=("batch", "dtype", "head_dim", "value_head_dim"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored(_serialization.Serializable):
+class Stored(_serialization.SerializableValue):
     """What stands in an :class:`AttentionCall` in place of key and value arrays.
 
     Slot s of batch row b is slot s of row b of the arrays or, with a block table, slot s % C of

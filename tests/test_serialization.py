@@ -187,10 +187,10 @@ def test_flax_may_come_later(monkeypatch):
     """A type is made known when there is a value of it and Flax is there."""
     known = []
     later = types.SimpleNamespace(register_serialization_state=lambda cls, *_: known.append(cls))
-    monkeypatch.setattr(_serialization, "_waiting", [DenseCache])
+    monkeypatch.setattr(_serialization, "_unregistered", [DenseCache])
     monkeypatch.delitem(sys.modules, "flax.serialization")
     dense()
     assert not known
     monkeypatch.setitem(sys.modules, "flax.serialization", later)
     dense()
-    assert known == [DenseCache] and not _serialization._waiting
+    assert known == [DenseCache] and not _serialization._unregistered

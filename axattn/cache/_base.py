@@ -31,7 +31,7 @@ STATIC_FIELDS = ("dtype", "head_dim", "value_head_dim")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cache(_serialization.Serializable, abc.ABC):
+class Cache(_serialization.SerializableValue, abc.ABC):
     """Keys and values of the tokens so far, as a value that is passed in, returned and donated.
 
     The kinds are `DenseCache`, `RingCache` and `PagedCache`, each made by its own ``create``. A

@@ -7,7 +7,7 @@ of the call. Letters: B, T, S, N, K, H as everywhere, E features of the inputs, 
 `MultiHeadLatentAttention` is DeepSeek's, which Flax has not.
 """
 
-from axattn._serialization import tell_flax
+from axattn._serialization import register_with_flax
 from axattn.linen._attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -28,4 +28,4 @@ __all__ = [
     "dot_product_attention",
 ]
 
-tell_flax()
+register_with_flax()

@@ -7,7 +7,7 @@ T, S, N, K, H as everywhere, E features of the inputs, D of the output. `dot_pro
 not.
 """
 
-from axattn._serialization import tell_flax
+from axattn._serialization import register_with_flax
 from axattn.nnx._attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -26,4 +26,4 @@ __all__ = [
     "dot_product_attention",
 ]
 
-tell_flax()
+register_with_flax()

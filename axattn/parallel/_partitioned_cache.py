@@ -20,7 +20,7 @@ _WHOLE_ATTRIBUTES = ("num_kv_heads", "page_size", "num_pages", "window", "max_ap
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PartitionedCache(_serialization.Serializable, abc.ABC):
+class PartitionedCache(_serialization.SerializableValue, abc.ABC):
     """A cache in parts, with the methods of `axattn.cache.Cache`. ``isinstance`` says it is one.
 
     Attributes:
