@@ -139,12 +139,12 @@ def _restore_value(name: str, like: Any, state: Any, differences: list[str]) -> 
         }
         return None if differences else dataclasses.replace(like, **children)
     if isinstance(like, tuple):
-        named = _list_items(like)
-        if not isinstance(state, Mapping) or set(state) != {key for key, _ in named}:
+        items = _list_items(like)
+        if not isinstance(state, Mapping) or set(state) != {key for key, _ in items}:
             got = sorted(state) if isinstance(state, Mapping) else state
-            return report(got, [key for key, _ in named])
-        found = [_restore_value(key, x, state[key], differences) for key, x in named]
-        return type(like)(*found) if hasattr(like, "_fields") else tuple(found)
+            return report(got, [key for key, _ in items])
+        values = [_restore_value(key, x, state[key], differences) for key, x in items]
+        return type(like)(*values) if hasattr(like, "_fields") else tuple(values)
     if like is None or isinstance(like, int):
         same = (state is None) == (like is None) and (like is None or np.array_equal(state, like))
         return like if same else report(_describe(state), like)

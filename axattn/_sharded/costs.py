@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ SAMPLES = 16
 
 
 def _read_v5p(name: str) -> Any:
-    return dataclasses.field(default_factory=lambda: getattr(Links.of("v5p"), name))
+    return dataclasses.field(default_factory=lambda: getattr(Links.from_target("v5p"), name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Links:
 
     Example:
       >>> from axattn import parallel
-      >>> parallel.Links().bytes, parallel.Links.of("v6e").bytes
+      >>> parallel.Links().bytes, parallel.Links.from_target("v6e").bytes
       (100000000000.0, 100000000000.0)
       >>> slow = parallel.Links(bytes=10e9)  # for links= of attention and explain
     """
@@ -41,7 +42,7 @@ class Links:
     bytes: float = _read_v5p("bytes")
 
     @classmethod
-    def of(cls, target: str | Target) -> Links:
+    def from_target(cls, target: str | Target) -> Links:
         """Return the rates of a chip of ``axattn.aot.TARGETS``, by its data sheet.
 
         Args:
@@ -54,6 +55,20 @@ class Links:
         if chip.peak_bf16_flops is None or chip.ici_bandwidth is None:
             raise ValueError(f"target takes an accelerator, got {chip.name!r}")
         return cls(chip.peak_bf16_flops, chip.ici_bandwidth / chip.ici_links)
+
+    @classmethod
+    def of(cls, target: str | Target) -> Links:
+        """Return the same as `from_target`: a deprecated name.
+
+        Args:
+          target: as in `from_target`.
+
+        Raises:
+          ValueError: as in `from_target`.
+        """
+        message = "axattn.parallel.Links.of is deprecated: use axattn.parallel.Links.from_target"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return cls.from_target(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +120,12 @@ def estimate_costs(
     """Return the cost of every strategy, the fastest first."""
     pairs = _count_pairs(sizes, mask, layout, shards)
     distances = layouts.list_ring_distances(mask, layout, shards, sizes.q_len, sizes.kv_len)
-    found = [
+    costs = [
         _estimate_ring(sizes, pairs, distances, links),
         _estimate_gather(sizes, pairs, links),
         _estimate_ulysses(sizes, pairs, links),
     ]
-    return sorted(found, key=lambda cost: cost.seconds)
+    return sorted(costs, key=lambda cost: cost.seconds)
 
 
 def _count_kv_bytes(sizes: ShardSizes, shards: int) -> float:

@@ -161,18 +161,18 @@ class PagePool:
           UnknownSequenceError: ``sequence`` is not alive.
           TypeError, ValueError: ``tokens`` are neither ids nor a number.
         """
-        this = self._find_sequence(sequence)
+        entry = self._find_sequence(sequence)
         count, ids = parse_token_ids("tokens", tokens)
         if not count:
             return
-        length = this.length + count
-        kept = this.length % self._page_size
-        new = self._count_pages(length) - len(this.pages)
+        length = entry.length + count
+        num_kept = entry.length % self._page_size
+        new = self._count_pages(length) - len(entry.pages)
         request = f"appending {count} tokens to sequence {sequence}"
-        write = self._plan_write(request, new, this.pages, kept, holds=True)
-        if ids is not None and len(this.ids) == this.length:
-            this.ids.extend(ids)
-        self._reserve(this, length, write)
+        write = self._plan_write(request, new, entry.pages, num_kept, holds=True)
+        if ids is not None and len(entry.ids) == entry.length:
+            entry.ids.extend(ids)
+        self._reserve(entry, length, write)
 
     def publish(self, sequence: int, tokens: Iterable[int] | None = None) -> None:
         """Let `allocate` find the tokens of ``sequence``, and count them as stored.
@@ -190,25 +190,25 @@ class PagePool:
           ValueError: ids are unknown, or differ from those known before.
           RuntimeError: a copy of one of its pages is pending.
         """
-        this = self._find_sequence(sequence)
-        ids = self._check_ids(sequence, this, tokens)
-        pending = [target for target in self._pages.pending_copies if target in this.pages]
+        entry = self._find_sequence(sequence)
+        ids = self._check_ids(sequence, entry, tokens)
+        pending = [target for target in self._pages.pending_copies if target in entry.pages]
         if pending:
             raise RuntimeError(
                 f"sequence {sequence} has {len(pending)} pages whose copies are pending: call "
                 "take_copies() and do them before its tokens are stored and published"
             )
-        this.ids, this.cached = ids, this.length
-        first = len(this.pages)
-        while first and self._pages.tree.count_tokens(this.pages[first - 1]) < self._page_size:
+        entry.ids, entry.cached = ids, entry.length
+        first = len(entry.pages)
+        while first and self._pages.tree.count_tokens(entry.pages[first - 1]) < self._page_size:
             first -= 1
-        for index in range(first, len(this.pages)):
+        for index in range(first, len(entry.pages)):
             start = index * self._page_size
             key = ids[start : start + self._page_size]
-            above = this.pages[index - 1] if index else None
-            page = self._pages.tree.insert(above, key, this.pages[index])
-            if page != this.pages[index]:
-                self._replace_page(index, this.pages[index], page)
+            parent = entry.pages[index - 1] if index else None
+            page = self._pages.tree.insert(parent, key, entry.pages[index])
+            if page != entry.pages[index]:
+                self._replace_page(index, entry.pages[index], page)
 
     def fork(self, sequence: int) -> int:
         """Make a new sequence with the tokens of ``sequence``, which shares all its pages.
@@ -225,10 +225,10 @@ class PagePool:
         Raises:
           UnknownSequenceError: ``sequence`` is not alive.
         """
-        this = self._find_sequence(sequence)
-        for page in this.pages:
+        entry = self._find_sequence(sequence)
+        for page in entry.pages:
             self._pages.hold(page)
-        fork = _Sequence(this.pages[:], this.length, this.ids[:], this.cached)
+        fork = _Sequence(entry.pages[:], entry.length, entry.ids[:], entry.cached)
         self._sequences[self._next_id] = fork
         self._next_id += 1
         return self._next_id - 1
@@ -245,18 +245,18 @@ class PagePool:
           ValueError: ``length`` is negative, or more than the sequence has.
           TypeError: ``length`` is not an integer.
         """
-        this = self._find_sequence(sequence)
+        entry = self._find_sequence(sequence)
         length = operator.index(length)
-        if not 0 <= length <= this.length:
+        if not 0 <= length <= entry.length:
             raise ValueError(
-                f"length must be 0 to {this.length}, the length of sequence {sequence}, "
+                f"length must be 0 to {entry.length}, the length of sequence {sequence}, "
                 f"got {length}"
             )
         keep = self._count_pages(length)
-        for page in reversed(this.pages[keep:]):
+        for page in reversed(entry.pages[keep:]):
             self._pages.release(page)
-        del this.pages[keep:], this.ids[length:]
-        this.length, this.cached = length, min(this.cached, length)
+        del entry.pages[keep:], entry.ids[length:]
+        entry.length, entry.cached = length, min(entry.cached, length)
 
     def free(self, sequence: int) -> None:
         """End ``sequence``. `allocate` finds its published pages until they are evicted.
@@ -374,19 +374,19 @@ class PagePool:
 
     # A request first makes its plan, which can raise, and then the changes, which cannot.
 
-    def _plan_write(self, request: str, new: int, pages: array, kept: int, holds: bool) -> str:
+    def _plan_write(self, request: str, new: int, pages: array, num_kept: int, holds: bool) -> str:
         """Choose how to write to the last of ``pages``, and check that there are enough pages.
 
         Args:
           request: what the error says was asked for.
           new: number of pages needed besides ``pages``.
           pages: pages of the sequence.
-          kept: tokens that the last page keeps; 0 if there is no page, or a full one.
+          num_kept: tokens that the last page keeps; 0 if there is no page, or a full one.
           holds: whether the sequence holds ``pages`` already.
 
         Returns:
           ``"in place"``, ``"copy"``, or ``"trim"``: in place, once the tree forgot the tokens
-          after ``kept``.
+          after ``num_kept``.
 
         Raises:
           PoolExhaustedError: there are too few pages.
@@ -395,11 +395,11 @@ class PagePool:
         if not holds:
             evictable -= sum(map(self._pages.is_evictable, pages))
         write = "in place"
-        if kept:
+        if num_kept:
             others = self._pages.count_holders(pages[-1]) - holds
             if others:
                 write = "copy"
-            elif self._pages.tree.count_tokens(pages[-1]) > kept:
+            elif self._pages.tree.count_tokens(pages[-1]) > num_kept:
                 # Copy only if there is a page for it: reuse must not make a request fail.
                 write = "copy" if new < free + evictable else "trim"
         needed = new + (write == "copy")
@@ -439,23 +439,23 @@ class PagePool:
         except (KeyError, TypeError):
             raise UnknownSequenceError(sequence) from None
 
-    def _check_ids(self, sequence: int, this: _Sequence, tokens: Iterable[int] | None) -> array:
+    def _check_ids(self, sequence: int, entry: _Sequence, tokens: Iterable[int] | None) -> array:
         """Return the ids of all tokens, from before or from ``tokens``; raise if they are wrong."""
         if tokens is None:
-            if len(this.ids) < this.length:
+            if len(entry.ids) < entry.length:
                 raise ValueError(
-                    f"sequence {sequence} has {this.length} tokens, and only the ids of the first "
-                    f"{len(this.ids)} are known: publish takes the ids of all as tokens="
+                    f"sequence {sequence} has {entry.length} tokens, and only the ids of the first "
+                    f"{len(entry.ids)} are known: publish takes the ids of all as tokens="
                 )
-            return this.ids
+            return entry.ids
         count, ids = parse_token_ids("tokens", tokens)
         if ids is None:
             raise TypeError("publish takes token ids, got a number of tokens")
-        if count != this.length:
+        if count != entry.length:
             raise ValueError(
-                f"tokens must be the {this.length} tokens of sequence {sequence}, got {count}"
+                f"tokens must be the {entry.length} tokens of sequence {sequence}, got {count}"
             )
-        if ids[: len(this.ids)] != this.ids:
+        if ids[: len(entry.ids)] != entry.ids:
             raise ValueError(f"tokens do not begin with the known tokens of sequence {sequence}")
         return ids
 

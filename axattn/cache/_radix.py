@@ -168,13 +168,13 @@ class RadixTree:
         Returns:
           ``page``, or the other page if ``key`` fills a page and that page has these tokens.
         """
-        above = self._root if parent is None else self._nodes[parent]
-        child, common = above.find_closest(key)
+        parent_node = self._root if parent is None else self._nodes[parent]
+        child, common = parent_node.find_closest(key)
         if child is not None and common == len(key):
             return child.page if len(key) == self._page_size else page
         if page in self._nodes:
             self.remove(page)
-        self._add(key, page, above)
+        self._add(key, page, parent_node)
         return page
 
     def remove(self, page: int) -> None:
@@ -190,10 +190,10 @@ class RadixTree:
         Forget the whole page if another page begins with the remaining tokens.
         """
         node = self._nodes[page]
-        above, key = present(node.parent), node.key[:length]
+        parent_node, key = present(node.parent), node.key[:length]
         self.remove(page)
-        if above.find_closest(key)[1] < length:
-            self._add(key, page, above)
+        if parent_node.find_closest(key)[1] < length:
+            self._add(key, page, parent_node)
 
     def _add(self, key: array, page: int, parent: _Node) -> None:
         self._nodes[page] = _Node(key, page, parent)

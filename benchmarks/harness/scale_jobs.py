@@ -42,7 +42,7 @@ def compiled(case: Case, chip: Target) -> Cell:
     mesh = aot.mesh(chip, case.axes)
     estimate = None
     if chip.platform != "cpu":
-        estimate = scale_build.estimate(case, mesh, parallel.Links.of(chip))
+        estimate = scale_build.estimate(case, mesh, parallel.Links.from_target(chip))
     workload = scale_build.build(case, mesh)
     report = aot.analyze(workload.fn, *workload.args, target=chip)
     plan = plans.of_report(report, chip.platform)

@@ -29,6 +29,11 @@ def by_name(mask=ALL_PAIRS, layout="contiguous", shards=8, links=LINKS, **change
     return {cost.strategy: cost for cost in found}
 
 
+def test_the_deprecated_name():
+    with pytest.warns(DeprecationWarning, match=r"use axattn\.parallel\.Links\.from_target"):
+        assert Links.of("v5p") == Links.from_target("v5p") == Links()
+
+
 def test_bytes_and_flops_of_all_pairs():
     found = by_name(num_heads=64)
     rows = 2 * 4096 / 8 * 64 * (128 + 64) * 2
