@@ -1,5 +1,5 @@
-"""One call on the devices of a mesh: what each device does, and what it costs.
+"""A call on the devices of a mesh: its plan, its program, and a cost model.
 
-`axattn.parallel` is the public face. This package lies below `axattn._attention`, which takes calls
-here whose arrays have Explicit mesh axes.
+`axattn.parallel` is the public face. `axattn._attention` imports this package, for arrays with
+Explicit mesh axes.
 """
