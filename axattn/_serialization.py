@@ -27,8 +27,21 @@ _Type = TypeVar("_Type")
 # The types that are not in Flax's registry yet.
 _unregistered: list[type] = []
 
+# Stored artifacts and states hold names of types. They stay wherever a type moves: these two, and
+# for other types the path without the underscores of private modules.
+_STORED_NAMES = {
+    "axattn.parallel.sharded_cache.ShardedCache": "axattn.parallel.caches.ShardedCache",
+    "axattn.parallel.striped_cache.StripedCache": "axattn.parallel.dealt.DealtCache",
+}
+
 # For each type its fields with arrays, and a function that returns the rest as plain values.
 _registry: dict[type, tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]]] = {}
+
+
+def name_stored_type(cls: type) -> str:
+    """Return the name by which a type is stored: the same in every release."""
+    name = f"{cls.__module__}.{cls.__qualname__}".replace("._", ".")
+    return _STORED_NAMES.get(name, name)
 
 
 def register(
@@ -49,7 +62,7 @@ def register(
     """
     jax.export.register_pytree_node_serialization(
         cls,
-        serialized_name=f"{cls.__module__}.{cls.__qualname__}",
+        serialized_name=name_stored_type(cls),
         serialize_auxdata=lambda aux: json.dumps(encode(aux), default=int).encode(),
         deserialize_auxdata=lambda text: decode(json.loads(text)),
     )
@@ -73,8 +86,7 @@ def register_dataclass(
 
 def register_named_tuple(cls: type) -> None:
     """Register a named tuple with `jax.export`; Flax knows named tuples."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    jax.export.register_namedtuple_serialization(cls, serialized_name=name)
+    jax.export.register_namedtuple_serialization(cls, serialized_name=name_stored_type(cls))
 
 
 def register_with_flax() -> None:
@@ -92,12 +104,16 @@ class SerializableValue:
             register_with_flax()
 
 
+def _name_state(cls: type) -> str:
+    return name_stored_type(cls).rpartition(".")[2]
+
+
 def _make_state(value: Any) -> Any:
     """Return a state as ``to_state_dict`` does: dicts of arrays, numbers and strings."""
     if type(value) in _registry:
         data, static = _registry[type(value)]
         children = {name: _make_state(getattr(value, name)) for name in data}
-        return {"type": type(value).__name__, "static": static(value), **children}
+        return {"type": _name_state(type(value)), "static": static(value), **children}
     if isinstance(value, tuple):
         return {name: _make_state(x) for name, x in _list_items(value)}
     return int(value) if isinstance(value, int) else value
@@ -125,7 +141,7 @@ def _restore_value(name: str, like: Any, state: Any, differences: list[str]) -> 
 
     if type(like) in _registry:
         data, static = _registry[type(like)]
-        kind = type(like).__name__
+        kind = _name_state(type(like))
         if not isinstance(state, Mapping) or state.get("type") != kind:
             got = state.get("type") if isinstance(state, Mapping) else type(state).__name__
             return report(got, kind)

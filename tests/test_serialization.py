@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask, _serialization, parallel, quantization
+from axattn._stored import KeyValueArrays
 from axattn.cache import DenseCache, PagedCache, RingCache
 from tests import caches
 from tests.parallel import sharded_caches
@@ -194,3 +195,24 @@ def test_flax_may_come_later(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax.serialization", later)
     dense()
     assert known == [DenseCache] and not _serialization._unregistered
+
+
+def test_stored_names_stay():
+    """Artifacts and states hold these names: what older releases wrote loads in every later one."""
+    found = {_serialization.name_stored_type(kind) for kind in _serialization._registry}
+    assert found == {
+        "axattn.cache.dense.DenseCache",
+        "axattn.cache.paged.PagedCache",
+        "axattn.cache.ring.RingCache",
+        "axattn.mask_parts.Causal",
+        "axattn.mask_parts.Dense",
+        "axattn.mask_parts.Lengths",
+        "axattn.mask_parts.Prefix",
+        "axattn.mask_parts.Segments",
+        "axattn.mask_parts.Window",
+        "axattn.masks.Mask",
+        "axattn.parallel.caches.ShardedCache",
+        "axattn.parallel.dealt.DealtCache",
+        "axattn.stored.Stored",
+    }
+    assert _serialization.name_stored_type(KeyValueArrays) == "axattn.stored.KeyValueArrays"

@@ -10,6 +10,8 @@ Inside your own ``jax.shard_map`` `axattn.dot_product_attention` works on the pa
 `local_attention` attends across the shards of a sequence, `StripedCache` across those of a cache.
 """
 
+from typing import TYPE_CHECKING
+
 from axattn._sharded.axes import Axes
 from axattn._sharded.costs import Links
 from axattn._sharded.layouts import positions
@@ -29,4 +31,5 @@ __all__ = [
     "positions",
 ]
 
-__getattr__ = get_deprecated_name
+if not TYPE_CHECKING:  # checkers would take any name of this module
+    __getattr__ = get_deprecated_name
