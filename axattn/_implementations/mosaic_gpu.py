@@ -140,24 +140,26 @@ def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array,
 
 
 def _forward_flash(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    from axattn.kernels._hopper import block_sizes, operands
+    from axattn.kernels._hopper.fitting import choose_forward_block_sizes
     from axattn.kernels._hopper.flash.forward import forward as kernel
+    from axattn.kernels._hopper.operands import gather_operands
     from axattn.kernels._problem import Problem
 
     problem = Problem.of(call, interpret=interpret)
-    return kernel(problem, operands.of(call), block_sizes.forward_tiles(call))
+    return kernel(problem, gather_operands(call), choose_forward_block_sizes(call))
 
 
 def _forward_split_kv(
     call: AttentionCall, name: str, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    from axattn.kernels._hopper.split_kv import block_sizes as split_kv_block_sizes
-    from axattn.kernels._hopper.split_kv import decode, mla
+    from axattn.kernels._hopper.fitting import choose_decode_block_sizes, choose_mla_block_sizes
+    from axattn.kernels._hopper.split_kv.decode import decode
+    from axattn.kernels._hopper.split_kv.mla import decode_mla
 
     options: dict[str, Any] = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
     if name == "latent":
-        return mla.decode(call, split_kv_block_sizes.latent_tiles(call), **options)
-    return decode.decode(call, split_kv_block_sizes.decode_tiles(call), **options)
+        return decode_mla(call, choose_mla_block_sizes(call), **options)
+    return decode(call, choose_decode_block_sizes(call), **options)
 
 
 def backward(
@@ -171,11 +173,11 @@ def backward(
     whole: bool = True,
 ) -> Gradients:
     """Compute gradients by kernels; that of a bias by the chunked sweep."""
-    from axattn.kernels._hopper import block_sizes
+    from axattn.kernels._hopper.fitting import choose_backward_block_sizes
     from axattn.kernels._hopper.flash.backward import backward as kernels
 
     given = (out, lse, dout, dlse)
-    results = kernels(call, block_sizes.backward_tiles(call), *given, interpret=interpret)
+    results = kernels(call, choose_backward_block_sizes(call), *given, interpret=interpret)
     axes = varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue, dsinks = vary_over(results, axes)
     dbias = mosaic.compute_bias_gradient(call, "cuda", given, whole)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from axattn import _jax_compat
 from axattn._implementations.chunked import block_sizes as chunks
 from axattn.aot._targets import target
-from axattn.kernels._hopper import block_sizes as hopper_tiles
-from axattn.kernels._hopper.rows import ROWS
+from axattn.kernels._hopper.fitting import choose_forward_block_sizes
+from axattn.kernels._hopper.primitives import ROWS
 from axattn.kernels._tpu.flash import block_sizes as tpu_tiles
 from benchmarks.harness.calls import asked
 from benchmarks.harness.tpu_roofline import DEVICES
@@ -74,7 +74,7 @@ def forward(where: str, *shapes: Any, **options: Any) -> Blocks:
         found = asked(lambda call: tpu_tiles.forward_tiles(call, chip), *shapes, **options)
         return Blocks(found.block_q, found.block_kv)
     if where in HOPPER:
-        found = asked(hopper_tiles.forward_tiles, *shapes, **options)
+        found = asked(choose_forward_block_sizes, *shapes, **options)
         return Blocks(ROWS * found.warpgroups, found.block_kv)
     known = ", ".join(("cpu", *DEVICES, *HOPPER))
     raise ValueError(f"where takes one of {known}, got {where!r}")

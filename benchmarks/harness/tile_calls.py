@@ -22,7 +22,7 @@ TYPICAL = {
     "general": ("causal", "dropout"),
     "biased": ("causal", "bias"),
 }
-# What each kind has to hold besides: everything that `tiles.kind` lets in.
+# What each kind has to hold besides: everything that `block_sizes.classify_call` lets in.
 _ADDED = {
     "full": (),
     "masked": ("causal", "window", "lengths", "segments", "sinks"),
@@ -102,19 +102,19 @@ def attend(arrays: Mapping[str, Any], features: tuple[str, ...], **more: Any) ->
 def runner(place: Place, tiles: Any, features: tuple[str, ...]) -> Callable[..., Any]:
     """``fn(**inputs)`` that runs the place's kernel: its output alone, or its gradients."""
     # Imported here: these modules need jax >= 0.11.
-    from axattn.kernels._hopper import operands
-    from axattn.kernels._hopper.flash import backward
+    from axattn.kernels._hopper.flash.backward import gather_backward_operands
     from axattn.kernels._hopper.flash.forward import forward
     from axattn.kernels._hopper.flash.key_grad import key_grad
     from axattn.kernels._hopper.flash.query_grad import query_grad
+    from axattn.kernels._hopper.operands import gather_operands
     from axattn.kernels._problem import Problem
 
     def run(lse=None, dout=None, delta=None, **arrays):
         call = make_call(**arrays, **options(features))
         problem = Problem.of(call)
         if place.kernel == "forward":
-            return (forward(problem, operands.of(call), tiles)[0],)
-        given = backward.with_given(call, lse, dout, delta)
+            return (forward(problem, gather_operands(call), tiles)[0],)
+        given = gather_backward_operands(call, lse, dout, delta)
         if place.kernel == "query_grad":
             return (query_grad(problem, given, tiles),)
         return key_grad(problem, given, tiles)

@@ -1,8 +1,8 @@
 """Which block sizes of the Hopper kernels are worth trying: what fits a multiprocessor.
 
-Two budgets bound them, and both are arithmetic. Shared memory is exact: the kernels' `_scratch` as
-Mosaic GPU lays it out. Registers are a floor, the accumulators and tiles that are alive at the same
-time; what the rest of a kernel needs is for ptxas to say.
+Two budgets bound them, and both are arithmetic. Shared memory is exact: what the kernels declare,
+as Mosaic GPU lays it out. Registers are a floor, the accumulators and tiles that are alive at the
+same time; what the rest of a kernel needs is for ptxas to say.
 
 A row of the table has to hold for every call of its kind: tiles of bias and mask are counted at
 their largest, a float32 bias together with a mask array.
@@ -15,10 +15,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from axattn.kernels._hopper import memory
-from axattn.kernels._hopper.block_sizes import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
-from axattn.kernels._hopper.memory import SHARED_BYTES
-from axattn.kernels._hopper.rows import ROWS
+from axattn.kernels._hopper.block_sizes import (
+    KINDS,
+    ForwardBlockSizes,
+    KeyGradBlockSizes,
+    QueryGradBlockSizes,
+)
+from axattn.kernels._hopper.fitting import count_flash_bytes
+from axattn.kernels._hopper.primitives import ROWS, SHARED_BYTES
 
 KERNELS = ("forward", "query_grad", "key_grad")
 HEAD_SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -30,7 +34,8 @@ _REGISTERS = {1: 255, 2: 240, 3: 160}
 _OTHER_REGISTERS = 24
 
 # The second product of a step sums over the block, and Mosaic does that by whole swizzle atoms: 64
-# elements of 16 bits are the widest (`device.swizzled`), and smaller blocks have narrower ones.
+# elements of 16 bits are the widest, and smaller blocks have narrower ones (`declare_swizzled` in
+# `primitives`).
 _ATOM = 64
 _BLOCKS = (32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 
@@ -98,25 +103,25 @@ def preference(tiles: Any) -> tuple[int, ...]:
     return int(stages[0] > 1), whole, rows * columns, tiles.warpgroups, sum(stages), *stages
 
 
-def _forward(place: Place) -> Iterator[ForwardTiles]:
+def _forward(place: Place) -> Iterator[ForwardBlockSizes]:
     for block, stages, groups in itertools.product(_BLOCKS, (1, 2, 3, 4), (1, 2, 3)):
-        yield ForwardTiles(block, stages, groups)
+        yield ForwardBlockSizes(block, stages, groups)
 
 
-def _query_grad(place: Place) -> Iterator[QueryGradTiles]:
+def _query_grad(place: Place) -> Iterator[QueryGradBlockSizes]:
     # A key is read twice, before and after the weights; a value is free when they begin.
     for block, (key, value), groups in itertools.product(
         _BLOCKS, ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3)), (1, 2, 3)
     ):
-        yield QueryGradTiles(block, key, value, groups)
+        yield QueryGradBlockSizes(block, key, value, groups)
 
 
-def _key_grad(place: Place) -> Iterator[KeyGradTiles]:
+def _key_grad(place: Place) -> Iterator[KeyGradBlockSizes]:
     # Mosaic copies the LSE and delta of a block in units of 128 bytes: 32 rows.
     blocks = [block for block in _BLOCKS if block % 32 == 0]
     for block, stages in itertools.product(blocks, (1, 2, 3)):
         for groups, split in ((1, False), (2, False), (3, False), (2, True)):
-            yield KeyGradTiles(block, stages, groups, split)
+            yield KeyGradBlockSizes(block, stages, groups, split)
 
 
 _GRIDS = {"forward": _forward, "query_grad": _query_grad, "key_grad": _key_grad}
@@ -139,4 +144,4 @@ def register_floor(place: Place, tiles: Any) -> int:
 def shared_bytes(place: Place, tiles: Any) -> int:
     """Shared memory of one block of work, as the compiler counts it."""
     sizes = place.head_dim, place.value_head_dim
-    return memory.shared_bytes(place.kernel, tiles, *sizes, score_tiles=place.has_tiles)
+    return count_flash_bytes(place.kernel, tiles, *sizes, score_tiles=place.has_tiles)

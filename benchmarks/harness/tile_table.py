@@ -1,8 +1,9 @@
 """`block_sizes.json`: read, merged with new rows, written.
 
     {"provenance": {RUN: {"device": ..., "jax": ..., "command": ..., ...}, ...},
-     "rows": [{"kernel": ..., "kind": ..., "head_dim": ..., "value_head_dim": ..., "tiles": {...},
-               "how": "measured", "run": RUN, "microseconds": ..., "tflops": ...}, ...]}
+     "rows": [{"kernel": ..., "kind": ..., "head_dim": ..., "value_head_dim": ...,
+               "block_sizes": {...}, "how": "measured", "run": RUN, "microseconds": ...,
+               "tflops": ...}, ...]}
 
 A run is named by its date. Rows that a run did not decide keep what they say and whose they are.
 """
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import axattn
-from axattn.kernels._hopper.block_sizes import TILES, table
+from axattn.kernels._hopper.block_sizes import BLOCK_SIZES, load_table
 from benchmarks.harness.tile_candidates import HEAD_SIZES, KERNELS, KINDS, Place
 
 PATH = pathlib.Path(axattn.__file__).parent / "kernels" / "_hopper" / "block_sizes.json"
@@ -26,7 +27,7 @@ def row(place: Place, tiles: Any, **provenance: Any) -> dict[str, Any]:
     """A row of the table; of the tiles, what is not as by default."""
     fields = dataclasses.fields(tiles)
     values = {f.name: getattr(tiles, f.name) for f in fields if getattr(tiles, f.name) != f.default}
-    return {**dataclasses.asdict(place), "tiles": values, **provenance}
+    return {**dataclasses.asdict(place), "block_sizes": values, **provenance}
 
 
 def merged(
@@ -65,9 +66,9 @@ def tiles_of(place: Place) -> Any:
     Raises:
       ValueError: it has no row for it.
     """
-    for one in table()["rows"]:
+    for one in load_table()["rows"]:
         if _place(one) == place:
-            return TILES[place.kernel](**one["tiles"])
+            return BLOCK_SIZES[place.kernel](**one["block_sizes"])
     raise ValueError(f"place takes one that {PATH.name} has a row for, got {place}")
 
 

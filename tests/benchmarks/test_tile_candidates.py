@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from axattn.kernels._hopper.block_sizes import KINDS, ForwardTiles, KeyGradTiles, QueryGradTiles
+from axattn.kernels._hopper.block_sizes import (
+    KINDS,
+    ForwardBlockSizes,
+    KeyGradBlockSizes,
+    QueryGradBlockSizes,
+)
 from benchmarks.harness import tile_candidates
 from benchmarks.harness.tile_candidates import Place
 
@@ -25,11 +30,11 @@ def test_shared_memory_by_hand():
     # A pair of barriers per stage of each of both rings, one per warpgroup, one for their turns.
     barriers = 8 * (2 * 2 * 2 + 2 + 1)
     expected = query + blocks + lse + reduction + barriers
-    assert tile_candidates.shared_bytes(place, ForwardTiles(128, 2)) == expected
+    assert tile_candidates.shared_bytes(place, ForwardBlockSizes(128, 2)) == expected
 
 
 def test_biased_calls_count_a_float32_bias_and_a_mask():
-    tiles = QueryGradTiles(64, 1, 1)
+    tiles = QueryGradBlockSizes(64, 1, 1)
     masked, biased = (Place("query_grad", kind, 64, 64) for kind in ("masked", "biased"))
     more = tile_candidates.shared_bytes(biased, tiles) - tile_candidates.shared_bytes(masked, tiles)
     assert more == 128 * 64 * (4 + 1) + 2 * 2 * 8
@@ -37,7 +42,7 @@ def test_biased_calls_count_a_float32_bias_and_a_mask():
 
 def test_a_split_kernel_has_half_the_keys():
     place = Place("key_grad", "full", 256, 256)
-    whole, split = (KeyGradTiles(64, 1, 2, split) for split in (False, True))
+    whole, split = (KeyGradBlockSizes(64, 1, 2, split) for split in (False, True))
     keys = 64 * (256 + 256) * 2
     assert (
         tile_candidates.shared_bytes(place, whole) - tile_candidates.shared_bytes(place, split)
@@ -59,5 +64,5 @@ def test_order_of_preference():
 
 
 def test_deepest_keeps_one_of_each_code():
-    tiles = [ForwardTiles(64, 4), ForwardTiles(64, 2), ForwardTiles(64, 2, 3)]
+    tiles = [ForwardBlockSizes(64, 4), ForwardBlockSizes(64, 2), ForwardBlockSizes(64, 2, 3)]
     assert tile_candidates.deepest(tiles) == [tiles[0], tiles[2]]

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from axattn.kernels._hopper.block_sizes import KINDS, TILES, ForwardTiles, KeyGradTiles, kind
+from axattn.kernels._hopper.block_sizes import (
+    BLOCK_SIZES,
+    KINDS,
+    ForwardBlockSizes,
+    KeyGradBlockSizes,
+    classify_call,
+)
 from benchmarks.harness import (
     ptxas,
     rounds,
@@ -39,7 +45,7 @@ def test_calls_are_of_their_kind():
         kinds = []
 
         def make(arrays, features=features[name], kinds=kinds):
-            kinds.append(kind(make_call(**arrays, **tile_calls.options(features))))
+            kinds.append(classify_call(make_call(**arrays, **tile_calls.options(features))))
 
         jax.eval_shape(make, structs)
         assert kinds == [name]
@@ -138,10 +144,10 @@ def test_a_candidate_that_ends_its_process_costs_itself(worker):
 
 def test_measured_row():
     place = Place("forward", "full", 64, 64)
-    one = tile_measure.Measured(place, ForwardTiles(128, 2, 3), seconds=2e-3, note="wall time")
+    one = tile_measure.Measured(place, ForwardBlockSizes(128, 2, 3), seconds=2e-3, note="wall time")
     row = tile_report.measured_row(one, TINY)
     assert row["how"] == "measured" and row["microseconds"] == 2000.0
-    assert row["tiles"] == {"block_kv": 128, "stages": 2, "warpgroups": 3}
+    assert row["block_sizes"] == {"block_kv": 128, "stages": 2, "warpgroups": 3}
     assert row["note"] == "wall time"
 
 
@@ -174,7 +180,7 @@ def test_the_best_is_the_first_that_spills_least():
 
 def test_more_are_tried_where_all_spill(monkeypatch):
     """The candidates come in the order of preference: those that do not spill may be the last."""
-    candidates = [ForwardTiles(block, 2) for block in (256, 192, 128, 96, 64)]
+    candidates = [ForwardBlockSizes(block, 2) for block in (256, 192, 128, 96, 64)]
     monkeypatch.setattr(tile_candidates, "candidates", lambda place: candidates)
     monkeypatch.setattr(
         tile_compile,
@@ -195,11 +201,11 @@ def test_more_are_tried_where_all_spill(monkeypatch):
     ("place", "tiles"),
     [
         # More than there is: the compiler says how much it is.
-        (Place("forward", "masked", 256, 256), ForwardTiles(64, 4)),
-        (Place("forward", "masked", 192, 128), ForwardTiles(128, 3, 1)),
-        (Place("query_grad", "biased", 256, 256), TILES["query_grad"](64, 2, 2)),
-        (Place("key_grad", "biased", 128, 128), KeyGradTiles(128, 2, 2, True)),
-        (Place("key_grad", "full", 256, 256), KeyGradTiles(64, 3)),
+        (Place("forward", "masked", 256, 256), ForwardBlockSizes(64, 4)),
+        (Place("forward", "masked", 192, 128), ForwardBlockSizes(128, 3, 1)),
+        (Place("query_grad", "biased", 256, 256), BLOCK_SIZES["query_grad"](64, 2, 2)),
+        (Place("key_grad", "biased", 128, 128), KeyGradBlockSizes(128, 2, 2, True)),
+        (Place("key_grad", "full", 256, 256), KeyGradBlockSizes(64, 3)),
     ],
     ids=str,
 )
@@ -217,14 +223,14 @@ def test_shared_memory_is_what_the_compiler_says(place, tiles):
 @pytest.mark.aot
 def test_what_does_not_compile_is_a_refusal():
     tile_compile.prepare("h200")
-    tiles = ForwardTiles(256, 4)
+    tiles = ForwardBlockSizes(256, 4)
     found = tile_compile.compile_tiles(Place("forward", "full", 256, 256), tiles, "h200")
     assert found.usual is None and "out of memory (smem)" in found.refusal
 
 
 def test_short_names_of_tiles():
-    assert tile_report.short(ForwardTiles(128, 2)) == "128 x2, 2 wg"
-    assert tile_report.short(KeyGradTiles(64, 2, split=True)) == "64 x2, 2 wg, split"
+    assert tile_report.short(ForwardBlockSizes(128, 2)) == "128 x2, 2 wg"
+    assert tile_report.short(KeyGradBlockSizes(64, 2, split=True)) == "64 x2, 2 wg, split"
 
 
 def test_inputs_have_the_calls_dtypes():

@@ -1,8 +1,8 @@
 """What a kernel does, for XLA's scheduler and for cost reports: `pl.CostEstimate`.
 
-FLOPs are those of the blocks that are visited. Blocks that a mask of static structure empties do
-not count; where it is in arrays (lengths, segments, offsets) all blocks do: an upper bound.
-Bytes are those of HBM: every array once, since what blocks of work read again comes from L2.
+FLOPs count the blocks that are computed. Blocks that a static mask empties do not count; where
+the mask is in arrays (lengths, segments, offsets) all blocks do: an upper bound. Bytes are those of
+HBM: every array counts once, since what programs read again comes from L2.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from axattn.kernels import _cost
 from axattn.kernels._block_bounds import blocks_per_tile
 
 Arrays = Mapping[str, Any]
-Block = tuple[int, int]  # query rows and keys of a tile of scores
+BlockShape = tuple[int, int]  # query rows, keys
 
 
-def forward(call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: Block) -> Estimate:
-    """Two products."""
-    return _tiles(call, arrays, out, block, "q", head=1, value=1)
+def forward(call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: BlockShape) -> Estimate:
+    """Estimate the forward kernel: two products."""
+    return _count_products(call, arrays, out, block, "q", head=1, value=1)
 
 
-def query_grad(call: AttentionCall, arrays: Arrays, out: Any, block: Block) -> Estimate:
-    """Three products: scores, gradients of weights and of queries."""
-    return _tiles(call, arrays, [out], block, "q", head=2, value=1)
+def query_grad(call: AttentionCall, arrays: Arrays, out: Any, block: BlockShape) -> Estimate:
+    """Estimate three products: scores, gradients of weights and of queries."""
+    return _count_products(call, arrays, [out], block, "q", head=2, value=1)
 
 
 def key_grad(
-    call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: Block, *, split: bool
+    call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: BlockShape, *, split: bool
 ) -> Estimate:
-    """Four products; where two warpgroups ``split`` the gradients, both compute the scores."""
-    return _tiles(call, arrays, out, block, "kv", head=3 if split else 2, value=2)
+    """Estimate four products, or (``split``) five: both warpgroups compute the scores."""
+    return _count_products(call, arrays, out, block, "kv", head=3 if split else 2, value=2)
 
 
-def _tiles(call, arrays, out, block, major: str, *, head: int, value: int) -> Estimate:
-    """``head`` and ``value`` count products over the head sizes."""
+def _count_products(call, arrays, out, block, major: str, *, head: int, value: int) -> Estimate:
+    """Estimate ``head`` products over the head size, and ``value`` over that of the values."""
     block_q, block_kv = block
-    visited = int(blocks_per_tile(call, block_q, block_kv, major).sum())
-    pairs = call.batch * call.num_heads * visited * block_q * block_kv
+    blocks = int(blocks_per_tile(call, block_q, block_kv, major).sum())
+    pairs = call.batch * call.num_heads * blocks * block_q * block_kv
     return Estimate(
         flops=2 * pairs * (head * call.head_dim + value * call.value_head_dim),
         transcendentals=pairs * _cost.per_score(call),
-        bytes_accessed=_once(call, arrays, out),
+        bytes_accessed=_count_bytes(call, arrays, out),
     )
 
 
-def few_rows(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> Estimate:
-    """The decode kernels: both products over all slots, for the rows that there are."""
+def decode(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> Estimate:
+    """Estimate a decode kernel: both products over all slots, without padded rows."""
     all_keys = _cost.over_all_keys(call)
-    return dataclasses.replace(all_keys, bytes_accessed=_once(call, arrays, out))
+    return dataclasses.replace(all_keys, bytes_accessed=_count_bytes(call, arrays, out))
 
 
-def merge(out: Sequence[Any], *, results: int, size: int) -> Estimate:
-    """A weighted sum of ``results`` float32 vectors of ``size`` numbers, each with its LSE."""
+def combine(out: Sequence[Any], *, results: int, size: int) -> Estimate:
+    """Estimate a weighted sum of ``results`` float32 vectors of ``size`` numbers with LSEs."""
     return Estimate(
         flops=2 * results * size,
         transcendentals=results,
-        bytes_accessed=4 * results * (size + 1) + _bytes(out),
+        bytes_accessed=4 * results * (size + 1) + _sum_bytes(out),
     )
 
 
-def _once(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> int:
-    """Of a cache's arrays, which may hold more, the slots of the batch."""
-    of_keys = ("key", "value", "key_scales", "value_scales")
-    others = [array for name, array in arrays.items() if name not in of_keys]
-    return _cost.key_bytes(call) + _bytes([*others, *out])
+def _count_bytes(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> int:
+    """Return the bytes of all arrays; of a cache, which may hold more, the slots of the batch."""
+    stored = ("key", "value", "key_scales", "value_scales")
+    others = [array for name, array in arrays.items() if name not in stored]
+    return _cost.key_bytes(call) + _sum_bytes([*others, *out])
 
 
-def _bytes(arrays: Sequence[Any]) -> int:
+def _sum_bytes(arrays: Sequence[Any]) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)

@@ -13,8 +13,8 @@ from axattn._mask_parts import Segments
 from axattn._masks import zero_unused
 from axattn._stored import NEVER
 from axattn._typing import present
-from axattn.kernels._hopper.kv_loader import Source
-from axattn.kernels._hopper.rows import stored_length
+from axattn.kernels._hopper.kv_loader import KVLoader
+from axattn.kernels._hopper.primitives import round_up_length
 from axattn.kernels._masks import Bounds, bounds, dense_mask, fold_key_masks
 from axattn.kernels._padding import padded
 from axattn.kernels._problem import round_up
@@ -24,12 +24,12 @@ TMA_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Operands:
+class HopperOperands:
     """Arrays by name. Vectors over rows or keys are padded, so that whole tiles can be loaded.
 
     query, key, value     as in the call, T and S rounded up to 8, unused slots zeroed; of a cache,
-                          what `Source.arrays` says
-    low, high             int32 [B or 1, T']: what each query row attends to
+                          what `KVLoader.select_arrays` returns
+    low, high             int32 [B or 1, T']: each row attends to [low, high)
     q_positions           int32 [B or 1, T'] where ALiBi asks
     kv_positions          int32 [B or 1, S'] where they are not 0, 1, 2...
     kv_lengths            int32 [B], of a cache
@@ -44,30 +44,30 @@ class Operands:
     """
 
     arrays: Mapping[str, jax.Array]
-    call: AttentionCall  # with key masks folded away: what `visits` reads
-    bounds: Bounds  # of the rows of that call
+    call: AttentionCall  # without key masks (`fold_key_masks`)
+    bounds: Bounds
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
 
-def of(call: AttentionCall) -> Operands:
-    """What the kernels read that have a tile of rows per head."""
+def gather_operands(call: AttentionCall) -> HopperOperands:
+    """Return what the kernels over a grid of query or key tiles read."""
     call = fold_key_masks(call)
     limits = bounds(call)
-    arrays = {"query": stored_rows(call, call.query, stored_length(call.q_len))}
+    arrays = {"query": pad_rows(call, call.query, round_up_length(call.q_len))}
     if call.stored is None:
-        arrays["key"] = _stored_keys(call, present(call.key))
-        arrays["value"] = _stored_keys(call, present(call.value))
+        arrays["key"] = _pad_keys(call, present(call.key))
+        arrays["value"] = _pad_keys(call, present(call.value))
     else:
         arrays["query"] = arrays["query"].astype(call.product_dtype)
-        arrays.update(Source.of(call).arrays(call))
-    return Operands(arrays | score_arrays(call, limits), call, limits)
+        arrays.update(KVLoader.from_call(call).select_arrays(call))
+    return HopperOperands(arrays | make_score_arrays(call, limits), call, limits)
 
 
-def score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
-    """Everything but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
-    rows, keys = vector_length(call.q_len), vector_length(call.kv_len)
+def make_score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
+    """Return all but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
+    rows, keys = get_vector_length(call.q_len), get_vector_length(call.kv_len)
     low, high = limits
     arrays = {"high": padded(high, rows, -NEVER)}
     if low is not None:
@@ -84,9 +84,9 @@ def score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
     allowed = dense_mask(call)
     if allowed is not None:
         shape = (*allowed.shape[:2], call.q_len, call.kv_len)
-        arrays["allowed"] = aligned(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
+        arrays["allowed"] = align_rows(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
     if call.bias is not None:
-        arrays.update(_biases(call, rows, keys))
+        arrays.update(_make_bias_arrays(call, rows, keys))
     if call.sinks is not None:
         arrays["sinks"] = call.sinks.astype(jnp.float32)
     if call.stored is not None and call.stored.key_center is not None:
@@ -100,25 +100,25 @@ def score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
     return arrays
 
 
-def vector_length(length: int) -> int:
-    """Length of a vector over ``length`` slots: a whole block (of at most 256) is always there."""
+def get_vector_length(length: int) -> int:
+    """Return the length of a padded vector: a block of 256 may start at any of its slots."""
     return round_up(length, 8) + 256
 
 
-def with_transposed_tiles(operands: Operands) -> Operands:
-    """The same with ``bias`` and ``allowed`` as ``[..., S, T]``, for tiles with keys as rows.
+def transpose_score_tiles(operands: HopperOperands) -> HopperOperands:
+    """Return operands with ``bias`` and ``allowed`` as ``[..., S, T]``: keys as rows.
 
-    A copy: no load of Mosaic GPU turns a tile around on its way into the registers.
+    These are copies: no load of Mosaic GPU transposes a tile on its way into registers.
     """
     arrays = dict(operands.arrays)
     for name in {"bias", "allowed"} & set(arrays):
         array = arrays[name][..., : operands.call.kv_len].swapaxes(2, 3)
-        arrays[name] = aligned(array)
+        arrays[name] = align_rows(array)
     return dataclasses.replace(operands, arrays=arrays)
 
 
-def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
-    """The bias, as a vector where it broadcasts over rows or over keys."""
+def _make_bias_arrays(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
+    """Return the bias, as a vector where it broadcasts over rows or over keys."""
     bias = present(call.bias)
     if bias.shape[2] == 1:
         vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
@@ -126,20 +126,20 @@ def _biases(call: AttentionCall, rows: int, keys: int) -> dict[str, jax.Array]:
     if bias.shape[3] == 1:
         return {"row_bias": padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
     # TMA has no float64.
-    return {"bias": aligned(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
+    return {"bias": align_rows(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
 
-def stored_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
-    """``[B, T, N, size]`` as the kernels read it: unused rows zeroed, T as stored."""
+def pad_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
+    """Return ``[B, T, N, size]`` with ``length`` rows, of which unused ones are zero."""
     slots = jnp.arange(array.shape[1])
     return padded(zero_unused(array, slots, call.mask.q_lengths()), length)
 
 
-def _stored_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
+def _pad_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, call.mask.kv_lengths()), stored_length(call.kv_len))
+    return padded(zero_unused(array, slots, call.mask.kv_lengths()), round_up_length(call.kv_len))
 
 
-def aligned(array: jax.Array) -> jax.Array:
-    """A ``[..., S]`` array whose rows TMA can address: its last axis is filled up for that."""
+def align_rows(array: jax.Array) -> jax.Array:
+    """Pad the last axis of ``[..., S]``, so that TMA can address the rows."""
     return padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)

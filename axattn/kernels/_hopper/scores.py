@@ -22,14 +22,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._dropout import threefry
 from axattn._typing import present
-from axattn.kernels._hopper import primitives
+from axattn.kernels._hopper.primitives import (
+    broadcast_vector,
+    load_row_major,
+    load_vector,
+    make_index_tile,
+)
 from axattn.kernels._problem import LOG2E, Problem
 
 # Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
-_OF_HEADS = ("row_bias", "row_slopes", "row_shift")
+_PER_HEAD = ("row_bias", "row_slopes", "row_shift")
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """The query rows of a tile: rows of one head, or equal slots of several heads after another."""
 
     batch: jax.Array
@@ -38,56 +43,68 @@ class Rows(NamedTuple):
     place: jax.Array  # of the first row in the vectors over rows
     heads: int = 1
 
+    def select_scores(self, ref, *part):
+        """Return a tile of ``[B or 1, N or 1, T, S]`` (or ``[..., S, T]``) in HBM."""
+        return ref.at[_index(ref, 0, self.batch), _index(ref, 1, self.head), *part]
 
-class Tiles(NamedTuple):
-    """Tiles of bias and mask for this block in shared memory, as the scores lie."""
+
+class ScoreTiles(NamedTuple):
+    """Tiles of bias and mask in shared memory, as the scores lie."""
 
     bias: Any = None
     allowed: Any = None
 
     @classmethod
-    def wait(cls, smem: Mapping[str, Any], n: jax.Array, part) -> Tiles:
-        """The tiles of step ``n``, indexed by ``part``."""
-        rings = {name: smem[name] for name in cls._fields if smem[name] is not None}
-        return cls(**{name: ring.wait(n).at[part] for name, ring in rings.items()})
+    def select_dtypes(cls, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the dtypes of the bias and the mask over queries and keys that a call has."""
+        return {name: arrays[name].dtype for name in cls._fields if name in arrays}
+
+    @classmethod
+    def wait(cls, smem: Mapping[str, Any], n: jax.Array, part) -> ScoreTiles:
+        """Wait for the tiles of step ``n``, and return their rows ``part``."""
+        pipelines = {name: smem[name] for name in cls._fields if smem[name] is not None}
+        return cls(**{name: one.wait(n).at[part] for name, one in pipelines.items()})
 
     @classmethod
     def release(cls, smem: Mapping[str, Any], n: jax.Array, *others: str) -> None:
-        """Gives them back, and ``others`` that threads have read."""
-        rings = [smem[name] for name in (*cls._fields, *others) if smem[name] is not None]
-        if rings:
+        """Release the tiles of step ``n``, and ``others`` that threads have read."""
+        pipelines = [smem[name] for name in (*cls._fields, *others) if smem[name] is not None]
+        if pipelines:
             # Threads have read these, and TMA writes them next.
             plgpu.commit_smem()
-        for ring in rings:
-            ring.release(n)
+        for one in pipelines:
+            one.release(n)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class TileScores:
     """Scores of one tile of rows against any block of keys."""
 
     problem: Problem
     gmem: Mapping[str, Any]
-    rows: Rows
+    rows: QueryRows
     vectors: Mapping[str, jax.Array]
     shape: tuple[int, int]
     q_axis: int
 
     @classmethod
-    def of(cls, problem: Problem, gmem: Mapping[str, Any], rows: Rows, shape, q_axis: int):
-        """Scores of many blocks of keys: what belongs to the rows is loaded once, here."""
-        return cls.of_full_blocks(problem, gmem, rows, shape, q_axis).with_bounds()
+    def load(cls, problem: Problem, gmem: Mapping[str, Any], rows: QueryRows, shape, q_axis: int):
+        """Load all vectors over the rows, for many blocks of keys."""
+        return cls.load_for_full_blocks(problem, gmem, rows, shape, q_axis).load_bounds()
 
     @classmethod
-    def of_full_blocks(cls, problem: Problem, gmem: Mapping[str, Any], rows: Rows, shape, q_axis):
-        """The same without what only partial blocks need, for kernels short of registers."""
-        return cls(problem, gmem, rows, {}, shape, q_axis)._with(*_OF_HEADS, "q_positions")
+    def load_for_full_blocks(
+        cls, problem: Problem, gmem: Mapping[str, Any], rows: QueryRows, shape, q_axis: int
+    ):
+        """Load the vectors that full blocks need, for kernels short of registers."""
+        return cls(problem, gmem, rows, {}, shape, q_axis)._load(*_PER_HEAD, "q_positions")
 
-    def with_bounds(self) -> Scores:
-        return self._with("low", "high", "q_segments")
+    def load_bounds(self) -> TileScores:
+        """Load the vectors that partial blocks need besides."""
+        return self._load("low", "high", "q_segments")
 
-    def _with(self, *names: str) -> Scores:
-        loaded = {name: self._of_rows(name) for name in names if name in self.gmem}
+    def _load(self, *names: str) -> TileScores:
+        loaded = {name: self._load_rows(name) for name in names if name in self.gmem}
         return dataclasses.replace(self, vectors={**self.vectors, **loaded})
 
     @property
@@ -95,7 +112,7 @@ class Scores:
         return 1 - self.q_axis
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether scores are a positive multiple of the products: the scale can wait."""
         additive = {"bias", "key_bias", "row_bias", "slopes", "row_slopes"} & set(self.gmem)
         return not additive and self.problem.logits_soft_cap is None and self.problem.scale > 0
@@ -107,16 +124,16 @@ class Scores:
 
     # ---- the scores ---------------------------------------------------------------------------
 
-    def shifted(self, dots: jax.Array) -> jax.Array:
-        """The products with the keys themselves, where a cache has stored them without a center."""
+    def shift(self, dots: jax.Array) -> jax.Array:
+        """Return the products with whole keys, where a cache has subtracted their center."""
         if "row_shift" not in self.gmem:
             return dots
-        return dots + self._over_queries(self._of_rows("row_shift"))
+        return dots + self._over_queries(self._load_rows("row_shift"))
 
-    def scores(
-        self, dots: jax.Array, kv_slot: jax.Array | None, tiles: Tiles
+    def score(
+        self, dots: jax.Array, kv_slot: jax.Array | None, tiles: ScoreTiles
     ) -> tuple[jax.Array, Any]:
-        """Scores before the mask, and tanh(scaled products / cap) where there is a cap.
+        """Return scores before the mask, and tanh(scaled products / cap) where there is a cap.
 
         ``kv_slot`` is the block's first slot, which is not needed unless `reads_keys`.
         """
@@ -131,61 +148,61 @@ class Scores:
             scores = scores + bias * LOG2E
         return scores, ratio
 
-    def _biases(self, kv_slot: jax.Array | None, tiles: Tiles):
+    def _biases(self, kv_slot: jax.Array | None, tiles: ScoreTiles):
         if tiles.bias is not None:
-            yield primitives.load_tile(tiles.bias).astype(jnp.float32)
+            yield load_row_major(tiles.bias).astype(jnp.float32)
         if "key_bias" in self.gmem:
             ref = _vector_of_head(self.gmem["key_bias"], self.rows.batch, self.rows.head)
             yield self._over_keys(ref.at[pl.ds(present(kv_slot), self.shape[self.kv_axis])])
         if "row_bias" in self.gmem:
-            yield self._over_queries(self._of_rows("row_bias"))
+            yield self._over_queries(self._load_rows("row_bias"))
         if "slopes" in self.gmem or "row_slopes" in self.gmem:
             # Press et al., arXiv 2108.12409, symmetric: -slope * |i - j|.
             positions = self._kv_positions(present(kv_slot))
-            distance = self._over_queries(self._of_rows("q_positions")) - positions
+            distance = self._over_queries(self._load_rows("q_positions")) - positions
             yield jnp.abs(distance).astype(jnp.float32) * -self._slopes()
 
-    def allowed(self, kv_slot: jax.Array, tiles: Tiles) -> jax.Array:
-        """The mask of a partial tile."""
+    def allow(self, kv_slot: jax.Array, tiles: ScoreTiles) -> jax.Array:
+        """Return the mask of a partial tile."""
         positions = self._kv_positions(kv_slot)
-        allowed = positions < self._over_queries(self._of_rows("high"))
+        allowed = positions < self._over_queries(self._load_rows("high"))
         if "low" in self.gmem:
-            allowed &= positions >= self._over_queries(self._of_rows("low"))
+            allowed &= positions >= self._over_queries(self._load_rows("low"))
         if "q_segments" in self.gmem:
             ids = self._over_keys(self._of_batch("kv_segments", kv_slot))
-            allowed &= ids == self._over_queries(self._of_rows("q_segments"))
+            allowed &= ids == self._over_queries(self._load_rows("q_segments"))
         if tiles.allowed is not None:
-            allowed &= primitives.load_tile(tiles.allowed).astype(jnp.int32) != 0
+            allowed &= load_row_major(tiles.allowed).astype(jnp.int32) != 0
         return allowed
 
     # ---- the weights and their gradients, from the LSE ----------------------------------------
 
-    def weights(self, dots, lse, kv_slot, tiles: Tiles, kept, *, partial: bool) -> Weights:
-        """The softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
-        if self.plain:
+    def weigh(self, dots, lse, kv_slot, tiles: ScoreTiles, kept, *, partial: bool) -> TileWeights:
+        """Return the softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
+        if self.is_plain:
             scores, ratio = dots * (self.problem.scale * LOG2E), None
         else:
-            scores, ratio = self.scores(dots, kv_slot, tiles)
+            scores, ratio = self.score(dots, kv_slot, tiles)
         weights = jnp.exp2(scores - self._over_queries(lse))
         if partial:
-            weights = jnp.where(self.allowed(kv_slot, tiles), weights, 0.0)
-        return Weights(self, weights, ratio, kept)
+            weights = jnp.where(self.allow(kv_slot, tiles), weights, 0.0)
+        return TileWeights(self, weights, ratio, kept)
 
     # ---- dropout ------------------------------------------------------------------------------
 
-    def kept(self, kv_slot: jax.Array | None) -> jax.Array | None:
-        """Find the weights that dropout leaves, as `axattn._dropout.keep_tile` does; None: all."""
+    def keep(self, kv_slot: jax.Array | None) -> jax.Array | None:
+        """Return which weights dropout leaves, as `axattn._dropout.keep_tile` does; None: all."""
         if "dropout" not in self.gmem:
             return None
         problem, ref = self.problem, self.gmem["dropout"]
         size = self.shape[self.q_axis] // self.rows.heads
-        index = primitives.index_tile(self.shape, self.q_axis)
+        index = make_index_tile(self.shape, self.q_axis)
         slots = self.rows.slot + (index if self.rows.heads == 1 else index & (size - 1))
         if not problem.broadcast_dropout:
             row = (self.rows.batch + ref[jnp.int32(2)]) * problem.num_heads + self.rows.head
             head = row if self.rows.heads == 1 else row + lax.div(index, jnp.int32(size))
             slots = head * problem.q_len + slots
-        columns = present(kv_slot) + primitives.index_tile(self.shape, self.kv_axis)
+        columns = present(kv_slot) + make_index_tile(self.shape, self.kv_axis)
         bits = threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
         # Unsigned bits >= rate * 2^32, as a signed comparison.
         threshold = min(round(problem.dropout_rate * 2**32), 2**32 - 1) - 2**31
@@ -196,79 +213,72 @@ class Scores:
     def _slopes(self) -> jax.Array:
         """Of the tile's head a scalar; of its heads or rows a tile."""
         if "row_slopes" in self.gmem:
-            return self._over_queries(self._of_rows("row_slopes"))
+            return self._over_queries(self._load_rows("row_slopes"))
         rows = self.rows
-        slopes = self.gmem["slopes"].at[_own(self.gmem["slopes"], 0, rows.batch)]
+        slopes = self.gmem["slopes"].at[_index(self.gmem["slopes"], 0, rows.batch)]
         if rows.heads == 1:
             return slopes[rows.head]
-        return self._over_queries(head_vector(slopes, rows, self.shape[self.q_axis]))
+        return self._over_queries(make_head_vector(slopes, rows, self.shape[self.q_axis]))
 
     def _kv_positions(self, kv_slot: jax.Array) -> jax.Array:
         if "kv_positions" in self.gmem:
             return self._over_keys(self._of_batch("kv_positions", kv_slot))
-        return kv_slot + primitives.index_tile(self.shape, self.kv_axis)
+        return kv_slot + make_index_tile(self.shape, self.kv_axis)
 
-    def _of_rows(self, name: str) -> jax.Array:
+    def _load_rows(self, name: str) -> jax.Array:
         """A vector over the rows of this tile."""
         if name in self.vectors:
             return self.vectors[name]
         ref, rows = self.gmem[name], self.rows
-        if name in _OF_HEADS:
+        if name in _PER_HEAD:
             ref = _vector_of_head(ref, rows.batch, rows.head)
         else:
-            ref = ref.at[_own(ref, 0, rows.batch)]
+            ref = ref.at[_index(ref, 0, rows.batch)]
         slots = pl.ds(rows.place, self.shape[self.q_axis])
-        return primitives.load_vector(ref.at[slots], self.q_axis)
+        return load_vector(ref.at[slots], self.q_axis)
 
     def _of_batch(self, name: str, kv_slot: jax.Array):
         ref = self.gmem[name]
         size = self.shape[self.kv_axis]
-        return ref.at[_own(ref, 0, self.rows.batch), pl.ds(kv_slot, size)]
+        return ref.at[_index(ref, 0, self.rows.batch), pl.ds(kv_slot, size)]
 
     def _over_keys(self, ref) -> jax.Array:
-        return primitives.spread(
-            primitives.load_vector(ref, self.kv_axis), self.shape, self.kv_axis
-        )
+        return broadcast_vector(load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
 
     def _over_queries(self, vector: jax.Array) -> jax.Array:
-        return primitives.spread(vector, self.shape, self.q_axis)
+        return broadcast_vector(vector, self.shape, self.q_axis)
 
 
-class Weights(NamedTuple):
+class TileWeights(NamedTuple):
     """Softmax weights of one tile, and what their gradients need."""
 
-    scores: Scores
+    scores: TileScores
     weights: jax.Array
     ratio: jax.Array | None  # tanh of the capped scores
     kept: jax.Array | None
 
-    def dropped(self) -> jax.Array:
-        """The weights that met the values."""
-        return self._thinned(self.weights)
+    def drop(self) -> jax.Array:
+        """Return the weights after dropout, which the values were multiplied with."""
+        return self._drop(self.weights)
 
-    def dscores(self, dweights: jax.Array, delta: jax.Array) -> jax.Array:
-        """Gradient of the scaled products from that of the weights that met the values."""
-        dweights = self._thinned(dweights)
+    def differentiate(self, dweights: jax.Array, delta: jax.Array) -> jax.Array:
+        """Return gradients of the scaled products, from those of the weights after dropout."""
+        dweights = self._drop(dweights)
         dscores = self.weights * (dweights - self.scores._over_queries(delta))
         return dscores if self.ratio is None else dscores * (1.0 - self.ratio * self.ratio)
 
-    def _thinned(self, weights: jax.Array) -> jax.Array:
+    def _drop(self, weights: jax.Array) -> jax.Array:
         if self.kept is None:
             return weights
         share = 1.0 / (1.0 - self.scores.problem.dropout_rate)
         return jnp.where(self.kept, weights * share, 0.0)
 
 
-def score_tile(ref, rows: Rows, *part):
-    """A tile over queries and keys in HBM ``[B or 1, N or 1, T, S]`` (or ``[..., S, T]``)."""
-    return ref.at[_own(ref, 0, rows.batch), _own(ref, 1, rows.head), *part]
-
-
-def head_vector(ref, rows: Rows, size: int) -> jax.Array:
-    """A number per head as a vector over the rows of a tile with several heads."""
+def make_head_vector(ref, rows: QueryRows, size: int) -> jax.Array:
+    """Return a vector over the rows of a tile with several heads, from a number per head."""
     each = size // rows.heads
     shape = (size, 8)
-    head = lax.div(primitives.index_tile(shape, 0), jnp.int32(each))
+    head = lax.div(make_index_tile(shape, 0), jnp.int32(each))
     values = jnp.zeros(shape, jnp.float32)
     for member in range(rows.heads):
         values = jnp.where(head == member, ref[rows.head + member], values)
@@ -276,13 +286,13 @@ def head_vector(ref, rows: Rows, size: int) -> jax.Array:
     return values.max(axis=1)
 
 
-def _own(ref, axis: int, index: jax.Array) -> jax.Array:
-    """``index``, or 0 for an axis that broadcasts."""
+def _index(ref, axis: int, index: jax.Array) -> jax.Array:
+    """Return ``index``, or 0 for an axis that broadcasts."""
     return index if ref.shape[axis] > 1 else jnp.int32(0)
 
 
 def _vector_of_head(ref, batch: jax.Array, head: jax.Array):
-    return ref.at[_own(ref, 0, batch), _own(ref, 1, head)]
+    return ref.at[_index(ref, 0, batch), _index(ref, 1, head)]
 
 
 def _tanh(x: jax.Array) -> jax.Array:

@@ -11,76 +11,78 @@ import jax
 import jax.numpy as jnp
 
 from axattn._typing import present
-from axattn.kernels._hopper import primitives
-from axattn.kernels._hopper.kv_loader import KeyScales
-from axattn.kernels._hopper.rows import ROWS
-from axattn.kernels._hopper.scores import Scores, Tiles
+from axattn.kernels._hopper.kv_loader import ScaleLoaders
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    broadcast_vector,
+    fill_vector,
+    make_opaque,
+    make_zeros,
+)
+from axattn.kernels._hopper.scores import ScoreTiles, TileScores
 from axattn.kernels._problem import LOG2E
 
 
-class State(NamedTuple):
-    """Online softmax of a warpgroup's rows."""
+class OnlineSoftmax(NamedTuple):
+    """The state of a warpgroup's rows between two blocks of keys."""
 
     values: jax.Array  # [64, h], weighted and summed
     top: jax.Array  # [64], the largest score
-    total: jax.Array  # [64], of the weights
+    total: jax.Array  # [64], the sum of the weights
 
     @classmethod
-    def empty(cls, value_head_dim: int) -> State:
-        values = primitives.zeros((ROWS, value_head_dim))
-        return cls(values, primitives.per_row(-jnp.inf), primitives.per_row(0.0))
+    def create(cls, value_head_dim: int) -> OnlineSoftmax:
+        """Return the state before the first block."""
+        return cls(make_zeros((ROWS, value_head_dim)), fill_vector(-jnp.inf), fill_vector(0.0))
 
 
-class Update(NamedTuple):
-    """What a block of keys changes."""
+class SoftmaxStep(NamedTuple):
+    """What one block of keys changes."""
 
-    weights: jax.Array  # [64, block], float32: for its values
-    decay: jax.Array  # [64], for the values before it
+    weights: jax.Array  # [64, block], float32
+    decay: jax.Array  # [64], the factor on all values before
     top: jax.Array
     total: jax.Array
 
 
-_NO_TILES, _NO_SCALES = Tiles(), KeyScales()
-
-
-def update(
-    scores: Scores,
-    top: jax.Array,
-    total: jax.Array,
+def update_softmax(
+    scores: TileScores,
+    state: OnlineSoftmax,
     dots: jax.Array,
     kv_slot: jax.Array | None,
-    tiles: Tiles = _NO_TILES,
-    scales: KeyScales = _NO_SCALES,
+    tiles: ScoreTiles,
+    scales: ScaleLoaders,
     *,
     partial: bool,
-) -> Update:
-    """One block: from the products of queries and keys to the weights of its values.
+) -> SoftmaxStep:
+    """Return the weights of a block's values, from the products of queries and keys.
 
     ``kv_slot`` is the first slot of the block, which partial blocks need and some scores.
     """
     shape = dots.shape
     if scales.key is not None:
-        dots = dots * primitives.spread(scales.key(), shape, 1)
-    dots, factor = scores.shifted(dots), 1.0
-    if scores.plain:
+        dots = dots * broadcast_vector(scales.key(), shape, 1)
+    dots, factor = scores.shift(dots), 1.0
+    if scores.is_plain:
         factor = scores.problem.scale * LOG2E
     else:
-        dots, _ = scores.scores(dots, kv_slot, tiles)
+        dots, _ = scores.score(dots, kv_slot, tiles)
     if partial:
-        dots = jnp.where(scores.allowed(present(kv_slot), tiles), dots, -jnp.inf)
-    new = jnp.maximum(top, dots.max(axis=1) * factor)
-    # While a row has seen nothing, its maximum is -inf and must not shift.
-    shift = jnp.where(new == -jnp.inf, 0.0, new)
-    weights = jnp.exp2(dots * factor - primitives.spread(shift, shape, 0))
-    decay = jnp.exp2(top - shift)
-    total = total * decay + weights.sum(axis=1)
-    kept = scores.kept(kv_slot)
+        dots = jnp.where(scores.allow(present(kv_slot), tiles), dots, -jnp.inf)
+    top = jnp.maximum(state.top, dots.max(axis=1) * factor)
+    # The maximum of a row without keys is -inf, and must not shift.
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp2(dots * factor - broadcast_vector(shift, shape, 0))
+    decay = jnp.exp2(state.top - shift)
+    total = state.total * decay + weights.sum(axis=1)
+    kept = scores.keep(kv_slot)
     if kept is not None:
         weights = jnp.where(kept, weights, 0.0)
     if scales.value is not None:
-        weights = weights * primitives.spread(scales.value(), shape, 1)
+        weights = weights * broadcast_vector(scales.value(), shape, 1)
         if partial:
-            # The scale of a slot that holds nothing may be NaN. (Computed again, not kept.)
-            allowed = scores.allowed(primitives.unknown(present(kv_slot)), tiles)
+            # The scale of an unused slot may be NaN. The mask is computed again: keeping it would
+            # take registers.
+            allowed = scores.allow(make_opaque(present(kv_slot)), tiles)
             weights = jnp.where(allowed, weights, 0.0)
-    return Update(weights, decay, new, total)
+    return SoftmaxStep(weights, decay, top, total)

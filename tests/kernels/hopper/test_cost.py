@@ -70,12 +70,12 @@ def test_pages_of_other_sequences_do_not_count(dtype, slot):
     keys = B * K * 4 * 16 * slot
     assert shared.key_bytes(call) == keys
     arrays = {"key": cache.arrays.keys, "query": call.query}
-    found = cost.few_rows(call, arrays, [])
+    found = cost.decode(call, arrays, [])
     assert found.bytes_accessed == keys + call.query.nbytes
     assert found.flops == 2 * B * N * 4 * 16 * 2 * H
 
 
-def test_parts_are_merged_once():
-    found = cost.merge([jnp.zeros((2, 1, 8, 64))], results=5 * 8, size=64)
+def test_splits_are_combined_once():
+    found = cost.combine([jnp.zeros((2, 1, 8, 64))], results=5 * 8, size=64)
     assert (found.flops, found.transcendentals) == (2 * 5 * 8 * 64, 5 * 8)
     assert found.bytes_accessed == 4 * (5 * 8 * 64 + 5 * 8 + 2 * 8 * 64)

@@ -130,42 +130,38 @@ def test_none_takes_the_kernels_over_a_cache(hopper):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("extras", [{}, dict(bias=np.zeros((1, 8, 1, 256), np.float32))])
-def test_tiles_of_the_decode_kernels_fit(dtype, extras):
+def test_block_sizes_of_decode_fit(dtype, extras):
     """Something always fits; for one head size, two warpgroups that take turns."""
-    pytest.importorskip("axattn.kernels._hopper.split_kv.block_sizes", exc_type=ImportError)
-    from axattn.kernels._hopper import memory
-    from axattn.kernels._hopper.kv_loader import Source
-    from axattn.kernels._hopper.split_kv import block_sizes
+    fitting = pytest.importorskip("axattn.kernels._hopper.fitting", exc_type=ImportError)
+    from axattn.kernels._hopper.kv_loader import KVLoader
 
     for H in range(32, 257, 32):
         for h in range(32, 257, 32):
             stored = DenseCache.create(1, 256, 2, H, value_head_dim=h, dtype=dtype).stored()
             query = jnp.zeros((1, 1, 8, H), jnp.bfloat16)
             call = normalize_over_cache(query, stored, AttentionOptions(**extras))
-            tiles, source = block_sizes.decode_tiles(call), Source.of(call)
+            sizes, kv = fitting.choose_decode_block_sizes(call), KVLoader.from_call(call)
             per_score = 4 if extras else 0
-            needed = memory.decode_bytes(tiles, source, H, h, per_score)
-            assert needed <= SHARED_BYTES, (H, h, tiles)
-            assert tiles.warpgroups == 2 or extras or H != h, (H, h, tiles)
+            needed = fitting.count_decode_bytes(sizes, kv, H, h, per_score)
+            assert needed <= SHARED_BYTES, (H, h, sizes)
+            assert sizes.warpgroups == 2 or extras or H != h, (H, h, sizes)
 
 
 @pytest.mark.parametrize("kind", ["full", "biased"])
-def test_all_head_sizes_have_tiles_that_fit(kind):
-    tiles = pytest.importorskip("axattn.kernels._hopper.block_sizes", exc_type=ImportError)
-    from axattn.kernels._hopper.memory import shared_bytes
-
+def test_all_head_sizes_have_block_sizes_that_fit(kind):
+    fitting = pytest.importorskip("axattn.kernels._hopper.fitting", exc_type=ImportError)
     options = dict(bias=np.zeros((1, 1, 24, 40))) if kind == "biased" else {}
     for H in range(16, 257, 16):
         for h in range(16, 257, 16):
             call = make_call(1, 24, 40, 2, 2, H, h, **options)
-            backward = tiles.backward_tiles(call)
-            for kernel, own in (
-                ("forward", tiles.forward_tiles(call)),
+            backward = fitting.choose_backward_block_sizes(call)
+            for kernel, sizes in (
+                ("forward", fitting.choose_forward_block_sizes(call)),
                 ("query_grad", backward.query),
                 ("key_grad", backward.key),
             ):
-                used = shared_bytes(kernel, own, H, h, score_tiles=kind == "biased")
-                assert used <= SHARED_BYTES, (kernel, H, h, own)
+                used = fitting.count_flash_bytes(kernel, sizes, H, h, score_tiles=kind == "biased")
+                assert used <= SHARED_BYTES, (kernel, H, h, sizes)
 
 
 @pytest.mark.parametrize(
@@ -183,5 +179,5 @@ def test_all_head_sizes_have_tiles_that_fit(kind):
     ],
 )
 def test_kinds(kind, options):
-    tiles = pytest.importorskip("axattn.kernels._hopper.block_sizes", exc_type=ImportError)
-    assert tiles.kind(make_call(1, 24, 40, 4, 2, 64, **options)) == kind
+    block_sizes = pytest.importorskip("axattn.kernels._hopper.block_sizes", exc_type=ImportError)
+    assert block_sizes.classify_call(make_call(1, 24, 40, 4, 2, 64, **options)) == kind

@@ -11,12 +11,11 @@ from tests.kernels.calls import make_call
 
 pytest.importorskip("axattn.kernels._hopper.split_kv.pack_gqa", exc_type=ImportError)
 
-from axattn.kernels._hopper.split_kv import pack_gqa
-from axattn.kernels._hopper.split_kv.pack_gqa import Packing
+from axattn.kernels._hopper.split_kv.pack_gqa import PackGQA, gather_packed_operands
 
 
 def arrays_of(call):
-    return jax.tree.map(np.asarray, jax.jit(lambda: pack_gqa.of(call).arrays)())
+    return jax.tree.map(np.asarray, jax.jit(lambda: gather_packed_operands(call).arrays)())
 
 
 @pytest.mark.parametrize("T, N, K", [(1, 8, 2), (3, 6, 2), (5, 64, 2), (2, 4, 4)])
@@ -29,7 +28,7 @@ def test_rows(T, N, K):
         B, T, S, N, K, 16, bias=bias, alibi_slopes=slopes, is_causal=True, q_offset=np.array([3, 9])
     )
     arrays = arrays_of(call)
-    packing = Packing(G, T)
+    packing = PackGQA(G, T)
     assert packing.stored_rows % 8 == 0 and packing.tiles * 64 >= packing.rows
     query = arrays["query"].astype(np.float32).reshape(B, K, packing.stored_rows, 16)
     given = np.asarray(call.query, np.float32)

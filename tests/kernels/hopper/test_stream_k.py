@@ -1,4 +1,4 @@
-"""Every visit of every sequence is done once, by whoever does it, and its parts lie together."""
+"""Every block of every sequence is done once, and the splits of a sequence lie together."""
 
 from __future__ import annotations
 
@@ -16,69 +16,72 @@ pytest.importorskip("axattn.kernels._hopper.split_kv.stream_k", exc_type=ImportE
 
 from axattn.kernels._hopper.split_kv.stream_k import (
     MIN_BLOCKS,
-    Line,
-    Shape,
-    Share,
-    begin_of_rows,
-    each_part,
+    SplitKVPlan,
+    StreamK,
+    WorkerShare,
+    find_row_starts,
+    for_each_split,
 )
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def found(visits, shape):
-    """The share of each worker, and the parts of each sequence."""
-    line = Line(begin_of_rows(visits, shape), shape)
-    workers, sequences = (jnp.arange(n, dtype=jnp.int32) for n in (shape.grid, shape.sequences))
-    shares, parts = jax.vmap(line.share)(workers), jax.vmap(line.parts_of)(sequences)
-    return jnp.stack(shares, 1), jnp.stack(parts, 1)
+def find_all(blocks, plan):
+    """The share of each worker, and the splits of each sequence."""
+    stream = StreamK(find_row_starts(blocks, plan), plan)
+    workers, sequences = (
+        jnp.arange(n, dtype=jnp.int32) for n in (plan.used_workers, plan.sequences)
+    )
+    shares = jax.vmap(stream.find_share)(workers)
+    splits = jax.vmap(stream.find_splits)(sequences)
+    return jnp.stack(shares, 1), jnp.stack(splits, 1)
 
 
 @jax.jit
-def walk(visits, heads, workers, shares):
-    """What the kernels' walk does: of each part how often, sequence, first visit, visits; and all.
+def walk(blocks, heads, workers, shares):
+    """What the kernels do: for each split how often, sequence, first block, blocks; and all.
 
     Its arrays are as large as those of any size, so that it is one program for all of them.
     """
     done = jax.new_ref(jnp.zeros((len(shares), 4), jnp.int32))
 
-    def body(part):
-        sequence = part.batch * heads + part.kv_head
-        done[part.number] += jnp.stack([jnp.int32(1), sequence, part.first, part.count])
+    def body(split):
+        sequence = split.batch * heads + split.kv_head
+        done[split.number] += jnp.stack([jnp.int32(1), sequence, split.first, split.count])
 
     def work(worker, total):
-        def visits_of(batch):
-            return SimpleNamespace(total=visits[batch])
+        def load_block_map(batch):
+            return SimpleNamespace(total=blocks[batch])
 
-        return total + each_part(Share(*shares[worker]), heads, visits_of, body)
+        return total + for_each_split(WorkerShare(*shares[worker]), heads, load_block_map, body)
 
     total = jax.lax.fori_loop(0, workers, work, jnp.int32(0))
     return done[...], total
 
 
-def schedule(visits, heads, workers, split):
-    shape = Shape(len(visits), heads, workers, split, 512)
-    visits = np.array(visits, np.int32)
-    shares, parts_of = map(np.asarray, found(visits, shape))
+def schedule(blocks, heads, workers, split):
+    plan = SplitKVPlan(len(blocks), heads, workers, split, 512)
+    blocks = np.array(blocks, np.int32)
+    shares, splits = map(np.asarray, find_all(blocks, plan))
     rows, padded = np.zeros(9, np.int32), np.zeros((9 * 3 * 512, 5), np.int32)
-    rows[: len(visits)], padded[: shape.grid] = visits, shares
-    done, total = walk(rows, np.int32(heads), np.int32(shape.grid), padded)
-    assert total == visits.sum() * heads
-    return shape, shares, parts_of, np.asarray(done)
+    rows[: len(blocks)], padded[: plan.used_workers] = blocks, shares
+    done, total = walk(rows, np.int32(heads), np.int32(plan.used_workers), padded)
+    assert total == blocks.sum() * heads
+    return plan, shares, splits, np.asarray(done)
 
 
-def check(visits, *sizes):
-    shape, shares, parts_of, done = schedule(visits, *sizes)
-    assert done[:, 0].max() == 1 and not done[shape.parts :].any()
-    parts = {number: part for number, (times, *part) in enumerate(done.tolist()) if times}
-    for sequence, (first, count) in enumerate(parts_of.tolist()):
-        own = [parts.pop(number) for number in range(first, first + count)]
-        assert own and all(part[0] == sequence for part in own)
+def check(blocks, *sizes):
+    plan, shares, splits, done = schedule(blocks, *sizes)
+    assert done[:, 0].max() == 1 and not done[plan.split_numbers :].any()
+    left = {number: split for number, (times, *split) in enumerate(done.tolist()) if times}
+    for sequence, (first, count) in enumerate(splits.tolist()):
+        own = [left.pop(number) for number in range(first, first + count)]
+        assert own and all(split[0] == sequence for split in own)
         behind = 0
         for _, start, length in own:
             assert start == behind
             behind += length
-        assert behind == visits[sequence // shape.heads]
-    assert not parts
+        assert behind == blocks[sequence // plan.heads]
+    assert not left
     return shares
 
 
@@ -98,14 +101,14 @@ SIZES = [
     )
 )
 def test_all_is_done_once(drawn):
-    visits, sizes = drawn
-    check(visits, *sizes)
+    blocks, sizes = drawn
+    check(blocks, *sizes)
 
 
 def test_the_load_is_even():
-    visits = [512, 1, 0, 300, 7]
-    loads = check(visits, 2, 132, None)[:, 2]
-    assert loads.max() <= -(-sum(max(n, 1) for n in visits) * 2 // 132)
+    blocks = [512, 1, 0, 300, 7]
+    loads = check(blocks, 2, 132, None)[:, 2]
+    assert loads.max() <= -(-sum(max(n, 1) for n in blocks) * 2 // 132)
     assert (loads > 0).sum() > 120
 
 
@@ -116,8 +119,10 @@ def test_little_work_has_few_workers():
 
 
 def test_fixed_splits_depend_on_the_sequence_alone():
-    def parts(visits, row):
-        done = schedule(visits, 1, 7, 4)[3].tolist()
+    def splits(blocks, row):
+        done = schedule(blocks, 1, 7, 4)[3].tolist()
         return [(start, count) for _, own, start, count in done if own == row and count]
 
-    assert parts([3, 30, 64], 1) == parts([30], 0) == [(n, min(4, 30 - n)) for n in range(0, 30, 4)]
+    assert (
+        splits([3, 30, 64], 1) == splits([30], 0) == [(n, min(4, 30 - n)) for n in range(0, 30, 4)]
+    )

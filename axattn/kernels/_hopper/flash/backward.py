@@ -8,19 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn.kernels import _backward_inputs
-from axattn.kernels._hopper import operands
-from axattn.kernels._hopper.block_sizes import BackwardTiles
+from axattn.kernels import _backward_inputs as gradients
+from axattn.kernels._hopper.block_sizes import BackwardBlockSizes
 from axattn.kernels._hopper.flash.key_grad import key_grad
 from axattn.kernels._hopper.flash.query_grad import query_grad
-from axattn.kernels._hopper.operands import Operands
-from axattn.kernels._hopper.rows import stored_length
+from axattn.kernels._hopper.operands import (
+    HopperOperands,
+    gather_operands,
+    get_vector_length,
+    pad_rows,
+)
+from axattn.kernels._hopper.primitives import round_up_length
 from axattn.kernels._problem import Problem
 
 
 def backward(
     call: AttentionCall,
-    tiles: BackwardTiles,
+    sizes: BackwardBlockSizes,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
@@ -28,34 +32,37 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value and sinks, each in its input's dtype."""
-    delta = _backward_inputs.row_deltas(out, dout, dlse)
+    """Return the gradients of query, key, value and sinks, each in its input's dtype."""
+    delta = gradients.row_deltas(out, dout, dlse)
     problem = Problem.of(call, interpret=interpret)
-    given = with_given(call, lse, dout, delta)
-    dquery = query_grad(problem, given, tiles.query)
-    dkey, dvalue = key_grad(problem, given, tiles.key)
-    return dquery, dkey, dvalue, _backward_inputs.of_sinks(call, lse, delta)
+    operands = gather_backward_operands(call, lse, dout, delta)
+    dquery = query_grad(problem, operands, sizes.query)
+    dkey, dvalue = key_grad(problem, operands, sizes.key)
+    return dquery, dkey, dvalue, gradients.of_sinks(call, lse, delta)
 
 
-def with_given(call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array) -> Operands:
-    """Operands of the gradient kernels: those of the forward one, and what is given per row.
+def gather_backward_operands(
+    call: AttentionCall, lse: jax.Array, dout: jax.Array, delta: jax.Array
+) -> HopperOperands:
+    """Return the operands of the gradient kernels: the forward kernel's, and three per query row.
 
     Args:
-      lse: of the forward pass, float32 ``[B, T, N]``.
+      call: the call.
+      lse: from the forward pass, float32 ``[B, T, N]``.
       dout: cotangent of the output, ``[B, T, N, h]``.
       delta: rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``.
     """
-    own, rows = operands.of(call), operands.vector_length(call.q_len)
-    given = _backward_inputs.given(call, lse, dout, delta)
+    operands, rows = gather_operands(call), get_vector_length(call.q_len)
+    given = gradients.given(call, lse, dout, delta)
     more = {
-        "dout": operands.stored_rows(call, given.dout, stored_length(call.q_len)),
-        "lse2": _over_rows(given.lse2, rows, jnp.inf),
-        "delta": _over_rows(given.delta, rows, 0.0),
+        "dout": pad_rows(call, given.dout, round_up_length(call.q_len)),
+        "lse2": _pad_vector(given.lse2, rows, jnp.inf),
+        "delta": _pad_vector(given.delta, rows, 0.0),
     }
-    return dataclasses.replace(own, arrays={**own.arrays, **more})
+    return dataclasses.replace(operands, arrays={**operands.arrays, **more})
 
 
-def _over_rows(array: jax.Array, rows: int, fill: float) -> jax.Array:
-    """``[B, T, N]`` as ``[B, N, rows]``."""
+def _pad_vector(array: jax.Array, rows: int, fill: float) -> jax.Array:
+    """Return ``[B, T, N]`` as ``[B, N, rows]``."""
     array = array.swapaxes(1, 2)
     return jnp.pad(array, ((0, 0), (0, 0), (0, rows - array.shape[2])), constant_values=fill)

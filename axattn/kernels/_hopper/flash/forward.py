@@ -1,7 +1,7 @@
-"""The forward kernel: online softmax over the blocks that a tile of query rows visits.
+"""The forward kernel: online softmax over the key blocks of a tile of query rows.
 
 Dao, arXiv 2307.08691; Shah et al., arXiv 2407.08608 (a producer warpgroup that keeps the memory
-busy, and two others that take turns at the tensor core and at the exponentials).
+busy, and two consumers that alternate between the tensor core and the exponentials).
 """
 
 from __future__ import annotations
@@ -17,16 +17,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
-from axattn.kernels import _block_map
-from axattn.kernels._hopper import cost, dequantize, primitives, softmax
-from axattn.kernels._hopper.block_sizes import ForwardTiles
-from axattn.kernels._hopper.flash.grid import Cut, Work, run
-from axattn.kernels._hopper.kv_loader import Block
-from axattn.kernels._hopper.operands import Operands
-from axattn.kernels._hopper.pipeline import Ring
-from axattn.kernels._hopper.rows import ROWS, stored_length
-from axattn.kernels._hopper.scores import Scores, Tiles, head_vector
-from axattn.kernels._hopper.softmax import State
+from axattn.kernels import _block_map as visits
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.block_sizes import ForwardBlockSizes
+from axattn.kernels._hopper.dequantize import (
+    convert_codes,
+    find_used_slots,
+    share_columns,
+    zero_unused_rows,
+)
+from axattn.kernels._hopper.flash.grid import FlashGrid, FlashWarpgroup
+from axattn.kernels._hopper.kv_loader import KVBlock, KVLoader
+from axattn.kernels._hopper.operands import HopperOperands
+from axattn.kernels._hopper.pipeline import Pipeline
+from axattn.kernels._hopper.primitives import (
+    REDUCTION_BYTES,
+    ROWS,
+    PingPong,
+    broadcast_vector,
+    claim_registers,
+    declare_row_major,
+    declare_swizzled,
+    make_kernel,
+    make_opaque,
+    multiply,
+    multiply_add,
+    round_up_length,
+    sync_warpgroups,
+    transpose,
+)
+from axattn.kernels._hopper.scores import ScoreTiles, TileScores, make_head_vector
+from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
 from axattn.kernels._problem import LOG2E, Problem
 
 LN2 = 1.0 / LOG2E
@@ -36,216 +57,254 @@ _ROW_VECTORS = ("low", "high", "q_positions", "q_segments")
 
 
 def forward(
-    problem: Problem, operands: Operands, tiles: ForwardTiles
+    problem: Problem, operands: HopperOperands, sizes: ForwardBlockSizes
 ) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
-    cut = Cut.of(problem, operands, tiles.block_kv, tiles.warpgroups, packing=True)
-    plan = _block_map.of_queries(operands.call, cut.q_block, cut.block_kv)
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
+    grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=True)
+    block_map = visits.of_queries(operands.call, grid.block_q, grid.block_kv)
     arrays = dict(operands.arrays)
     for name in _ROW_VECTORS:
         if name in arrays:
-            arrays[name] = cut.packed(arrays[name])
-    arrays.update(plan.arrays())
-    dtype = jnp.dtype(problem.dtype)
-    shape = (problem.batch, stored_length(problem.q_len), problem.num_heads, problem.value_head_dim)
-    lse_len = cut.num_q * cut.q_block
+            arrays[name] = grid.pack_vector(arrays[name])
+    arrays.update(block_map.arrays())
+    rows = round_up_length(problem.q_len)
+    shape = (problem.batch, rows, problem.num_heads, problem.value_head_dim)
+    lse_shape = (problem.batch, problem.num_heads, grid.num_q * grid.block_q)
     out = (
-        jax.ShapeDtypeStruct(shape, dtype),
-        jax.ShapeDtypeStruct((problem.batch, problem.num_heads, lse_len), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype)),
+        jax.ShapeDtypeStruct(lse_shape, jnp.float32),
     )
-    out, lse = primitives.kernel(
-        functools.partial(_body, cut, tuple(arrays)),
+    scratch = declare_forward_scratch(
+        sizes,
+        grid.kv,
+        problem.head_dim,
+        problem.value_head_dim,
+        dtype=problem.dtype,
+        pack=grid.pack,
+        score_dtypes=ScoreTiles.select_dtypes(arrays),
+    )
+    out, lse = make_kernel(
+        functools.partial(_forward_body, grid, tuple(arrays)),
         name="axattn_forward",
         out=out,
-        scratch=_scratch(cut, tiles.stages, arrays),
-        work=cut.work,
-        warpgroups=cut.warpgroups + 1,
-        cost=cost.forward(operands.call, arrays, out, (cut.q_block, cut.block_kv)),
+        scratch=scratch,
+        programs=grid.programs,
+        warpgroups=grid.warpgroups + 1,
+        cost=cost.forward(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
         interpret=problem.interpret,
+        reduction_bytes=REDUCTION_BYTES,
     )(*arrays.values())
     return out[:, : problem.q_len], lse[:, :, : problem.q_len].swapaxes(1, 2)
 
 
-def _scratch(cut: Cut, stages: int, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Shared memory of a block of work, and its barriers."""
-    problem, groups, keys = cut.problem, cut.warpgroups, cut.block_kv
-    dtype = jnp.dtype(problem.dtype)
+def declare_forward_scratch(
+    sizes: ForwardBlockSizes,
+    kv: KVLoader,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    dtype: Any,
+    score_dtypes: Mapping[str, Any],
+    pack: int = 1,
+) -> dict[str, Any]:
+    """Return the shared memory and the barriers of a program.
 
-    def ring(buffer):
-        return Ring.scratch(stages, buffer, consumers=groups)
+    ``score_dtypes``: dtypes of a bias and a mask over queries and keys, where there are any.
+    """
+    keys, stages, groups = sizes.block_kv, sizes.stages, sizes.warpgroups
 
-    def extra(name):
-        shape = (stages, ROWS * groups, keys)
-        return ring(primitives.flat(shape, arrays[name].dtype)) if name in arrays else None
+    def declare_score_tile(name):
+        if name not in score_dtypes:
+            return None
+        tile = declare_row_major((stages, ROWS * groups, keys), score_dtypes[name])
+        return Pipeline.declare(stages, tile, consumers=groups)
 
-    source = cut.source
+    def declare_operand(size):
+        return declare_swizzled((1, keys, size), dtype, keys) if kv.is_quantized else None
 
-    def operand(size):
-        return primitives.swizzled((1, keys, size), dtype, keys) if source.scaled else None
-
-    own_out = problem.head_dim != problem.value_head_dim
-    out = (
-        primitives.swizzled((groups, ROWS, problem.value_head_dim), dtype, ROWS)
-        if own_out
-        else None
-    )
+    out = None  # in the query's place
+    if head_dim != value_head_dim:
+        out = declare_swizzled((groups, ROWS, value_head_dim), dtype, ROWS)
     return {
-        "query": primitives.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
+        "query": declare_swizzled((groups, ROWS, head_dim), dtype, keys),
         "out": out,
-        "lse": primitives.flat((groups, ROWS), jnp.float32),
-        "key": source.ring(stages, keys, problem.head_dim, consumers=groups),
-        "value": source.ring(stages, keys, problem.value_head_dim, consumers=groups),
-        "key_operand": operand(problem.head_dim),
-        "value_operand": operand(problem.value_head_dim),
-        "bias": extra("bias"),
-        "allowed": extra("allowed"),
-        "query_full": plgpu.Barrier(num_arrivals=cut.pack, num_barriers=groups),
-        # Warpgroups that prepare blocks together cannot take turns at them.
-        "turns": plgpu.Barrier(num_arrivals=groups) if groups == 2 and not cut.meets else None,
-        "together": plgpu.Barrier(num_arrivals=groups) if cut.meets else None,
+        "lse": declare_row_major((groups, ROWS), jnp.float32),
+        "key": kv.declare(stages, keys, head_dim, consumers=groups),
+        "value": kv.declare(stages, keys, value_head_dim, consumers=groups),
+        "key_operand": declare_operand(head_dim),
+        "value_operand": declare_operand(value_head_dim),
+        "bias": declare_score_tile("bias"),
+        "allowed": declare_score_tile("allowed"),
+        "query_full": plgpu.Barrier(num_arrivals=pack, num_barriers=groups),
+        # Warpgroups that prepare blocks together cannot alternate.
+        "schedule": plgpu.Barrier(num_arrivals=groups)
+        if groups == 2 and not kv.is_prepared
+        else None,
+        "sync": plgpu.Barrier(num_arrivals=groups) if kv.is_prepared else None,
     }
 
 
-def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
-    run(cut, dict(zip((*names, "out", "lse"), refs, strict=True)), smem, _compute)
+def _forward_body(grid: FlashGrid, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
+    wg = FlashWarpgroup.create(grid, gmem, smem)
+    searching = grid.kv.kind == "pages"
+
+    @pl.when(wg.warpgroup < grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups, searching=searching)
+        _consume_forward(wg)
+
+    @pl.when(wg.warpgroup == grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups, producer=True, searching=searching)
+        _produce_forward(wg)
 
 
-def _compute(work: Work) -> None:
-    cut, plan = work.cut, work.plan
-    full = work.own("query_full")
-    for member in range(cut.pack):
-        place = work.own("query").at[_part(cut, member)]
-        plgpu.copy_gmem_to_smem(work.rows_of("query", member), place, full)
-    shape = (ROWS, cut.block_kv)
-    scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
-    turns = primitives.Turns(work.smem["turns"], cut.warpgroups, work.warpgroup)
-    plgpu.barrier_wait(full)
+def _produce_forward(wg: FlashWarpgroup) -> None:
+    """Copy keys, tiles of bias and mask, and values, block by block."""
+    grid, gmem, smem, tile, kv = wg.grid, wg.gmem, wg.smem, wg.tile, wg.grid.kv
+    score_tiles = [name for name in ScoreTiles._fields if smem[name] is not None]
 
-    def step(partial):
-        return functools.partial(_step, work, scores, turns, partial=partial)
+    def copy_block(n, _):
+        slot = wg.block_map.block(n) * grid.block_kv
+        # Calls with tiles over [T, S] are not packed: all rows are of one head.
+        queries, keys = pl.ds(tile.block * grid.block_q, grid.block_q), pl.ds(slot, grid.block_kv)
+        slices = kv.locate(gmem, tile.batch, tile.kv_head, slot, grid.block_kv)
+        kv.copy(smem["key"], n, gmem, "key", slices)
+        for name in score_tiles:
+            smem[name].copy(n, tile.rows.select_scores(gmem[name], queries, keys))
+        kv.copy(smem["value"], n, gmem, "value", slices)
 
-    state = State.empty(cut.problem.value_head_dim)
-    turns.start()
-    state = lax.fori_loop(0, plan.full, step(False), state)
-    if cut.masked:
-        state = lax.fori_loop(plan.full, plan.total, step(True), state)
-    turns.end()
-    _finish(work, state)
+    lax.fori_loop(0, wg.block_map.total, copy_block, None)
+    for name in ("key", *score_tiles, "value"):
+        smem[name].drain(wg.block_map.total)
 
 
-def _step(
-    work: Work, scores: Scores, turns: primitives.Turns, n, state: State, *, partial: bool
-) -> State:
-    """One block of keys: the scores, the online softmax, and the weighted values."""
-    cut, smem = work.cut, work.smem
-    scaled = cut.source.scaled
-    key = _operand(work, "key", smem["key"].wait(n), n, partial=False)
-    query = smem["query"].at[primitives.unknown(work.warpgroup)]
-    dots = primitives.product(query, primitives.transposed(key), then=turns.take)
-    # The scales come with the codes, and are needed for as long as the softmax takes.
-    block = smem["value"].wait(n) if scaled else smem["key"].release(n)
+def _consume_forward(wg: FlashWarpgroup) -> None:
+    """Attend to the blocks of keys, full ones first, and write the rows."""
+    grid, smem, kv, block_map = wg.grid, wg.smem, wg.grid.kv, wg.block_map
+    problem = grid.problem
+    query_full = wg.select_buffer("query_full")
+    for member in range(grid.pack):
+        buffer = wg.select_buffer("query").at[grid.select_head_rows(member)]
+        plgpu.copy_gmem_to_smem(wg.select_rows("query", member), buffer, query_full)
+    scores = TileScores.load(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    ping_pong = PingPong(smem["schedule"], grid.warpgroups, wg.warpgroup)
+    plgpu.barrier_wait(query_full)
 
-    values, weights, top, total = lax.optimization_barrier(
-        _softmax(work, scores, n, state, dots, partial=partial)
-    )
-    # By the program after the exponentials. ptxas arrives before them (`device.Turns`): products
-    # alternate all the same, but the exponentials of the two warpgroups may overlap.
-    turns.leave()
-    block = block if scaled else smem["value"].wait(n)
-    value = _operand(work, "value", block, n, partial=partial)
-    turns.enter()
-    interpret = cut.problem.interpret
-    values = primitives.add_product(values, weights, value, interpret=interpret)
-    smem["value"].release(n)
-    if scaled:
-        smem["key"].release(n)
-    return State(values, top, total)
+    def step(n, state: OnlineSoftmax, *, partial: bool) -> OnlineSoftmax:
+        # Queries times keys.
+        key = _prepare_operand(wg, "key", smem["key"].wait(n), n, partial=False)
+        query = smem["query"].at[make_opaque(wg.warpgroup)]
+        dots = multiply(query, transpose(key), then=ping_pong.sync)
+        if kv.is_quantized:
+            # The scales come with the codes, and are needed until the softmax is done.
+            block = smem["value"].wait(n)
+        else:
+            smem["key"].release(n)
+
+        # Softmax.
+        kv_slot = block_map.block(n) * grid.block_kv if partial or scores.reads_keys else None
+        tiles = ScoreTiles.wait(smem, n, pl.ds(wg.warpgroup * ROWS, ROWS))
+        scales = kv.make_scale_loaders(smem, n, grid.block_kv)
+        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        ScoreTiles.release(smem, n)
+        values = state.values * broadcast_vector(new.decay, state.values.shape, 0)
+        weights = new.weights.astype(problem.dtype)
+        values, weights, top, total = lax.optimization_barrier(
+            (values, weights, new.top, new.total)
+        )
+        # The program arrives after the exponentials. ptxas arrives before them (see `PingPong`):
+        # products alternate all the same, but the exponentials of the warpgroups may overlap.
+        ping_pong.arrive()
+
+        # Weights times values.
+        if not kv.is_quantized:
+            block = smem["value"].wait(n)
+        value = _prepare_operand(wg, "value", block, n, partial=partial)
+        ping_pong.wait()
+        values = multiply_add(values, weights, value, interpret=problem.interpret)
+        smem["value"].release(n)
+        if kv.is_quantized:
+            smem["key"].release(n)
+        return OnlineSoftmax(values, top, total)
+
+    state = OnlineSoftmax.create(problem.value_head_dim)
+    ping_pong.start()
+    state = lax.fori_loop(0, block_map.full, functools.partial(step, partial=False), state)
+    if grid.masked:
+        partial = functools.partial(step, partial=True)
+        state = lax.fori_loop(block_map.full, block_map.total, partial, state)
+    ping_pong.end()
+    _write_forward(wg, state)
 
 
-def _operand(work: Work, name: str, block: Block, n, *, partial: bool) -> Any:
-    """The keys or values of step ``n`` for the tensor core.
+def _prepare_operand(wg: FlashWarpgroup, name: str, block: KVBlock, n, *, partial: bool) -> Any:
+    """Return the keys or values of step ``n`` for the tensor core.
 
-    The warpgroups share a block of a cache: each prepares some of its columns for all.
+    The warpgroups share a block of a cache: each one prepares some of its columns for all.
     """
-    cut, smem = work.cut, work.smem
-    source, numbers = cut.source, block.numbers
-    # Keys need no zeros: what they would stop is masked in the scores.
-    clean = source.has_nan and partial and name == "value"
-    if not cut.meets or not (source.scaled or clean):
+    grid, smem, kv, numbers = wg.grid, wg.smem, wg.grid.kv, block.numbers
+    # Unused keys need no zeros: their scores are masked.
+    clean = kv.may_hold_nan and partial and name == "value"
+    if not kv.is_prepared or not (kv.is_quantized or clean):
         return numbers
     used = None
     if clean:
-        slot = work.plan.block(n) * cut.block_kv
-        used = dequantize.used_slots(
-            work.gmem, work.item.batch, slot, cut.block_kv, codes=source.scaled
-        )
+        slot = wg.block_map.block(n) * grid.block_kv
+        used = find_used_slots(wg.gmem, wg.tile.batch, slot, grid.block_kv, codes=kv.is_quantized)
     operand = numbers
-    if source.scaled:
-        operand = smem[f"{name}_operand"].at[primitives.unknown(jnp.int32(0))]
-        work.meet()  # the block before this one is done with
-    for warpgroup, columns in enumerate(dequantize.shares(operand.shape[1], cut.warpgroups)):
+    if kv.is_quantized:
+        operand = smem[f"{name}_operand"].at[make_opaque(jnp.int32(0))]
+        sync_warpgroups(smem["sync"])  # all have read the block before this one
+    for warpgroup, columns in enumerate(share_columns(operand.shape[1], grid.warpgroups)):
 
-        @pl.when(work.warpgroup == warpgroup)
+        @pl.when(wg.warpgroup == warpgroup)
         def _(columns=columns):
-            if source.scaled:
-                dequantize.converted(numbers, operand, columns, used)
+            if kv.is_quantized:
+                convert_codes(numbers, operand, columns, used)
             else:
-                dequantize.cleaned(operand, present(used), columns)
+                zero_unused_rows(operand, present(used), columns)
 
     plgpu.commit_smem()
-    work.meet()
+    sync_warpgroups(smem["sync"])
     return operand
 
 
-def _softmax(work: Work, scores: Scores, n, state: State, dots: jax.Array, *, partial: bool):
-    kv_slot = work.plan.block(n) * dots.shape[1] if partial or scores.reads_keys else None
-    tiles = Tiles.wait(work.smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
-    scales = work.cut.source.loaders(work.smem, n, work.cut.block_kv)
-    new = softmax.update(
-        scores, state.top, state.total, dots, kv_slot, tiles, scales, partial=partial
-    )
-    Tiles.release(work.smem, n)
-    values = state.values * primitives.spread(new.decay, state.values.shape, 0)
-    return values, new.weights.astype(work.cut.problem.dtype), new.top, new.total
-
-
-def _finish(work: Work, state: State) -> None:
-    """Divides by the sums, and writes the rows and their LSE."""
-    problem, item = work.cut.problem, work.item
+def _write_forward(wg: FlashWarpgroup, state: OnlineSoftmax) -> None:
+    """Divide the values by the sums, and write the rows and their LSE."""
+    grid, problem, tile, smem = wg.grid, wg.grid.problem, wg.tile, wg.smem
     top, total = state.top, state.total
     scale: float | jax.Array = 1.0
-    if "sinks" in work.gmem:
+    if "sinks" in wg.gmem:
         # A sink is a key with its own logit and no value.
-        sink = head_vector(work.gmem["sinks"], item.rows, ROWS) * LOG2E
+        sink = make_head_vector(wg.gmem["sinks"], tile.rows, ROWS) * LOG2E
         top = jnp.maximum(state.top, sink)
     shift = jnp.where(top == -jnp.inf, 0.0, top)
-    if "sinks" in work.gmem:
+    if "sinks" in wg.gmem:
         scale = jnp.exp2(state.top - shift)
         total = total * scale + jnp.exp2(sink - shift)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, shift * LN2 + jnp.log(total))
-    share = scale / (total * (1.0 - problem.dropout_rate))
-    values = state.values * primitives.spread(share, state.values.shape, 0)
+    factor = scale / (total * (1.0 - problem.dropout_rate))
+    values = state.values * broadcast_vector(factor, state.values.shape, 0)
 
-    out = work.own("query") if work.smem["out"] is None else work.own("out")
+    out = wg.select_buffer("query" if smem["out"] is None else "out")
     out[...] = values.astype(problem.dtype)
-    work.own("lse")[...] = lse
+    wg.select_buffer("lse")[...] = lse
     plgpu.commit_smem()
-    if work.cut.pack == 1:
-        _write(work, out)
+
+    def copy_rows():
+        for member in range(grid.pack):
+            rows = grid.select_head_rows(member)
+            plgpu.copy_smem_to_gmem(out.at[rows], wg.select_rows("out", member))
+            plgpu.copy_smem_to_gmem(
+                wg.select_buffer("lse").at[rows], wg.select_vector("lse", member)
+            )
+        plgpu.wait_smem_to_gmem(0)
+
+    if grid.pack == 1:
+        copy_rows()
     else:
-        pl.when(item.real)(lambda: _write(work, out))
-
-
-def _write(work: Work, out: Any) -> None:
-    for member in range(work.cut.pack):
-        part = _part(work.cut, member)
-        plgpu.copy_smem_to_gmem(out.at[part], work.rows_of("out", member))
-        plgpu.copy_smem_to_gmem(work.own("lse").at[part], work.vector_of("lse", member))
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _part(cut: Cut, member: int):
-    """Where one of the heads lies in a warpgroup's rows."""
-    return pl.ds(member * cut.slots, cut.slots)
+        pl.when(tile.has_rows)(copy_rows)

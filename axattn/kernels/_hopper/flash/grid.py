@@ -1,9 +1,9 @@
-"""How the forward kernel and the query's gradient are cut into blocks of work, and run them."""
+"""The grid of the forward and the query's gradient kernel: which rows each warpgroup has."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,40 +12,44 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from axattn.kernels._block_map import Visits
-from axattn.kernels._hopper import primitives
-from axattn.kernels._hopper.kv_loader import Source
-from axattn.kernels._hopper.operands import Operands
-from axattn.kernels._hopper.primitives import div, rem
-from axattn.kernels._hopper.rows import ROWS
-from axattn.kernels._hopper.scores import Rows, Tiles, score_tile
+from axattn.kernels._hopper.kv_loader import KVLoader
+from axattn.kernels._hopper.operands import HopperOperands
+from axattn.kernels._hopper.primitives import ROWS, div, rem
+from axattn.kernels._hopper.scores import QueryRows
 from axattn.kernels._problem import Problem, cdiv
 
-# Operands that packing does not rearrange.
+# Operands whose rows are not rearranged where several heads are packed into a warpgroup's rows.
 _NOT_PACKED = ("bias", "key_bias", "row_bias", "row_shift", "allowed")
 
-# Key/value heads of which the blocks at work at one time fit the 50 MB of L2, with room to spare.
+# Keys and values that programs read at the same time fit the 50 MB of L2, with room to spare.
 _L2_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """How the call is cut into blocks of work.
+class FlashGrid:
+    """How the query rows of a call are divided among programs.
 
     A warpgroup has 64 rows: of one head, or (few query rows) ``slots`` rows of each of ``pack``
     heads that share a key/value head.
     """
 
     problem: Problem
-    source: Source
+    kv: KVLoader
     block_kv: int
     warpgroups: int
     pack: int
     masked: bool  # whether any block can be partial
 
     @classmethod
-    def of(
-        cls, problem: Problem, operands: Operands, block_kv: int, warpgroups: int, *, packing: bool
-    ) -> Cut:
+    def create(
+        cls,
+        problem: Problem,
+        operands: HopperOperands,
+        block_kv: int,
+        warpgroups: int,
+        *,
+        packing: bool,
+    ) -> FlashGrid:
         pack = 1
         if packing and not any(name in operands for name in _NOT_PACKED):
             # Powers of two that divide the group, in tiles of at least 8 rows per head.
@@ -53,13 +57,8 @@ class Cut:
                 pack *= 2
         masked = bool(operands.call.mask.parts) or problem.kv_len % block_kv > 0
         masked = masked or operands.call.kv_positions is not None
-        source = Source.of(operands.call)
-        return cls(problem, source, block_kv, warpgroups, pack, masked)
-
-    @property
-    def meets(self) -> bool:
-        """Whether the warpgroups prepare blocks of a cache together, in shared memory."""
-        return self.source.kind != "arrays" and (self.source.scaled or self.source.dirty)
+        kv = KVLoader.from_call(operands.call)
+        return cls(problem, kv, block_kv, warpgroups, pack, masked)
 
     @property
     def slots(self) -> int:
@@ -67,58 +66,65 @@ class Cut:
         return ROWS // self.pack
 
     @property
-    def q_block(self) -> int:
-        """Query slots of a block of work."""
+    def block_q(self) -> int:
+        """Query slots of a program."""
         return self.slots if self.pack > 1 else ROWS * self.warpgroups
 
     @property
     def num_q(self) -> int:
-        return cdiv(self.problem.q_len, self.q_block)
+        """Query blocks of a head."""
+        return cdiv(self.problem.q_len, self.block_q)
 
     @property
-    def units(self) -> int:
-        """Blocks of work per key/value head and query block."""
+    def programs_per_block(self) -> int:
+        """Programs per key/value head and query block."""
         if self.pack == 1:
             return self.problem.group
         return cdiv(self.problem.group // self.pack, self.warpgroups)
 
     @property
-    def work(self) -> int:
-        return self.problem.batch * self.problem.num_kv_heads * self.num_q * self.units
+    def programs(self) -> int:
+        problem = self.problem
+        return problem.batch * problem.num_kv_heads * self.num_q * self.programs_per_block
 
     @property
-    def together(self) -> int:
-        """Key/value heads (of all batch rows) that are worked on at the same time."""
+    def concurrent_kv_heads(self) -> int:
+        """Key/value heads (of all batch rows) that programs read at the same time."""
         problem = self.problem
         heads = problem.batch * problem.num_kv_heads
         each = 2 * problem.kv_len * (problem.head_dim + problem.value_head_dim)
         most = max(1, _L2_BYTES // each)
         return next(n for n in range(min(heads, most), 0, -1) if heads % n == 0)
 
-    def item(self, index: jax.Array, warpgroup: jax.Array) -> Item:
-        """Block of work ``index``: the heads that share keys side by side, last rows first.
+    def locate(self, program: jax.Array, warpgroup: jax.Array) -> WorkTile:
+        """Return the rows of a warpgroup. Programs that share keys are neighbors.
 
-        The last rows have the most keys under causal masks; the longest work starts first.
+        The last query block is first: under causal masks it has the most keys, and the longest
+        work should not start last.
         """
         problem = self.problem
-        unit, index = rem(index, self.units), div(index, self.units)
-        head, index = rem(index, self.together), div(index, self.together)
-        tile, chunk = self.num_q - 1 - rem(index, self.num_q), div(index, self.num_q)
-        head = chunk * self.together + head
+        unit, index = rem(program, self.programs_per_block), div(program, self.programs_per_block)
+        head, index = rem(index, self.concurrent_kv_heads), div(index, self.concurrent_kv_heads)
+        block, chunk = self.num_q - 1 - rem(index, self.num_q), div(index, self.num_q)
+        head = chunk * self.concurrent_kv_heads + head
         batch, kv_head = div(head, problem.num_kv_heads), rem(head, problem.num_kv_heads)
-        slot = tile * self.q_block
+        slot = block * self.block_q
         if self.pack == 1:
             first = slot + warpgroup * ROWS
-            own = kv_head * problem.group + unit
-            return Item(batch, kv_head, tile, Rows(batch, own, first, first), jnp.bool_(True))
+            rows = QueryRows(batch, kv_head * problem.group + unit, first, first)
+            return WorkTile(batch, kv_head, block, rows, jnp.bool_(True))
         member = unit * self.warpgroups + warpgroup
         last = problem.group // self.pack - 1
-        own = kv_head * problem.group + jnp.minimum(member, last) * self.pack
-        rows = Rows(batch, own, slot, tile * ROWS, self.pack)
-        return Item(batch, kv_head, tile, rows, member <= last)
+        first_head = kv_head * problem.group + jnp.minimum(member, last) * self.pack
+        rows = QueryRows(batch, first_head, slot, block * ROWS, self.pack)
+        return WorkTile(batch, kv_head, block, rows, member <= last)
 
-    def packed(self, vector: jax.Array) -> jax.Array:
-        """A vector over rows ``[B or 1, T']`` in the order of the tiles' rows."""
+    def select_head_rows(self, member: int):
+        """Return the slice of a warpgroup's rows that belongs to one of its heads."""
+        return pl.ds(member * self.slots, self.slots)
+
+    def pack_vector(self, vector: jax.Array) -> jax.Array:
+        """Return a vector over rows ``[B or 1, T']`` in the order of the warpgroups' rows."""
         if self.pack == 1:
             return vector
         length = self.num_q * self.slots
@@ -127,79 +133,46 @@ class Cut:
         return vector.reshape(-1, self.num_q * ROWS)
 
 
-class Item(NamedTuple):
-    """One warpgroup's share of a block of work."""
+class WorkTile(NamedTuple):
+    """The query rows of one warpgroup, and the key/value head that they read."""
 
     batch: jax.Array
     kv_head: jax.Array
-    tile: jax.Array
-    rows: Rows
-    real: jax.Array  # False for a warpgroup without rows of its own
+    block: jax.Array  # query block
+    rows: QueryRows
+    has_rows: jax.Array  # False where there are more warpgroups than heads
 
 
-class Work(NamedTuple):
-    """What a warpgroup needs for its share of a block of work."""
+class FlashWarpgroup(NamedTuple):
+    """A warpgroup of a program: the memory that it sees, its rows, and their blocks of keys."""
 
-    cut: Cut
+    grid: FlashGrid
     gmem: Mapping[str, Any]
     smem: Mapping[str, Any]
-    item: Item
-    plan: Visits
+    tile: WorkTile
+    block_map: Visits
     warpgroup: jax.Array
 
-    def own(self, name: str) -> Any:
-        """This warpgroup's part of a buffer ``[warpgroups, 64, ...]``."""
+    @classmethod
+    def create(
+        cls, grid: FlashGrid, gmem: Mapping[str, Any], smem: Mapping[str, Any]
+    ) -> FlashWarpgroup:
+        warpgroup = lax.axis_index("warpgroup")
+        tile = grid.locate(lax.axis_index("program"), warpgroup)
+        return cls(grid, gmem, smem, tile, Visits.load(gmem, tile.batch, tile.block), warpgroup)
+
+    def select_buffer(self, name: str) -> Any:
+        """Return this warpgroup's part of shared memory ``[warpgroups, ...]``."""
         return self.smem[name].at[self.warpgroup]
 
-    def meet(self) -> None:
-        """Waits until all warpgroups that compute are here."""
-        primitives.meet(self.smem["together"])
+    def select_rows(self, name: str, member: int = 0) -> Any:
+        """Return the rows of one of the tile's heads in HBM ``[B, T, N, size]``."""
+        rows = self.tile.rows
+        slots = pl.ds(rows.slot, self.grid.slots)
+        return self.gmem[name].at[rows.batch, slots, rows.head + member]
 
-    def rows_of(self, name: str, member: int = 0) -> Any:
-        """Rows of one of the tile's heads in HBM ``[B, T, N, size]``."""
-        rows = self.item.rows
-        return self.gmem[name].at[rows.batch, pl.ds(rows.slot, self.cut.slots), rows.head + member]
-
-    def vector_of(self, name: str, member: int = 0) -> Any:
-        """The same rows of float32 ``[B, N, T']``."""
-        rows = self.item.rows
-        return self.gmem[name].at[rows.batch, rows.head + member, pl.ds(rows.slot, self.cut.slots)]
-
-
-def run(cut: Cut, gmem: Mapping[str, Any], smem: Mapping[str, Any], compute: Callable) -> None:
-    """The body of a kernel: ``compute(work)`` in its warpgroups, and a producer of their keys."""
-    warpgroup = lax.axis_index("warpgroup")
-    item = cut.item(lax.axis_index("work"), warpgroup)
-    work = Work(cut, gmem, smem, item, Visits.load(gmem, item.batch, item.tile), warpgroup)
-
-    searching = cut.source.kind == "pages"
-
-    @pl.when(warpgroup < cut.warpgroups)
-    def _():
-        primitives.claim_registers(cut.warpgroups, searching=searching)
-        compute(work)
-
-    @pl.when(warpgroup == cut.warpgroups)
-    def _():
-        primitives.claim_registers(cut.warpgroups, producer=True, searching=searching)
-        _produce(work)
-
-
-def _produce(work: Work) -> None:
-    cut, gmem, item, smem = work.cut, work.gmem, work.item, work.smem
-    tiles = [name for name in Tiles._fields if smem[name] is not None]
-
-    def step(n, _):
-        slot = work.plan.block(n) * cut.block_kv
-        keys = pl.ds(slot, cut.block_kv)
-        # Only unpacked calls have tiles over [T, S]: all rows are of one head.
-        queries = pl.ds(item.tile * cut.q_block, cut.q_block)
-        places = cut.source.places(gmem, item.batch, item.kv_head, slot, cut.block_kv)
-        cut.source.fill(smem["key"], n, gmem, "key", places)
-        for name in tiles:
-            smem[name].copy(n, score_tile(gmem[name], item.rows, queries, keys))
-        cut.source.fill(smem["value"], n, gmem, "value", places)
-
-    lax.fori_loop(0, work.plan.total, step, None)
-    for name in ("key", *tiles, "value"):
-        smem[name].drain(work.plan.total)
+    def select_vector(self, name: str, member: int = 0) -> Any:
+        """Return the same rows of float32 ``[B, N, T']``."""
+        rows = self.tile.rows
+        slots = pl.ds(rows.slot, self.grid.slots)
+        return self.gmem[name].at[rows.batch, rows.head + member, slots]

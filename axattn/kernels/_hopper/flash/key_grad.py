@@ -1,7 +1,7 @@
 """The gradients of keys and values, summed over the group inside the kernel.
 
-A block of work owns a tile of keys of one key/value head and visits the query rows of all G heads
-that read it, so that HBM never holds a gradient of the size of N heads. Its tiles of scores are
+A program has a block of keys of one key/value head and reads the query rows of all G heads that
+share it, so that HBM never holds a gradient of the size of N heads. Its tiles of scores are
 transposed: keys along the rows.
 """
 
@@ -19,275 +19,305 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
-from axattn.kernels import _block_map
-from axattn.kernels._hopper import cost, primitives
-from axattn.kernels._hopper.block_sizes import KeyGradTiles
-from axattn.kernels._hopper.operands import Operands, with_transposed_tiles
-from axattn.kernels._hopper.pipeline import Ring, produce
-from axattn.kernels._hopper.primitives import div, rem
-from axattn.kernels._hopper.rows import ROWS, stored_length
-from axattn.kernels._hopper.scores import Rows, Scores, Tiles, score_tile
+from axattn.kernels import _block_map as visits
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.block_sizes import KeyGradBlockSizes
+from axattn.kernels._hopper.operands import HopperOperands, transpose_score_tiles
+from axattn.kernels._hopper.pipeline import Pipeline
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    claim_registers,
+    declare_row_major,
+    declare_swizzled,
+    div,
+    load_vector,
+    make_kernel,
+    make_opaque,
+    make_zeros,
+    multiply,
+    multiply_add,
+    multiply_add_then_multiply,
+    rem,
+    round_up_length,
+    sync_warpgroups,
+    transpose,
+)
+from axattn.kernels._hopper.scores import QueryRows, ScoreTiles, TileScores
 from axattn.kernels._problem import Problem, cdiv
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Tiles of keys. Each warpgroup has 64 of them and both gradients, or (``split``: large heads,
-    whose accumulators fill a warpgroup's registers) two share 64 and have one gradient each."""
+class KeyGradGrid:
+    """How the keys of a call are divided among programs.
+
+    Each warpgroup has 64 keys and both gradients, or (``split``: large heads, whose accumulators
+    fill a warpgroup's registers) two share 64 keys and have one gradient each.
+    """
 
     problem: Problem
-    tiles: KeyGradTiles
+    sizes: KeyGradBlockSizes
     masked: bool
 
     @property
-    def shares(self) -> int:
-        """Groups of 64 keys in a block of work."""
-        return 1 if self.tiles.split else self.tiles.warpgroups
-
-    @property
-    def kv_block(self) -> int:
-        return ROWS * self.shares
+    def block_kv(self) -> int:
+        """Keys of a program."""
+        return ROWS * self.sizes.key_tiles
 
     @property
     def num_kv(self) -> int:
-        return cdiv(self.problem.kv_len, self.kv_block)
+        """Key blocks of a head."""
+        return cdiv(self.problem.kv_len, self.block_kv)
 
     @property
-    def work(self) -> int:
+    def programs(self) -> int:
         return self.problem.batch * self.problem.num_kv_heads * self.num_kv
 
-    def item(self, index: jax.Array, warpgroup: jax.Array) -> Item:
-        """The first keys of a head first: they have the most queries under causal masks."""
-        tile, head = rem(index, self.num_kv), div(index, self.num_kv)
+    def locate(self, program: jax.Array, warpgroup: jax.Array) -> KeyTile:
+        """Return the keys of a warpgroup.
+
+        The first keys of a head are first: under causal masks they have the most queries.
+        """
+        block, head = rem(program, self.num_kv), div(program, self.num_kv)
         heads = self.problem.num_kv_heads
-        share = jnp.int32(0) if self.tiles.split else warpgroup
-        slot = tile * self.kv_block + share * ROWS
-        return Item(div(head, heads), rem(head, heads), tile, share, slot)
+        key_tile = jnp.int32(0) if self.sizes.split else warpgroup
+        slot = block * self.block_kv + key_tile * ROWS
+        return KeyTile(div(head, heads), rem(head, heads), block, key_tile, slot)
 
 
-class Item(NamedTuple):
-    """One warpgroup's keys."""
+class KeyTile(NamedTuple):
+    """The keys of one warpgroup."""
 
     batch: jax.Array
     kv_head: jax.Array
-    tile: jax.Array
-    share: jax.Array
-    slot: jax.Array
-
-
-class _Sums(NamedTuple):
-    """Accumulators of a warpgroup: ``[64, H]`` and ``[64, h]``; None where the other one has it."""
-
-    dkey: jax.Array | None
-    dvalue: jax.Array | None
+    block: jax.Array  # key block
+    key_tile: jax.Array  # in the block
+    slot: jax.Array  # of the first key
 
 
 def key_grad(
-    problem: Problem, operands: Operands, tiles: KeyGradTiles
+    problem: Problem, operands: HopperOperands, sizes: KeyGradBlockSizes
 ) -> tuple[jax.Array, jax.Array]:
-    """dK ``[B, S, K, H]`` and dV ``[B, S, K, h]``; operands as in `query_grad`."""
-    operands = with_transposed_tiles(operands)
+    """Return dK ``[B, S, K, H]`` and dV ``[B, S, K, h]``; operands as in `query_grad`."""
+    operands = transpose_score_tiles(operands)
     call = operands.call
     masked = bool(call.mask.parts) or call.kv_positions is not None
-    cut = Cut(problem, tiles, masked)
-    plan = _block_map.of_keys(call, tiles.block_q, cut.kv_block)
-    arrays = {**operands.arrays, **plan.arrays()}
-    dtype = jnp.dtype(problem.dtype)
+    grid = KeyGradGrid(problem, sizes, masked)
+    block_map = visits.of_keys(call, sizes.block_q, grid.block_kv)
+    arrays = {**operands.arrays, **block_map.arrays()}
+    shape = (problem.batch, round_up_length(problem.kv_len), problem.num_kv_heads)
     out = tuple(
-        jax.ShapeDtypeStruct(
-            (problem.batch, stored_length(problem.kv_len), problem.num_kv_heads, size), dtype
-        )
+        jax.ShapeDtypeStruct((*shape, size), jnp.dtype(problem.dtype))
         for size in (problem.head_dim, problem.value_head_dim)
     )
-    dkey, dvalue = primitives.kernel(
-        functools.partial(_body, cut, tuple(arrays)),
+    scratch = declare_key_grad_scratch(
+        sizes,
+        problem.head_dim,
+        problem.value_head_dim,
+        dtype=problem.dtype,
+        score_dtypes=ScoreTiles.select_dtypes(arrays),
+    )
+    dkey, dvalue = make_kernel(
+        functools.partial(_key_grad_body, grid, tuple(arrays)),
         name="axattn_key_grad",
         out=out,
-        scratch=_scratch(cut, arrays),
-        work=cut.work,
-        warpgroups=tiles.warpgroups + 1,
-        cost=cost.key_grad(call, arrays, out, (tiles.block_q, cut.kv_block), split=tiles.split),
+        scratch=scratch,
+        programs=grid.programs,
+        warpgroups=sizes.warpgroups + 1,
+        cost=cost.key_grad(call, arrays, out, (sizes.block_q, grid.block_kv), split=sizes.split),
         interpret=problem.interpret,
     )(*arrays.values())
     return dkey[:, : problem.kv_len], dvalue[:, : problem.kv_len]
 
 
-def _scratch(cut: Cut, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    problem, stages, rows = cut.problem, cut.tiles.stages, cut.tiles.block_q
-    dtype = jnp.dtype(problem.dtype)
+def declare_key_grad_scratch(
+    sizes: KeyGradBlockSizes,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    dtype: Any,
+    score_dtypes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the shared memory and the barriers of a program.
 
-    def keys(size):
-        return primitives.swizzled((cut.shares, ROWS, size), dtype, rows)
+    ``score_dtypes``: dtypes of a bias and a mask over queries and keys, where there are any.
+    """
+    rows, stages, groups, key_tiles = sizes.block_q, sizes.stages, sizes.warpgroups, sizes.key_tiles
 
-    def queries(size):
-        tile = primitives.swizzled((stages, rows, size), dtype, rows)
-        vector = primitives.flat((stages, rows), jnp.float32)
-        return Ring.scratch(stages, (tile, vector), copies=2, consumers=cut.tiles.warpgroups)
+    def declare_keys(size):
+        return declare_swizzled((key_tiles, ROWS, size), dtype, rows)
 
-    def extra(name):
-        if name not in arrays:
+    def declare_queries(size):
+        tile = declare_swizzled((stages, rows, size), dtype, rows)
+        vector = declare_row_major((stages, rows), jnp.float32)
+        return Pipeline.declare(stages, (tile, vector), copies=2, consumers=groups)
+
+    def declare_score_tile(name):
+        if name not in score_dtypes:
             return None
-        tile = primitives.flat((stages, cut.kv_block, rows), arrays[name].dtype)
-        return Ring.scratch(stages, tile, consumers=cut.tiles.warpgroups)
+        tile = declare_row_major((stages, ROWS * key_tiles, rows), score_dtypes[name])
+        return Pipeline.declare(stages, tile, consumers=groups)
 
     return {
-        "key": keys(problem.head_dim),
-        "value": keys(problem.value_head_dim),
-        "keys_full": plgpu.Barrier(num_arrivals=2, num_barriers=cut.shares),
-        "query": queries(problem.head_dim),
-        "dout": queries(problem.value_head_dim),
-        "bias": extra("bias"),
-        "allowed": extra("allowed"),
-        "readers": plgpu.Barrier(num_arrivals=2) if cut.tiles.split else None,
+        "key": declare_keys(head_dim),
+        "value": declare_keys(value_head_dim),
+        "keys_full": plgpu.Barrier(num_arrivals=2, num_barriers=key_tiles),
+        "query": declare_queries(head_dim),
+        "dout": declare_queries(value_head_dim),
+        "bias": declare_score_tile("bias"),
+        "allowed": declare_score_tile("allowed"),
+        "sync": plgpu.Barrier(num_arrivals=2) if sizes.split else None,
     }
 
 
-class _Work(NamedTuple):
-    cut: Cut
+class KeyGradWarpgroup(NamedTuple):
+    """A warpgroup of a program: the memory that it sees, its keys, and who reads them."""
+
+    grid: KeyGradGrid
     gmem: Mapping[str, Any]
     smem: Mapping[str, Any]
-    item: Item
-    plan: _block_map.Visits
+    tile: KeyTile
+    block_map: visits.Visits
 
-    def own(self, name: str) -> Any:
-        return self.smem[name].at[self.item.share]
+    def select_buffer(self, name: str) -> Any:
+        """Return this warpgroup's part of shared memory ``[key_tiles, ...]``."""
+        return self.smem[name].at[self.tile.key_tile]
 
-    def keys_of(self, name: str) -> Any:
-        """This warpgroup's keys of ``[B, S, K, size]`` in HBM."""
-        item = self.item
-        return self.gmem[name].at[item.batch, pl.ds(item.slot, ROWS), item.kv_head]
+    def select_keys(self, name: str) -> Any:
+        """Return this warpgroup's keys of ``[B, S, K, size]`` in HBM."""
+        tile = self.tile
+        return self.gmem[name].at[tile.batch, pl.ds(tile.slot, ROWS), tile.kv_head]
 
-    def rows(self, member: jax.Array, n: jax.Array) -> Rows:
-        """The query rows of visit ``n`` to one of the heads."""
-        head = self.item.kv_head * self.cut.problem.group + member
-        slot = self.plan.block(n) * self.cut.tiles.block_q
-        return Rows(self.item.batch, head, slot, slot)
+    def locate_rows(self, member: jax.Array, n: jax.Array) -> QueryRows:
+        """Return the query rows of step ``n`` of one of the heads."""
+        head = self.tile.kv_head * self.grid.problem.group + member
+        slot = self.block_map.block(n) * self.grid.sizes.block_q
+        return QueryRows(self.tile.batch, head, slot, slot)
 
 
-def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
+def _key_grad_body(grid: KeyGradGrid, names: tuple[str, ...], *refs, **smem) -> None:
     gmem = dict(zip((*names, "dkey", "dvalue"), refs, strict=True))
-    warpgroup, groups = lax.axis_index("warpgroup"), cut.tiles.warpgroups
-    item = cut.item(lax.axis_index("work"), warpgroup)
-    plan = _block_map.Visits.load(gmem, item.batch, item.tile)
-    work = _Work(cut, gmem, smem, item, plan)
+    warpgroup, groups = lax.axis_index("warpgroup"), grid.sizes.warpgroups
+    tile = grid.locate(lax.axis_index("program"), warpgroup)
+    block_map = visits.Visits.load(gmem, tile.batch, tile.block)
+    wg = KeyGradWarpgroup(grid, gmem, smem, tile, block_map)
 
-    def compute(**gradients):
-        primitives.claim_registers(groups)
-        _compute(work, **gradients)
+    def consume(**gradients):
+        claim_registers(groups)
+        _consume_key_grad(wg, **gradients)
 
-    if cut.tiles.split:
-        pl.when(warpgroup == 0)(lambda: compute(dvalue=True, dkey=False))
-        pl.when(warpgroup == 1)(lambda: compute(dvalue=False, dkey=True))
+    if grid.sizes.split:
+        pl.when(warpgroup == 0)(lambda: consume(has_dvalue=True, has_dkey=False))
+        pl.when(warpgroup == 1)(lambda: consume(has_dvalue=False, has_dkey=True))
     else:
-        pl.when(warpgroup < groups)(lambda: compute(dvalue=True, dkey=True))
+        pl.when(warpgroup < groups)(lambda: consume(has_dvalue=True, has_dkey=True))
 
     @pl.when(warpgroup == groups)
     def _():
-        primitives.claim_registers(groups, producer=True)
-        _produce(work)
+        claim_registers(groups, producer=True)
+        _produce_key_grad(wg)
 
 
-def _produce(work: _Work) -> None:
-    cut, gmem, item = work.cut, work.gmem, work.item
-    for share in range(cut.shares):
-        slots = pl.ds(item.tile * cut.kv_block + share * ROWS, ROWS)
+def _produce_key_grad(wg: KeyGradWarpgroup) -> None:
+    """Copy all keys and values, then queries and gradients of the output, block by block."""
+    grid, gmem, smem, tile, block_map = wg
+    for index in range(grid.sizes.key_tiles):
+        slots = pl.ds(tile.block * grid.block_kv + index * ROWS, ROWS)
         for name in ("key", "value"):
-            source = gmem[name].at[item.batch, slots, item.kv_head]
-            plgpu.copy_gmem_to_smem(
-                source, work.smem[name].at[share], work.smem["keys_full"].at[share]
+            source = gmem[name].at[tile.batch, slots, tile.kv_head]
+            plgpu.copy_gmem_to_smem(source, smem[name].at[index], smem["keys_full"].at[index])
+    keys = pl.ds(tile.block * grid.block_kv, grid.block_kv)
+    score_tiles = [name for name in ScoreTiles._fields if smem[name] is not None]
+
+    def copy_block(step, _):
+        rows = wg.locate_rows(lax.div(step, block_map.total), lax.rem(step, block_map.total))
+        slots = pl.ds(rows.slot, grid.sizes.block_q)
+
+        def select(name, vector):
+            matrix = gmem[name].at[rows.batch, slots, rows.head]
+            return matrix, gmem[vector].at[rows.batch, rows.head, slots]
+
+        smem["query"].copy(step, select("query", "lse2"))
+        for name in score_tiles:
+            smem[name].copy(step, rows.select_scores(gmem[name], keys, slots))
+        smem["dout"].copy(step, select("dout", "delta"))
+
+    steps = block_map.total * grid.problem.group
+    lax.fori_loop(0, steps, copy_block, None)
+    for name in ("query", *score_tiles, "dout"):
+        smem[name].drain(steps)
+
+
+def _consume_key_grad(wg: KeyGradWarpgroup, *, has_dkey: bool, has_dvalue: bool) -> None:
+    """Sum one gradient or both over the rows of all heads, full blocks first, and write them."""
+    grid, smem, tile, block_map = wg.grid, wg.smem, wg.tile, wg.block_map
+    problem, interpret = grid.problem, grid.problem.interpret
+    shape = (ROWS, grid.sizes.block_q)
+    plgpu.barrier_wait(wg.select_buffer("keys_full"))
+
+    def step(member, n, sums: tuple, *, partial: bool) -> tuple:
+        dkey, dvalue = sums
+        index = member * block_map.total + n
+        scores = TileScores(problem, wg.gmem, wg.locate_rows(member, n), {}, shape, q_axis=1)
+        # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
+        tiles = ScoreTiles.wait(smem, index, pl.ds(tile.key_tile * ROWS, ROWS))
+        kept = scores.keep(tile.slot)
+
+        # Keys times queries.
+        query, lse = smem["query"].wait(index)
+        key_tile = make_opaque(tile.key_tile)
+        dots = multiply(smem["key"].at[key_tile], transpose(query))
+        lse = load_vector(lse, 1)
+        weights = scores.weigh(dots, lse, tile.slot, tiles, kept, partial=partial)
+        ScoreTiles.release(smem, index)
+
+        # Weights times gradients of the output, which are multiplied with the values, too.
+        dout, delta = smem["dout"].wait(index)
+        of_weights = smem["value"].at[key_tile], transpose(dout)
+        if has_dvalue:
+            dropped = weights.drop().astype(problem.dtype)
+        if not has_dkey:
+            dvalue = multiply_add(present(dvalue), dropped, dout, interpret=interpret)
+        elif not has_dvalue:
+            dweights = multiply(*of_weights)
+        else:
+            dvalue, dweights = multiply_add_then_multiply(
+                dvalue, dropped, dout, of_weights, interpret=interpret
             )
-    keys = pl.ds(item.tile * cut.kv_block, cut.kv_block)
 
-    def sources(step):
-        rows = work.rows(lax.div(step, work.plan.total), lax.rem(step, work.plan.total))
-        slots = pl.ds(rows.slot, cut.tiles.block_q)
+        # Gradients of the scores times queries.
+        if has_dkey:
+            # A vector along the columns takes many registers: it is loaded when it is needed.
+            delta = load_vector(delta, 1)
+            dscores = weights.differentiate(dweights, delta).astype(problem.dtype)
+            dkey = multiply_add(dkey, dscores, query, interpret=interpret)
+        plgpu.commit_smem()  # threads have read the LSE and delta, and TMA writes them next
+        smem["query"].release(index)
+        smem["dout"].release(index)
+        return dkey, dvalue
 
-        def source(name):
-            if name in Tiles._fields:
-                return score_tile(gmem[name], rows, keys, slots)
-            vector = {"query": "lse2", "dout": "delta"}[name]
-            return (
-                gmem[name].at[rows.batch, slots, rows.head],
-                gmem[vector].at[rows.batch, rows.head, slots],
-            )
+    def add_head(member, sums):
+        full = functools.partial(step, member, partial=False)
+        sums = lax.fori_loop(0, block_map.full, full, sums)
+        if not grid.masked:
+            return sums
+        partial = functools.partial(step, member, partial=True)
+        return lax.fori_loop(block_map.full, block_map.total, partial, sums)
 
-        return source
-
-    rings = {name: work.smem[name] for name in ("query", *Tiles._fields, "dout")}
-    produce(rings, work.plan.total * cut.problem.group, sources)
-
-
-def _compute(work: _Work, *, dkey: bool, dvalue: bool) -> None:
-    cut, plan, problem = work.cut, work.plan, work.cut.problem
-    plgpu.barrier_wait(work.own("keys_full"))
-
-    def member(head, sums):
-        def step(partial):
-            return functools.partial(_step, work, head, partial=partial)
-
-        sums = lax.fori_loop(0, plan.full, step(False), sums)
-        return lax.fori_loop(plan.full, plan.total, step(True), sums) if cut.masked else sums
-
-    sums = _Sums(
-        primitives.zeros((ROWS, problem.head_dim)) if dkey else None,
-        primitives.zeros((ROWS, problem.value_head_dim)) if dvalue else None,
-    )
-    sums = lax.fori_loop(0, problem.group, member, sums)
-    if cut.tiles.split:
+    dkey = make_zeros((ROWS, problem.head_dim)) if has_dkey else None
+    dvalue = make_zeros((ROWS, problem.value_head_dim)) if has_dvalue else None
+    dkey, dvalue = lax.fori_loop(0, problem.group, add_head, (dkey, dvalue))
+    if grid.sizes.split:
         # Each one's result overwrites what the other one may still read.
-        plgpu.barrier_arrive(work.smem["readers"])
-        plgpu.barrier_wait(work.smem["readers"])
-    if dkey:
-        _write(work, "key", "dkey", sums.dkey * problem.scale)
-    if dvalue:
-        _write(work, "value", "dvalue", sums.dvalue)
+        sync_warpgroups(smem["sync"])
+    if has_dkey:
+        _write_keys(wg, "key", "dkey", dkey * problem.scale)
+    if has_dvalue:
+        _write_keys(wg, "value", "dvalue", dvalue)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write(work: _Work, buffer: str, name: str, gradient: jax.Array) -> None:
-    # The keys and values have been read for the last time.
-    work.own(buffer)[...] = gradient.astype(work.cut.problem.dtype)
+def _write_keys(wg: KeyGradWarpgroup, buffer: str, name: str, gradient: jax.Array) -> None:
+    """Write a gradient through the buffer of its keys or values, which nobody reads any more."""
+    wg.select_buffer(buffer)[...] = gradient.astype(wg.grid.problem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(work.own(buffer), work.keys_of(name))
-
-
-def _step(work: _Work, head: jax.Array, n, sums: _Sums, *, partial: bool) -> _Sums:
-    """One block of query rows of one head."""
-    cut, smem, problem = work.cut, work.smem, work.cut.problem
-    step = head * work.plan.total + n
-    rows = work.rows(head, n)
-    scores = Scores(problem, work.gmem, rows, {}, (ROWS, cut.tiles.block_q), q_axis=1)
-    kv_slot = work.item.slot
-    # What dropout keeps needs many registers to find, and one bit per score to hold: it is first.
-    tiles = Tiles.wait(smem, step, pl.ds(work.item.share * ROWS, ROWS))
-    kept = scores.kept(kv_slot)
-    query, lse = smem["query"].wait(step)
-    share = primitives.unknown(work.item.share)
-    dots = primitives.product(smem["key"].at[share], primitives.transposed(query))
-    lse = primitives.load_vector(lse, 1)
-    weights = scores.weights(dots, lse, kv_slot, tiles, kept, partial=partial)
-    Tiles.release(smem, step)
-
-    dout, delta = smem["dout"].wait(step)
-    dkey, dvalue = sums
-    other = smem["value"].at[share], primitives.transposed(dout)
-    add = functools.partial(primitives.add_product, interpret=problem.interpret)
-    if dvalue is not None:
-        dropped = weights.dropped().astype(problem.dtype)
-    if dkey is None:
-        dvalue = add(present(dvalue), dropped, dout)
-    elif dvalue is None:
-        dweights = primitives.product(*other)
-    else:
-        dvalue, dweights = primitives.add_product_and_product(
-            dvalue, dropped, dout, other, interpret=problem.interpret
-        )
-    if dkey is not None:
-        # A vector along the columns takes many registers: it is loaded when it is needed.
-        delta = primitives.load_vector(delta, 1)
-        dscores = weights.dscores(dweights, delta).astype(problem.dtype)
-        dkey = add(dkey, dscores, query)
-    plgpu.commit_smem()  # threads have read the LSE and delta, and TMA writes them next
-    smem["query"].release(step)
-    smem["dout"].release(step)
-    return _Sums(dkey, dvalue)
+    plgpu.copy_smem_to_gmem(wg.select_buffer(buffer), wg.select_keys(name))

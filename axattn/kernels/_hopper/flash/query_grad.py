@@ -1,8 +1,8 @@
 """The gradient of the query: the weights are computed again from the LSE, block by block.
 
-Dao, arXiv 2307.08691, algorithm 2, cut so that every gradient has one writer and no atomic
-addition: a tile of query rows here, a tile of keys in `key_grad`. The same call twice is bitwise
-equal; the price is two matrix products more than one sweep would need.
+Dao, arXiv 2307.08691, algorithm 2, in two kernels, so that every gradient has one writer and no
+atomic addition: here a tile of query rows, in `key_grad` a block of keys. The same call twice is
+bitwise equal; the price is two matrix products more than one sweep would need.
 """
 
 from __future__ import annotations
@@ -17,112 +17,170 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels import _block_map
-from axattn.kernels._hopper import cost, primitives
-from axattn.kernels._hopper.block_sizes import QueryGradTiles
-from axattn.kernels._hopper.flash.grid import Cut, Work, run
-from axattn.kernels._hopper.operands import Operands
-from axattn.kernels._hopper.pipeline import Ring
-from axattn.kernels._hopper.rows import ROWS, stored_length
-from axattn.kernels._hopper.scores import Scores, Tiles
+from axattn.kernels import _block_map as visits
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.block_sizes import QueryGradBlockSizes
+from axattn.kernels._hopper.flash.grid import FlashGrid, FlashWarpgroup
+from axattn.kernels._hopper.kv_loader import KVLoader
+from axattn.kernels._hopper.operands import HopperOperands
+from axattn.kernels._hopper.pipeline import Pipeline
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    claim_registers,
+    declare_row_major,
+    declare_swizzled,
+    load_vector,
+    make_kernel,
+    make_opaque,
+    make_zeros,
+    multiply,
+    multiply_add,
+    multiply_both,
+    round_up_length,
+    transpose,
+)
+from axattn.kernels._hopper.scores import ScoreTiles, TileScores
 from axattn.kernels._problem import Problem
 
 
-def query_grad(problem: Problem, operands: Operands, tiles: QueryGradTiles) -> jax.Array:
-    """dQ ``[B, T, N, H]``; ``operands`` have ``dout``, ``lse2`` and ``delta`` besides."""
-    cut = Cut.of(problem, operands, tiles.block_kv, tiles.warpgroups, packing=False)
-    plan = _block_map.of_queries(operands.call, cut.q_block, cut.block_kv)
-    arrays = {**operands.arrays, **plan.arrays()}
-    shape = (problem.batch, stored_length(problem.q_len), problem.num_heads, problem.head_dim)
+def query_grad(problem: Problem, operands: HopperOperands, sizes: QueryGradBlockSizes) -> jax.Array:
+    """Return dQ ``[B, T, N, H]``; ``operands`` have ``dout``, ``lse2`` and ``delta`` besides."""
+    grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=False)
+    block_map = visits.of_queries(operands.call, grid.block_q, grid.block_kv)
+    arrays = {**operands.arrays, **block_map.arrays()}
+    rows = round_up_length(problem.q_len)
+    shape = (problem.batch, rows, problem.num_heads, problem.head_dim)
     out = jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype))
-    dquery = primitives.kernel(
-        functools.partial(_body, cut, tuple(arrays)),
+    scratch = declare_query_grad_scratch(
+        sizes,
+        grid.kv,
+        problem.head_dim,
+        problem.value_head_dim,
+        dtype=problem.dtype,
+        score_dtypes=ScoreTiles.select_dtypes(arrays),
+    )
+    dquery = make_kernel(
+        functools.partial(_query_grad_body, grid, tuple(arrays)),
         name="axattn_query_grad",
         out=out,
-        scratch=_scratch(cut, tiles, arrays),
-        work=cut.work,
-        warpgroups=cut.warpgroups + 1,
-        cost=cost.query_grad(operands.call, arrays, out, (cut.q_block, cut.block_kv)),
+        scratch=scratch,
+        programs=grid.programs,
+        warpgroups=grid.warpgroups + 1,
+        cost=cost.query_grad(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
         interpret=problem.interpret,
     )(*arrays.values())
     return dquery[:, : problem.q_len]
 
 
-def _scratch(cut: Cut, tiles: QueryGradTiles, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    problem, groups, keys = cut.problem, cut.warpgroups, cut.block_kv
-    dtype = jnp.dtype(problem.dtype)
+def declare_query_grad_scratch(
+    sizes: QueryGradBlockSizes,
+    kv: KVLoader,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    dtype: Any,
+    score_dtypes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the shared memory and the barriers of a program.
 
-    def ring(stages, buffer):
-        return Ring.scratch(stages, buffer, consumers=groups)
+    ``score_dtypes``: dtypes of a bias and a mask over queries and keys, where there are any.
+    """
+    keys, groups = sizes.block_kv, sizes.warpgroups
 
-    def extra(name):
-        shape = (1, ROWS * groups, keys)
-        return ring(1, primitives.flat(shape, arrays[name].dtype)) if name in arrays else None
+    def declare_score_tile(name):
+        if name not in score_dtypes:
+            return None
+        tile = declare_row_major((1, ROWS * groups, keys), score_dtypes[name])
+        return Pipeline.declare(1, tile, consumers=groups)
 
-    source, sizes = cut.source, (problem.head_dim, problem.value_head_dim)
     return {
-        "query": primitives.swizzled((groups, ROWS, problem.head_dim), dtype, keys),
-        "dout": primitives.swizzled((groups, ROWS, problem.value_head_dim), dtype, keys),
-        "key": source.ring(tiles.key_stages, keys, sizes[0], consumers=groups),
-        "value": source.ring(tiles.value_stages, keys, sizes[1], consumers=groups),
-        "bias": extra("bias"),
-        "allowed": extra("allowed"),
+        "query": declare_swizzled((groups, ROWS, head_dim), dtype, keys),
+        "dout": declare_swizzled((groups, ROWS, value_head_dim), dtype, keys),
+        "key": kv.declare(sizes.key_stages, keys, head_dim, consumers=groups),
+        "value": kv.declare(sizes.value_stages, keys, value_head_dim, consumers=groups),
+        "bias": declare_score_tile("bias"),
+        "allowed": declare_score_tile("allowed"),
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
     }
 
 
-def _body(cut: Cut, names: tuple[str, ...], *refs, **smem) -> None:
-    run(cut, dict(zip((*names, "dquery"), refs, strict=True)), smem, _compute)
+def _query_grad_body(grid: FlashGrid, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, "dquery"), refs, strict=True))
+    wg = FlashWarpgroup.create(grid, gmem, smem)
+
+    @pl.when(wg.warpgroup < grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups)
+        _consume_query_grad(wg)
+
+    @pl.when(wg.warpgroup == grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups, producer=True)
+        _produce_query_grad(wg)
 
 
-def _compute(work: Work) -> None:
-    cut = work.cut
-    full = work.own("rows_full")
-    plgpu.copy_gmem_to_smem(work.rows_of("query"), work.own("query"), full)
-    plgpu.copy_gmem_to_smem(work.rows_of("dout"), work.own("dout"), full)
-    shape = (ROWS, cut.block_kv)
-    scores = Scores.of(cut.problem, work.gmem, work.item.rows, shape, q_axis=0)
-    lse, delta = (primitives.load_vector(work.vector_of(name), 0) for name in ("lse2", "delta"))
-    plgpu.barrier_wait(full)
+def _produce_query_grad(wg: FlashWarpgroup) -> None:
+    """Copy keys, tiles of bias and mask, and values, block by block."""
+    grid, gmem, smem, tile, kv = wg.grid, wg.gmem, wg.smem, wg.tile, wg.grid.kv
+    score_tiles = [name for name in ScoreTiles._fields if smem[name] is not None]
 
-    def step(partial):
-        return functools.partial(_step, work, scores, lse, delta, partial=partial)
+    def copy_block(n, _):
+        slot = wg.block_map.block(n) * grid.block_kv
+        queries, keys = pl.ds(tile.block * grid.block_q, grid.block_q), pl.ds(slot, grid.block_kv)
+        slices = kv.locate(gmem, tile.batch, tile.kv_head, slot, grid.block_kv)
+        kv.copy(smem["key"], n, gmem, "key", slices)
+        for name in score_tiles:
+            smem[name].copy(n, tile.rows.select_scores(gmem[name], queries, keys))
+        kv.copy(smem["value"], n, gmem, "value", slices)
 
-    dquery = primitives.zeros((ROWS, cut.problem.head_dim))
-    dquery = lax.fori_loop(0, work.plan.full, step(False), dquery)
-    if cut.masked:
-        dquery = lax.fori_loop(work.plan.full, work.plan.total, step(True), dquery)
-    work.own("query")[...] = (dquery * cut.problem.scale).astype(cut.problem.dtype)
+    lax.fori_loop(0, wg.block_map.total, copy_block, None)
+    for name in ("key", *score_tiles, "value"):
+        smem[name].drain(wg.block_map.total)
+
+
+def _consume_query_grad(wg: FlashWarpgroup) -> None:
+    """Sum the gradient over the blocks of keys, full ones first, and write the rows."""
+    grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, wg.block_map
+    rows_full = wg.select_buffer("rows_full")
+    plgpu.copy_gmem_to_smem(wg.select_rows("query"), wg.select_buffer("query"), rows_full)
+    plgpu.copy_gmem_to_smem(wg.select_rows("dout"), wg.select_buffer("dout"), rows_full)
+    scores = TileScores.load(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    lse, delta = (load_vector(wg.select_vector(name), 0) for name in ("lse2", "delta"))
+    plgpu.barrier_wait(rows_full)
+
+    def step(n, dquery: jax.Array, *, partial: bool) -> jax.Array:
+        kv_slot = block_map.block(n) * grid.block_kv if partial or scores.reads_keys else None
+        # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
+        tiles = ScoreTiles.wait(smem, n, pl.ds(wg.warpgroup * ROWS, ROWS))
+        kept = scores.keep(kv_slot)
+
+        # Queries times keys, and gradients of the output times values.
+        key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers
+        index = make_opaque(wg.warpgroup)
+        of_scores = smem["query"].at[index], transpose(key)
+        of_weights = smem["dout"].at[index], transpose(value)
+        if tiles == ScoreTiles():
+            dots, dweights = multiply_both(of_scores, of_weights)
+            weights = scores.weigh(dots, lse, kv_slot, tiles, kept, partial=partial)
+        else:
+            dots = multiply(*of_scores)
+            weights = scores.weigh(dots, lse, kv_slot, tiles, kept, partial=partial)
+            dweights = multiply(*of_weights)
+        smem["value"].release(n)
+        ScoreTiles.release(smem, n)
+
+        # Gradients of the scores times keys.
+        dscores = weights.differentiate(dweights, delta).astype(problem.dtype)
+        dquery = multiply_add(dquery, dscores, key, interpret=problem.interpret)
+        smem["key"].release(n)
+        return dquery
+
+    dquery = make_zeros((ROWS, problem.head_dim))
+    dquery = lax.fori_loop(0, block_map.full, functools.partial(step, partial=False), dquery)
+    if grid.masked:
+        partial = functools.partial(step, partial=True)
+        dquery = lax.fori_loop(block_map.full, block_map.total, partial, dquery)
+    wg.select_buffer("query")[...] = (dquery * problem.scale).astype(problem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(work.own("query"), work.rows_of("dquery"))
+    plgpu.copy_smem_to_gmem(wg.select_buffer("query"), wg.select_rows("dquery"))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _step(
-    work: Work, scores: Scores, lse, delta, n, dquery: jax.Array, *, partial: bool
-) -> jax.Array:
-    """One block of keys."""
-    problem, smem = work.cut.problem, work.smem
-    kv_slot = work.plan.block(n) * work.cut.block_kv if partial or scores.reads_keys else None
-    # What dropout keeps needs many registers to find, and one bit per score to hold: it is first.
-    tiles = Tiles.wait(smem, n, pl.ds(work.warpgroup * ROWS, ROWS))
-    kept = scores.kept(kv_slot)
-
-    key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers
-    own = primitives.unknown(work.warpgroup)
-    operands = smem["query"].at[own], primitives.transposed(key)
-    other = smem["dout"].at[own], primitives.transposed(value)
-    light = tiles == Tiles()
-    if light:
-        dots, dweights = primitives.products(operands, other)
-    else:
-        dots = primitives.product(*operands)
-    weights = scores.weights(dots, lse, kv_slot, tiles, kept, partial=partial)
-    if not light:
-        dweights = primitives.product(*other)
-    smem["value"].release(n)
-    Tiles.release(smem, n)
-    dscores = weights.dscores(dweights, delta).astype(problem.dtype)
-    dquery = primitives.add_product(dquery, dscores, key, interpret=problem.interpret)
-    smem["key"].release(n)
-    return dquery

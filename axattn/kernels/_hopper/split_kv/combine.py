@@ -1,4 +1,4 @@
-"""Joins the parts of a sequence that `decode` worked on apart: the second, small kernel.
+"""Joins the results of a sequence's splits: the small kernel behind both decode kernels.
 
 out = sum of 2^(lse_i - lse) out_i,   lse = log2 of the sum of 2^lse_i
 """
@@ -17,46 +17,56 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._call import AttentionCall
-from axattn.kernels._hopper import cost, primitives
-from axattn.kernels._hopper.primitives import div, rem
-from axattn.kernels._hopper.rows import ROWS
-from axattn.kernels._hopper.split_kv.pack_gqa import Packing
-from axattn.kernels._hopper.split_kv.stream_k import Line
-from axattn.kernels._problem import LOG2E, Problem, cdiv, round_up
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    declare_row_major,
+    div,
+    fill_vector,
+    load_vector,
+    make_kernel,
+    rem,
+)
+from axattn.kernels._hopper.split_kv.mainloop import SplitKVGrid
+from axattn.kernels._hopper.split_kv.stream_k import StreamK
+from axattn.kernels._problem import LOG2E, cdiv, round_up
 
-# Warpgroups for a row with results of many parts.
+# Warpgroups for a row with many results.
 _MANY = 4
 
 
-class Partials(NamedTuple):
-    """Results of parts; a part has as many of them as warpgroups went apart.
+class PartialResults(NamedTuple):
+    """Results of splits, of which each has ``results_per_split``.
 
-    values: float32 [parts, rows, h rounded up to 64]
-    lse: float32 [parts, tiles * 64], in units of log2
+    values: float32 [results, rows, h rounded up to 64]
+    lse: float32 [results, tiles * 64], in units of log2
     """
 
     values: Any
     lse: Any
 
     @classmethod
-    def structs(cls, parts: int, rows: int, packing: Packing, problem: Problem) -> Partials:
-        values = (parts, rows, round_up(problem.value_head_dim, ROWS))
-        lse = (parts, packing.tiles * ROWS)
+    def declare(cls, grid: SplitKVGrid, *, rows: int) -> PartialResults:
+        """Return what a decode kernel writes; ``rows``: packed rows as they lie in HBM."""
+        results = grid.plan.split_numbers * grid.results_per_split
+        values = (results, rows, round_up(grid.problem.value_head_dim, ROWS))
+        lse = (results, grid.packing.tiles * ROWS)
         return cls(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (values, lse)))
 
 
-class _Mean(NamedTuple):
-    """Of some results: the mean of their values, and the two halves of its LSE."""
+class WeightedMean(NamedTuple):
+    """The mean of the values of some results, and the two parts of its LSE."""
 
     values: jax.Array  # [h]
     top: jax.Array
     total: jax.Array
 
     @classmethod
-    def of_none(cls, size: int) -> _Mean:
-        return cls(primitives.per_row(0.0, size), jnp.float32(-jnp.inf), jnp.float32(0.0))
+    def create(cls, size: int) -> WeightedMean:
+        """Return the mean of no results."""
+        return cls(fill_vector(0.0, size), jnp.float32(-jnp.inf), jnp.float32(0.0))
 
-    def joined(self, others: list[_Mean]) -> _Mean:
+    def join(self, others: list[WeightedMean]) -> WeightedMean:
         top = functools.reduce(jnp.maximum, (other.top for other in others), self.top)
         shift = jnp.where(top == -jnp.inf, 0.0, top)
         factor = jnp.exp2(self.top - shift)
@@ -64,110 +74,123 @@ class _Mean(NamedTuple):
         for other in others:
             factor = jnp.exp2(other.top - shift)
             values, total = values + other.values * factor, total + other.total * factor
-        return _Mean(values, top, total)
+        return WeightedMean(values, top, total)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Load:
-    """How the results of a row are shared out: static, from how many there may be of a sequence."""
+class CombinePlan:
+    """How the results of a row are shared out: static, from how many a sequence may have."""
 
     warpgroups: int
     at_once: int  # loaded before the first of them is used: as many as registers allow
 
     @classmethod
-    def of(cls, cut: Any, size: int) -> _Load:
-        shape = cut.shape
-        parts = (
-            shape.most_parts if shape.split is not None else cdiv(shape.grid, shape.sequences) + 1
-        )
-        results = parts * cut.entries
+    def create(cls, grid: SplitKVGrid, size: int) -> CombinePlan:
+        plan = grid.plan
+        if plan.split is not None:
+            splits = plan.most_splits
+        else:
+            splits = cdiv(plan.used_workers, plan.sequences) + 1
+        results = splits * grid.results_per_split
         most = max(4, min(16, 2048 // size))
         at_once = next(n for n in (2, 4, 8, 16) if n >= min(results, most))
         return cls(_MANY if results > 2 * at_once else 1, at_once)
 
 
-def merge(
-    call: AttentionCall, cut: Any, partials: Partials, begin: jax.Array
+def combine(
+    call: AttentionCall, grid: SplitKVGrid, partials: PartialResults, row_starts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32, natural log."""
-    arrays = {**partials._asdict(), "begin": begin}
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
+    arrays = {**partials._asdict(), "row_starts": row_starts}
     if call.sinks is not None:
         arrays["sinks"] = call.sinks.astype(jnp.float32)
     size = call.value_head_dim
     shape = (call.batch, call.q_len, call.num_heads)
     # Vectors along the rows of a register tile are multiples of 64.
     wide = round_up(size, ROWS)
-    load = _Load.of(cut, wide)
+    plan = CombinePlan.create(grid, wide)
     out = (
         jax.ShapeDtypeStruct((*shape, wide), call.query.dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    out, lse = primitives.kernel(
-        functools.partial(_body, cut, load, tuple(arrays)),
+    out, lse = make_kernel(
+        functools.partial(_combine_body, grid, plan, tuple(arrays)),
         name="axattn_merge",
         out=out,
-        scratch=_scratch(load, wide, call.query.dtype),
-        work=call.batch * call.num_kv_heads * cut.packing.rows,
-        warpgroups=load.warpgroups,
-        cost=cost.merge(out, results=partials.lse.shape[0] * cut.packing.rows, size=wide),
-        interpret=cut.problem.interpret,
+        scratch=_declare_combine_scratch(plan, wide, call.query.dtype),
+        programs=call.batch * call.num_kv_heads * grid.packing.rows,
+        warpgroups=plan.warpgroups,
+        cost=cost.combine(out, results=partials.lse.shape[0] * grid.packing.rows, size=wide),
+        interpret=grid.problem.interpret,
     )(*arrays.values())
     return out[..., :size], lse
 
 
-def _scratch(load: _Load, size: int, dtype: Any) -> dict[str, Any]:
-    groups = load.warpgroups
+def _declare_combine_scratch(plan: CombinePlan, size: int, dtype: Any) -> dict[str, Any]:
+    groups = plan.warpgroups
+    several = groups > 1
     return {
-        "staged": primitives.flat((size,), dtype),
-        "values": primitives.flat((groups, size), jnp.float32) if groups > 1 else None,
-        "sums": primitives.flat((groups, 2), jnp.float32) if groups > 1 else None,
-        "done": plgpu.Barrier(num_arrivals=groups) if groups > 1 else None,
+        "out": declare_row_major((size,), dtype),
+        "values": declare_row_major((groups, size), jnp.float32) if several else None,
+        "sums": declare_row_major((groups, 2), jnp.float32) if several else None,
+        "barrier": plgpu.Barrier(num_arrivals=groups) if several else None,
     }
 
 
-def _body(cut: Any, load: _Load, names: tuple[str, ...], *refs, **smem) -> None:
+def _combine_body(
+    grid: SplitKVGrid, plan: CombinePlan, names: tuple[str, ...], *refs, **smem
+) -> None:
+    """Each warpgroup joins some of a row's results; the first one joins what they found."""
     gmem = dict(zip((*names, "out", "out_lse"), refs, strict=True))
-    rows = cut.packing.rows
-    index, warpgroup = lax.axis_index("work"), lax.axis_index("warpgroup")
-    sequence, row = div(index, rows), rem(index, rows)
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    sequence, row = div(program, grid.packing.rows), rem(program, grid.packing.rows)
+    size = gmem["out"].shape[3]
     first, count = (
-        number * cut.entries for number in Line(gmem["begin"], cut.shape).parts_of(sequence)
+        number * grid.results_per_split
+        for number in StreamK(gmem["row_starts"], grid.plan).find_splits(sequence)
     )
-    stride = load.at_once * load.warpgroups
+    start, stride = warpgroup * plan.at_once, plan.at_once * plan.warpgroups
 
-    def step(i, mean):
-        return _with_more(gmem, load, row, first, i * stride + own, count, mean)
+    def add_results(i, mean: WeightedMean) -> WeightedMean:
+        begin, more = i * stride + start, []
+        for j in range(plan.at_once):
+            number = first + jnp.minimum(begin + j, count - 1)
+            values = load_vector(gmem["values"].at[number, row, pl.ds(0, size)], 0)
+            lse = jnp.where(begin + j < count, gmem["lse"][number, row], -jnp.inf)
+            more.append(WeightedMean(values, lse, jnp.float32(1.0)))
+        return mean.join(more)
 
-    own = warpgroup * load.at_once
-    steps = jnp.maximum(div(count - own + (stride - 1), stride), 0)
-    mean = lax.fori_loop(0, steps, step, _Mean.of_none(gmem["out"].shape[3]))
-    finish = functools.partial(_finish, cut, gmem, smem["staged"], sequence, row)
-    if load.warpgroups == 1:
-        finish(mean)
+    steps = jnp.maximum(div(count - start + (stride - 1), stride), 0)
+    mean = lax.fori_loop(0, steps, add_results, WeightedMean.create(size))
+    if plan.warpgroups == 1:
+        _write_row(grid, gmem, smem["out"], sequence, row, mean)
         return
 
     smem["values"].at[warpgroup][...] = mean.values
     smem["sums"][warpgroup, jnp.int32(0)] = mean.top
     smem["sums"][warpgroup, jnp.int32(1)] = mean.total
     plgpu.commit_smem()
-    plgpu.barrier_arrive(smem["done"])
+    plgpu.barrier_arrive(smem["barrier"])
 
     @pl.when(warpgroup == 0)
     def _():
-        plgpu.barrier_wait(smem["done"])
+        plgpu.barrier_wait(smem["barrier"])
         means = [
-            _Mean(
-                primitives.load_vector(smem["values"].at[i], 0),
+            WeightedMean(
+                load_vector(smem["values"].at[i], 0),
                 *(smem["sums"][jnp.int32(i), jnp.int32(j)] for j in range(2)),
             )
-            for i in range(load.warpgroups)
+            for i in range(plan.warpgroups)
         ]
-        finish(_Mean.of_none(gmem["out"].shape[3]).joined(means))
+        mean = WeightedMean.create(size).join(means)
+        _write_row(grid, gmem, smem["out"], sequence, row, mean)
 
 
-def _finish(cut: Any, gmem: Mapping[str, Any], staged: Any, sequence, row, mean: _Mean) -> None:
-    """Adds the sink, and writes the row and its LSE."""
-    heads, group = cut.problem.num_kv_heads, cut.packing.group
+def _write_row(
+    grid: SplitKVGrid, gmem: Mapping[str, Any], buffer: Any, sequence, row, mean: WeightedMean
+) -> None:
+    """Add the sink, and write the row and its LSE, in units of the natural logarithm."""
+    heads, group = grid.problem.num_kv_heads, grid.packing.group
     batch, kv_head = div(sequence, heads), rem(sequence, heads)
     token, head = div(row, group), kv_head * group + rem(row, group)
     top, total = mean.top, mean.total
@@ -183,19 +206,8 @@ def _finish(cut: Any, gmem: Mapping[str, Any], staged: Any, sequence, row, mean:
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
     values = mean.values * (factor / total)
-    staged[...] = values.astype(staged.dtype)
+    buffer[...] = values.astype(buffer.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged, gmem["out"].at[batch, token, head])
+    plgpu.copy_smem_to_gmem(buffer, gmem["out"].at[batch, token, head])
     gmem["out_lse"][batch, token, head] = lse
     plgpu.wait_smem_to_gmem(0)
-
-
-def _with_more(gmem: Mapping[str, Any], load: _Load, row, first, start, count, mean) -> _Mean:
-    """The mean with up to ``at_once`` more results."""
-    size, found = mean.values.shape[0], []
-    for i in range(load.at_once):
-        number = first + jnp.minimum(start + i, count - 1)
-        values = primitives.load_vector(gmem["values"].at[number, row, pl.ds(0, size)], 0)
-        lse = jnp.where(start + i < count, gmem["lse"][number, row], -jnp.inf)
-        found.append(_Mean(values, lse, jnp.float32(1.0)))
-    return mean.joined(found)

@@ -1,7 +1,7 @@
 """The decode kernel: a few query rows over many keys, as fast as memory gives them.
 
-The warpgroups that compute take blocks of keys in turns, each with a softmax of its own over the
-same rows, so that one waits for memory or converts codes while the other multiplies.
+The consumer warpgroups take blocks of keys in turns, each with an online softmax of its own over
+the same rows, so that one waits for memory or converts codes while the other one multiplies.
 """
 
 from __future__ import annotations
@@ -10,169 +10,236 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels._hopper import dequantize, primitives, softmax
-from axattn.kernels._hopper.kv_loader import Block
-from axattn.kernels._hopper.memory import staged_columns
-from axattn.kernels._hopper.pipeline import Ring
-from axattn.kernels._hopper.primitives import div, rem
-from axattn.kernels._hopper.rows import ROWS
-from axattn.kernels._hopper.scores import Scores, Tiles
-from axattn.kernels._hopper.softmax import State
-from axattn.kernels._hopper.split_kv.block_sizes import DecodeTiles
-from axattn.kernels._hopper.split_kv.mainloop import Body, Cut, Work, run
-from axattn.kernels._hopper.split_kv.stream_k import Part
+from axattn._call import AttentionCall
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.block_sizes import DecodeBlockSizes
+from axattn.kernels._hopper.dequantize import convert_codes, find_used_slots, zero_unused_rows
+from axattn.kernels._hopper.kv_loader import KVBlock, KVLoader
+from axattn.kernels._hopper.pipeline import Pipeline
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    broadcast_vector,
+    claim_registers,
+    declare_row_major,
+    declare_swizzled,
+    div,
+    make_kernel,
+    make_opaque,
+    multiply,
+    multiply_add,
+    rem,
+    transpose,
+)
+from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
+from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
+from axattn.kernels._hopper.split_kv.mainloop import (
+    SplitKVGrid,
+    SplitKVWarpgroup,
+    declare_score_tiles,
+    make_split_kv_grid,
+    produce_splits,
+)
+from axattn.kernels._hopper.split_kv.stream_k import KVSplit
 
 
-def decode(call, tiles: DecodeTiles, *, workers: int, interpret: bool = False):
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32.
+def decode(
+    call: AttentionCall, sizes: DecodeBlockSizes, *, workers: int, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32.
 
-    ``workers``: blocks of threads that fit the chip at a time.
+    ``workers``: programs that fit the chip at a time.
     """
-    body = Body(
-        "axattn_decode", _scratch, _compute, tiles.warpgroups, lambda packing: packing.stored_rows
+    grid, arrays = make_split_kv_grid(
+        call,
+        sizes,
+        results_per_split=sizes.warpgroups,
+        workers=workers,
+        interpret=interpret,
     )
-    return run(call, tiles, body, workers=workers, interpret=interpret)
+    out = PartialResults.declare(grid, rows=grid.packing.stored_rows)
+    scratch = declare_decode_scratch(
+        sizes,
+        grid.kv,
+        call.head_dim,
+        call.value_head_dim,
+        dtype=grid.problem.dtype,
+        score_dtypes=ScoreTiles.select_dtypes(arrays),
+    )
+    partials = make_kernel(
+        functools.partial(_decode_body, grid, tuple(arrays)),
+        name="axattn_decode",
+        out=tuple(out),
+        scratch=scratch,
+        programs=grid.programs,
+        warpgroups=grid.warpgroups + 1,
+        cost=cost.decode(call, arrays, out),
+        interpret=interpret,
+    )(*arrays.values())
+    return combine(call, grid, PartialResults(*partials), arrays["row_starts"])
 
 
-def _scratch(cut: Cut, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Shared memory of a block of threads, and its barriers."""
-    problem, source, keys, groups = cut.problem, cut.source, cut.block_kv, cut.warpgroups
-    stages = cut.tiles.stages
-    dtype = jnp.dtype(problem.dtype)
+def declare_decode_scratch(
+    sizes: DecodeBlockSizes,
+    kv: KVLoader,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    dtype: Any,
+    score_dtypes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the shared memory and the barriers of a program.
 
-    def operand(size):
-        return primitives.swizzled((groups, keys, size), dtype, keys) if source.scaled else None
+    ``score_dtypes``: dtypes of a bias and a mask over queries and keys, where there are any.
+    """
+    keys, stages, groups = sizes.block_kv, sizes.stages, sizes.warpgroups
 
-    same = problem.head_dim == problem.value_head_dim
-    query = primitives.swizzled((2, ROWS, problem.head_dim), dtype, keys)
+    def declare_operand(size):
+        return declare_swizzled((groups, keys, size), dtype, keys) if kv.is_quantized else None
+
+    query = declare_swizzled((2, ROWS, head_dim), dtype, keys)
+    out = (groups, ROWS, count_staged_columns(value_head_dim))
     return {
-        "query": Ring.scratch(2, query, consumers=groups),
-        "key": source.ring(stages, keys, problem.head_dim, consumers=1),
-        "value": source.ring(stages, keys, problem.value_head_dim, consumers=1),
-        "bias": cut.buffer("bias", arrays, stages),
-        "allowed": cut.buffer("allowed", arrays, stages),
-        "key_operand": operand(problem.head_dim),
-        "value_operand": None if same else operand(problem.value_head_dim),
-        "out": primitives.swizzled(
-            (groups, ROWS, staged_columns(problem.value_head_dim)), jnp.float32, ROWS
-        ),
-        "lse": primitives.flat((groups, ROWS), jnp.float32),
+        "query": Pipeline.declare(2, query, consumers=groups),
+        "key": kv.declare(stages, keys, head_dim, consumers=1),
+        "value": kv.declare(stages, keys, value_head_dim, consumers=1),
+        **declare_score_tiles(stages, keys, score_dtypes),
+        "key_operand": declare_operand(head_dim),
+        # Operands of one size have one place.
+        "value_operand": None if head_dim == value_head_dim else declare_operand(value_head_dim),
+        "out": declare_swizzled(out, jnp.float32, ROWS),
+        "lse": declare_row_major((groups, ROWS), jnp.float32),
     }
 
 
-def _compute(work: Work) -> None:
-    work.each_part(_compute_part)
+def count_staged_columns(value_head_dim: int) -> int:
+    """Return the columns of a result that go to HBM at a time: large heads leave little room."""
+    fitting = (64, 32, 16) if value_head_dim <= 192 else (32, 16)
+    return next(n for n in fitting if value_head_dim % n == 0)
 
 
-def _compute_part(work: Work, part: Part) -> None:
-    cut, groups = work.cut, work.cut.warpgroups
-    scores = Scores.of(cut.problem, work.gmem, work.rows(part), (ROWS, cut.block_kv), q_axis=0)
-    work.smem["query"].wait(part.index)
+def _decode_body(grid: SplitKVGrid, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, *PartialResults._fields), refs, strict=True))
+    wg = SplitKVWarpgroup.create(grid, gmem, smem)
 
-    def turns_before(visit):
-        """Steps of the ring belong to warpgroups in turns: how many of mine come before a visit."""
-        step = part.base + jnp.clip(visit - part.first, 0, part.count)
-        return div(step - work.warpgroup + (groups - 1), groups)
+    @pl.when(wg.warpgroup < grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups, searching=True)
+        wg.for_each_split(functools.partial(_consume_decode, wg))
 
-    def step(turn, state, partial):
-        n = turn * groups + work.warpgroup
-        visit = part.first + n - part.base
-        return _step(work, part, scores, n, visit, state, partial=partial)
+    @pl.when(wg.warpgroup == grid.warpgroups)
+    def _():
+        claim_registers(grid.warpgroups, producer=True, searching=True)
+        produce_splits(wg)
 
-    first, full = turns_before(part.first), turns_before(part.visits.full)
-    last = turns_before(part.first + part.count)
-    state = State.empty(cut.problem.value_head_dim)
+
+def _consume_decode(wg: SplitKVWarpgroup, split: KVSplit) -> None:
+    """Attend to every n-th block of a split, where there are n consumers, and write the result."""
+    grid, smem, kv, problem = wg.grid, wg.smem, wg.grid.kv, wg.grid.problem
+    rows, shape = wg.locate_rows(split), (ROWS, grid.block_kv)
+    scores = TileScores.load(problem, wg.gmem, rows, shape, q_axis=0)
+    smem["query"].wait(split.index)
+
+    def step(turn, state: OnlineSoftmax, *, partial: bool) -> OnlineSoftmax:
+        n = turn * grid.warpgroups + wg.warpgroup
+        block = split.first + n - split.base
+        kv_slot = split.block_map.block(block) * grid.block_kv
+
+        # Queries times keys.
+        key = _prepare_key(wg, smem["key"].wait(n))
+        query = smem["query"].select(rem(make_opaque(split.index), 2))
+        dots = multiply(query, transpose(key))
+        if not kv.is_quantized:
+            smem["key"].release(n)
+
+        # Softmax.
+        tiles = ScoreTiles.wait(smem, n, pl.ds(0, ROWS))
+        value = smem["value"].wait(n)
+        scales = kv.make_scale_loaders(smem, n, grid.block_kv)
+        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        # Threads have read the codes of the keys, and now their scales, too.
+        ScoreTiles.release(smem, n, *(["key"] if kv.is_quantized else []))
+
+        # Weights times values.
+        values = state.values * broadcast_vector(new.decay, state.values.shape, 0)
+        weights = new.weights.astype(problem.dtype)
+        value = _prepare_value(wg, split, value, kv_slot, partial=partial)
+        if kv.is_quantized:
+            smem["value"].release(n)
+        values = multiply_add(values, weights, value, interpret=problem.interpret)
+        if not kv.is_quantized:
+            smem["value"].release(n)
+        return OnlineSoftmax(values, new.top, new.total)
+
+    def count_turns(block):
+        """Return how many of this warpgroup's turns come before a block of the split."""
+        n = split.base + jnp.clip(block - split.first, 0, split.count)
+        return div(n - wg.warpgroup + (grid.warpgroups - 1), grid.warpgroups)
+
+    first, full = count_turns(split.first), count_turns(split.block_map.full)
+    last = count_turns(split.first + split.count)
+    state = OnlineSoftmax.create(problem.value_head_dim)
     state = lax.fori_loop(first, full, functools.partial(step, partial=False), state)
-    if cut.masked:
+    if grid.masked:
         state = lax.fori_loop(full, last, functools.partial(step, partial=True), state)
-    work.smem["query"].release(part.index)
-    _write(work, part, state)
+    smem["query"].release(split.index)
+    _write_decode(wg, split, state)
 
 
-def _step(
-    work: Work, part: Part, scores: Scores, n, visit, state: State, *, partial: bool
-) -> State:
-    """One block of keys: the scores, the online softmax, and the weighted values."""
-    cut, smem = work.cut, work.smem
-    kv_slot = part.visits.block(visit) * cut.block_kv
-    key = _key_operand(work, smem["key"].wait(n))
-    query = smem["query"].at(rem(primitives.unknown(part.index), 2))
-    dots = primitives.product(query, primitives.transposed(key))
-    if not cut.source.scaled:
-        smem["key"].release(n)
-    tiles = Tiles.wait(smem, n, pl.ds(0, ROWS))
-    value = smem["value"].wait(n)
-    scales = cut.source.loaders(smem, n, cut.block_kv)
-    new = softmax.update(
-        scores, state.top, state.total, dots, kv_slot, tiles, scales, partial=partial
-    )
-    # Codes of keys have been read, and now their scales, by threads.
-    Tiles.release(smem, n, *(["key"] if cut.source.scaled else []))
-    values = state.values * primitives.spread(new.decay, state.values.shape, 0)
-    weights = new.weights.astype(cut.problem.dtype)
-    value = _value_operand(work, part, value, n, kv_slot, partial=partial)
-    values = primitives.add_product(values, weights, value, interpret=cut.problem.interpret)
-    if not cut.source.scaled:
-        smem["value"].release(n)
-    return State(values, new.top, new.total)
-
-
-def _key_operand(work: Work, block: Block) -> Any:
-    """A block of keys for the tensor core."""
-    if not work.cut.source.scaled:
+def _prepare_key(wg: SplitKVWarpgroup, block: KVBlock) -> Any:
+    """Return a block of keys for the tensor core."""
+    if not wg.grid.kv.is_quantized:
         return block.numbers
-    operand = work.smem["key_operand"].at[primitives.unknown(work.warpgroup)]
-    dequantize.converted(block.numbers, operand, range(work.cut.problem.head_dim))
+    operand = wg.smem["key_operand"].at[make_opaque(wg.warpgroup)]
+    convert_codes(block.numbers, operand, range(wg.grid.problem.head_dim))
     plgpu.commit_smem()
     return operand
 
 
-def _value_operand(work: Work, part: Part, block: Block, n, kv_slot, *, partial: bool) -> Any:
-    """A block of values for the tensor core; codes are done with, then."""
-    cut, columns, used = work.cut, range(work.cut.problem.value_head_dim), None
-    source = cut.source
-    if partial and source.has_nan:
-        used = dequantize.used_slots(
-            work.gmem, part.batch, kv_slot, cut.block_kv, codes=source.scaled
-        )
-    if source.scaled:
-        buffer = work.smem["value_operand"]
-        buffer = work.smem["key_operand"] if buffer is None else buffer
-        operand = buffer.at[primitives.unknown(work.warpgroup)]
-        dequantize.converted(block.numbers, operand, columns, used)
+def _prepare_value(
+    wg: SplitKVWarpgroup, split: KVSplit, block: KVBlock, kv_slot, *, partial: bool
+) -> Any:
+    """Return a block of values for the tensor core; codes have been read, then."""
+    grid, smem, kv, used = wg.grid, wg.smem, wg.grid.kv, None
+    columns = range(grid.problem.value_head_dim)
+    if partial and kv.may_hold_nan:
+        used = find_used_slots(wg.gmem, split.batch, kv_slot, grid.block_kv, codes=kv.is_quantized)
+    if kv.is_quantized:
+        buffer = smem["key_operand"] if smem["value_operand"] is None else smem["value_operand"]
+        operand = buffer.at[make_opaque(wg.warpgroup)]
+        convert_codes(block.numbers, operand, columns, used)
         plgpu.commit_smem()
-        work.smem["value"].release(n)
         return operand
     if used is not None:
-        dequantize.cleaned(block.numbers, used, columns)
+        zero_unused_rows(block.numbers, used, columns)
         plgpu.commit_smem()
     return block.numbers
 
 
-def _write(work: Work, part: Part, state: State) -> None:
-    """A warpgroup's share of a part: the mean of the values, and the LSE in units of log2."""
-    cut, width = work.cut, staged_columns(work.cut.problem.value_head_dim)
+def _write_decode(wg: SplitKVWarpgroup, split: KVSplit, state: OnlineSoftmax) -> None:
+    """Write the mean of the values that a warpgroup has seen, and the LSE in units of log2."""
+    grid, gmem, value_head_dim = wg.grid, wg.gmem, wg.grid.problem.value_head_dim
+    width, copied = count_staged_columns(value_head_dim), grid.packing.copied_rows
     empty = state.total == 0.0
     total = jnp.where(empty, 1.0, state.total)
-    values = state.values / primitives.spread(total, state.values.shape, 0)
-    number = part.number * cut.warpgroups + work.warpgroup
-    lse = work.smem["lse"].at[work.warpgroup]
+    values = state.values / broadcast_vector(total, state.values.shape, 0)
+    number = split.number * grid.warpgroups + wg.warpgroup
+    lse = wg.smem["lse"].at[wg.warpgroup]
     lse[...] = jnp.where(empty, -jnp.inf, state.top + jnp.log2(total))
-    out = work.smem["out"].at[work.warpgroup]
-    rows = pl.ds(work.tile * ROWS, cut.packing.copied_rows)
-    for first in range(0, cut.problem.value_head_dim, width):
+    out = wg.smem["out"].at[wg.warpgroup]
+    rows = pl.ds(wg.tile * ROWS, copied)
+    for first in range(0, value_head_dim, width):
         out[...] = values[:, first : first + width]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            out.at[pl.ds(0, cut.packing.copied_rows)],
-            work.gmem["values"].at[number, rows, pl.ds(first, width)],
-        )
+        columns = gmem["values"].at[number, rows, pl.ds(first, width)]
+        plgpu.copy_smem_to_gmem(out.at[pl.ds(0, copied)], columns)
         if not first:
-            plgpu.copy_smem_to_gmem(lse, work.gmem["lse"].at[number, pl.ds(work.tile * ROWS, ROWS)])
-        # Read is enough: the next kernel finds what was written.
+            plgpu.copy_smem_to_gmem(lse, gmem["lse"].at[number, pl.ds(wg.tile * ROWS, ROWS)])
+        # The buffer has been read; what was written, the next kernel finds.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -2,10 +2,10 @@
 
 Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), absorbed: all query heads read one
 key of 576 features per token, of which the first 512 are its value. 64 rows of 512 sums are more
-than one warpgroup's registers, so two share them: the first one multiplies queries and keys, does
-the softmax and hands its weights over in shared memory; each multiplies them with its half of the
-values, which are read once, as the keys that they are part of. While the second one multiplies, the
-first one is at the next block.
+than one warpgroup's registers, so two share them. The first one multiplies queries and keys, does
+the softmax, and hands its weights to the second one through shared memory. Each multiplies them
+with its half of the values, which are read once, as the keys that they are part of. While the
+second one multiplies, the first one begins the next block.
 """
 
 from __future__ import annotations
@@ -20,218 +20,281 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels._hopper import dequantize, primitives, softmax
-from axattn.kernels._hopper.pipeline import Ring
-from axattn.kernels._hopper.rows import ROWS
-from axattn.kernels._hopper.scores import Scores, Tiles
-from axattn.kernels._hopper.split_kv.block_sizes import WARPGROUPS, LatentTiles
-from axattn.kernels._hopper.split_kv.mainloop import Body, Cut, Work, run
-from axattn.kernels._hopper.split_kv.stream_k import Part
+from axattn._call import AttentionCall
+from axattn.kernels._hopper import cost
+from axattn.kernels._hopper.block_sizes import MLA_WARPGROUPS, MLABlockSizes
+from axattn.kernels._hopper.dequantize import (
+    convert_codes,
+    find_used_slots,
+    share_columns,
+    zero_unused_rows,
+)
+from axattn.kernels._hopper.kv_loader import KVLoader
+from axattn.kernels._hopper.pipeline import Pipeline
+from axattn.kernels._hopper.primitives import (
+    ROWS,
+    broadcast_vector,
+    claim_registers,
+    declare_row_major,
+    declare_swizzled,
+    load_vector,
+    make_kernel,
+    make_opaque,
+    make_zeros,
+    multiply,
+    multiply_add,
+    sync_warpgroups,
+    transpose,
+)
+from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
+from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
+from axattn.kernels._hopper.split_kv.mainloop import (
+    SplitKVGrid,
+    SplitKVWarpgroup,
+    declare_score_tiles,
+    make_split_kv_grid,
+    produce_splits,
+)
+from axattn.kernels._hopper.split_kv.stream_k import KVSplit
 
-# Rows of a small buffer.
-_VECTORS = {"decay": 0, "share": 1}
+# Rows of the buffer "vectors".
+_DECAY, _NORMALIZER = 0, 1
 
 
-def decode(call, tiles: LatentTiles, *, workers: int, interpret: bool = False):
-    """Output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32.
+def decode_mla(
+    call: AttentionCall, sizes: MLABlockSizes, *, workers: int, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32.
 
-    ``workers``: blocks of threads that fit the chip at a time.
+    ``workers``: programs that fit the chip at a time.
     """
-    # Rows in whole tiles: registers are written to HBM as they are.
-    body = Body("axattn_latent_decode", _scratch, _compute, 1, lambda packing: packing.tiles * ROWS)
-    return run(call, tiles, body, workers=workers, interpret=interpret)
-
-
-def _scratch(cut: Cut, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Shared memory of a block of threads, and its barriers."""
-    problem, source, keys, stages = cut.problem, cut.source, cut.block_kv, cut.tiles.stages
-    dtype = jnp.dtype(problem.dtype)
-    query = primitives.swizzled((1, ROWS, problem.head_dim), dtype, keys)
-    operand = (
-        primitives.swizzled((1, keys, problem.head_dim), dtype, keys) if source.scaled else None
+    grid, arrays = make_split_kv_grid(
+        call, sizes, results_per_split=1, workers=workers, interpret=interpret
     )
-    weights = primitives.swizzled((1, ROWS, keys), dtype, keys)
+    # Rows in whole tiles: registers are written to HBM as they are.
+    out = PartialResults.declare(grid, rows=grid.packing.tiles * ROWS)
+    scratch = declare_mla_scratch(
+        sizes,
+        grid.kv,
+        call.head_dim,
+        call.value_head_dim,
+        dtype=grid.problem.dtype,
+        score_dtypes=ScoreTiles.select_dtypes(arrays),
+    )
+    partials = make_kernel(
+        functools.partial(_mla_body, grid, tuple(arrays)),
+        name="axattn_latent_decode",
+        out=tuple(out),
+        scratch=scratch,
+        programs=grid.programs,
+        warpgroups=grid.warpgroups + 1,
+        cost=cost.decode(call, arrays, out),
+        interpret=interpret,
+    )(*arrays.values())
+    return combine(call, grid, PartialResults(*partials), arrays["row_starts"])
+
+
+def declare_mla_scratch(
+    sizes: MLABlockSizes,
+    kv: KVLoader,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    dtype: Any,
+    score_dtypes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the shared memory and the barriers of a program.
+
+    ``score_dtypes``: dtypes of a bias and a mask over queries and keys, where there are any.
+    """
+    keys, stages = sizes.block_kv, sizes.stages
+    query = declare_swizzled((1, ROWS, head_dim), dtype, keys)
+    operand = declare_swizzled((1, keys, head_dim), dtype, keys) if kv.is_quantized else None
+    weights = declare_swizzled((1, ROWS, keys), dtype, keys)
     return {
-        "query": Ring.scratch(1, query, consumers=1),
-        "key": source.ring(stages, keys, problem.head_dim, consumers=WARPGROUPS),
+        "query": Pipeline.declare(1, query, consumers=1),
+        "key": kv.declare(stages, keys, head_dim, consumers=MLA_WARPGROUPS),
         "value": None,
-        "bias": cut.buffer("bias", arrays, stages),
-        "allowed": cut.buffer("allowed", arrays, stages),
+        **declare_score_tiles(stages, keys, score_dtypes),
         "operand": operand,
         # Both are at the same block of keys, where they convert it together.
-        "together": plgpu.Barrier(num_arrivals=WARPGROUPS) if source.scaled else None,
-        # From the first to the second: per block the weights and the decay of what came before,
-        # per part what the sums are to be multiplied with.
-        "handed": Ring.scratch(1, weights, consumers=1),
-        "share": Ring.scratch(1, None, consumers=1),
-        "vectors": primitives.flat((len(_VECTORS), ROWS), jnp.float32),
+        "sync": plgpu.Barrier(num_arrivals=MLA_WARPGROUPS) if kv.is_quantized else None,
+        # From the first to the second one: per block the weights and the decay of earlier values,
+        # per split the factors that normalize the values.
+        "handoff": Pipeline.declare(1, weights, consumers=1),
+        "result": Pipeline.declare(1, None, consumers=1),
+        "vectors": declare_row_major((2, ROWS), jnp.float32),
     }
 
 
-def _compute(work: Work) -> None:
-    # The branches lie around the walk, not in it: the compiler then has no spills.
-    @pl.when(work.warpgroup == 0)
+def _mla_body(grid: SplitKVGrid, names: tuple[str, ...], *refs, **smem) -> None:
+    gmem = dict(zip((*names, *PartialResults._fields), refs, strict=True))
+    wg = SplitKVWarpgroup.create(grid, gmem, smem)
+
+    @pl.when(wg.warpgroup < grid.warpgroups)
     def _():
-        steps = work.each_part(_lead)
-        work.smem["handed"].drain(steps)
-        work.smem["share"].drain(work.share.parts)
+        claim_registers(grid.warpgroups, searching=True)
 
-    @pl.when(work.warpgroup == 1)
+        # Each branch has its own loop over splits: branches within one loop would spill.
+        @pl.when(wg.warpgroup == 0)
+        def _():
+            steps = wg.for_each_split(functools.partial(_consume_scores, wg))
+            smem["handoff"].drain(steps)
+            smem["result"].drain(wg.share.splits)
+
+        @pl.when(wg.warpgroup == 1)
+        def _():
+            wg.for_each_split(functools.partial(_consume_weights, wg))
+
+    @pl.when(wg.warpgroup == grid.warpgroups)
     def _():
-        work.each_part(_follow)
+        claim_registers(grid.warpgroups, producer=True, searching=True)
+        produce_splits(wg)
 
 
-def _half(work: Work, which: int) -> range:
-    size = work.cut.problem.value_head_dim // WARPGROUPS
-    return range(which * size, (which + 1) * size)
+def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
+    """The first warpgroup: scores, softmax, and the first half of the values."""
+    grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, split.block_map
+    rows, shape, half = wg.locate_rows(split), (ROWS, grid.block_kv), _select_half(wg, 0)
+    scores = TileScores.load_for_full_blocks(problem, wg.gmem, rows, shape, q_axis=0)
+    smem["query"].wait(split.index)
 
+    def step(i, state: OnlineSoftmax, *, scores: TileScores, partial: bool) -> OnlineSoftmax:
+        n = split.base + i
+        kv_slot = block_map.block(split.first + i) * grid.block_kv
 
-def _columns(columns: range):
-    return pl.ds(columns.start, len(columns))
+        # Queries times keys.
+        key = _prepare_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 0, partial=partial)
+        dots = multiply(smem["query"].select(_first_buffer()), transpose(key))
 
+        # Softmax.
+        tiles = ScoreTiles.wait(smem, n, pl.ds(0, ROWS))
+        scales = grid.kv.make_scale_loaders(smem, n, grid.block_kv)
+        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        ScoreTiles.release(smem, n)
+        weights, decay, top, total = lax.optimization_barrier(
+            (new.weights.astype(problem.dtype), new.decay, new.top, new.total)
+        )
 
-# ---- the warpgroup with the scores --------------------------------------------------------------
+        # To the second warpgroup.
+        _zero_unused_values(wg, split, key, kv_slot, half, partial=partial)
+        smem["handoff"].acquire(n)
+        smem["handoff"].select(_first_buffer())[...] = weights
+        smem["vectors"].at[_DECAY][...] = decay
+        plgpu.commit_smem()
+        smem["handoff"].commit(n)
 
+        # Weights times values.
+        values = state.values * broadcast_vector(decay, state.values.shape, 0)
+        values = multiply_add(values, weights, key.at[:, _slice(half)], interpret=problem.interpret)
+        smem["key"].release(n)
+        return OnlineSoftmax(values, top, total)
 
-def _lead(work: Work, part: Part) -> None:
-    cut, smem = work.cut, work.smem
-    shape = (ROWS, cut.block_kv)
-    scores = Scores.of_full_blocks(cut.problem, work.gmem, work.rows(part), shape, q_axis=0)
-    smem["query"].wait(part.index)
-    full = jnp.clip(part.visits.full - part.first, 0, part.count)
-    half = len(_half(work, 0))
-    state = softmax.State.empty(half)
-
-    step = functools.partial(_lead_step, work, part, scores, partial=False)
-    state = lax.fori_loop(0, full, step, state)
-    if cut.masked:
-        step = functools.partial(_lead_step, work, part, scores.with_bounds(), partial=True)
-        state = lax.fori_loop(full, part.count, step, state)
-    smem["query"].release(part.index)
+    full = jnp.clip(block_map.full - split.first, 0, split.count)
+    state = OnlineSoftmax.create(len(half))
+    state = lax.fori_loop(0, full, functools.partial(step, scores=scores, partial=False), state)
+    if grid.masked:
+        with_bounds = functools.partial(step, scores=scores.load_bounds(), partial=True)
+        state = lax.fori_loop(full, split.count, with_bounds, state)
+    smem["query"].release(split.index)
 
     empty = state.total == 0.0
     total = jnp.where(empty, 1.0, state.total)
-    share = 1.0 / total
-    smem["share"].acquire(part.index)
-    _vector(work, "share")[...] = share
+    normalizer = 1.0 / total
+    smem["result"].acquire(split.index)
+    smem["vectors"].at[_NORMALIZER][...] = normalizer
     plgpu.commit_smem()
-    smem["share"].fill(part.index)
-    rows = pl.ds(work.tile * ROWS, ROWS)
-    work.gmem["lse"].at[part.number, rows][...] = jnp.where(
-        empty, -jnp.inf, state.top + jnp.log2(total)
-    )
-    _write(work, part, state.values, share, _half(work, 0))
+    smem["result"].commit(split.index)
+    lse = wg.gmem["lse"].at[split.number, pl.ds(wg.tile * ROWS, ROWS)]
+    lse[...] = jnp.where(empty, -jnp.inf, state.top + jnp.log2(total))
+    _write_values(wg, split, state.values, normalizer, half)
 
 
-def _lead_step(work: Work, part: Part, scores: Scores, i, state, *, partial: bool):
-    cut, smem, n = work.cut, work.smem, part.base + i
-    kv_slot = part.visits.block(part.first + i) * cut.block_kv
-    key = _operand(work, part, n, kv_slot, 0, partial=partial)
-    query = smem["query"].at(_zero())
-    dots = primitives.product(query, primitives.transposed(key))
-    tiles = Tiles.wait(smem, n, pl.ds(0, ROWS))
-    scales = cut.source.loaders(smem, n, cut.block_kv)
-    new = softmax.update(
-        scores, state.top, state.total, dots, kv_slot, tiles, scales, partial=partial
-    )
-    Tiles.release(smem, n)
-    weights, decay, top, total = lax.optimization_barrier(
-        (new.weights.astype(cut.problem.dtype), new.decay, new.top, new.total)
-    )
-    _clean(work, part, key, kv_slot, 0, partial=partial)
-    smem["handed"].acquire(n)
-    smem["handed"].at(_zero())[...] = weights
-    _vector(work, "decay")[...] = decay
-    plgpu.commit_smem()
-    smem["handed"].fill(n)
-    values = state.values * primitives.spread(decay, state.values.shape, 0)
-    values = primitives.add_product(
-        values, weights, key.at[:, _columns(_half(work, 0))], interpret=cut.problem.interpret
-    )
-    smem["key"].release(n)
-    return softmax.State(values, top, total)
+def _consume_weights(wg: SplitKVWarpgroup, split: KVSplit) -> None:
+    """The second warpgroup: the other half of the values, with the weights of the first one."""
+    grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, split.block_map
+    half = _select_half(wg, 1)
 
-
-# ---- the other one ------------------------------------------------------------------------------
-
-
-def _follow(work: Work, part: Part) -> None:
-    cut, smem = work.cut, work.smem
-    full = jnp.clip(part.visits.full - part.first, 0, part.count)
-    columns = _half(work, 1)
-    values = primitives.zeros((ROWS, len(columns)))
-
-    def step(i, values, partial):
-        n = part.base + i
-        kv_slot = part.visits.block(part.first + i) * cut.block_kv
-        key = _operand(work, part, n, kv_slot, 1, partial=partial)
-        handed = smem["handed"].wait(n)
-        _clean(work, part, key, kv_slot, 1, partial=partial)
+    def step(i, values: jax.Array, *, partial: bool) -> jax.Array:
+        n = split.base + i
+        kv_slot = block_map.block(split.first + i) * grid.block_kv
+        key = _prepare_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 1, partial=partial)
+        weights = smem["handoff"].wait(n)
+        _zero_unused_values(wg, split, key, kv_slot, half, partial=partial)
         if partial:
             plgpu.commit_smem()
-        decay = primitives.load_vector(_vector(work, "decay"), 0)
-        values = values * primitives.spread(decay, values.shape, 0)
-        values = primitives.add_product(
-            values, handed, key.at[:, _columns(columns)], interpret=cut.problem.interpret
-        )
-        smem["handed"].release(n)
+        decay = load_vector(smem["vectors"].at[_DECAY], 0)
+        values = values * broadcast_vector(decay, values.shape, 0)
+        values = multiply_add(values, weights, key.at[:, _slice(half)], interpret=problem.interpret)
+        smem["handoff"].release(n)
         smem["key"].release(n)
         return values
 
+    full = jnp.clip(block_map.full - split.first, 0, split.count)
+    values = make_zeros((ROWS, len(half)))
     values = lax.fori_loop(0, full, functools.partial(step, partial=False), values)
-    if cut.masked:
-        values = lax.fori_loop(full, part.count, functools.partial(step, partial=True), values)
-    smem["share"].wait(part.index)
-    share = primitives.load_vector(_vector(work, "share"), 0)
-    smem["share"].release(part.index)
-    _write(work, part, values, share, columns)
+    if grid.masked:
+        values = lax.fori_loop(full, split.count, functools.partial(step, partial=True), values)
+    smem["result"].wait(split.index)
+    normalizer = load_vector(smem["vectors"].at[_NORMALIZER], 0)
+    smem["result"].release(split.index)
+    _write_values(wg, split, values, normalizer, half)
 
 
-def _zero() -> jax.Array:
-    """The index of the only buffer, anew in every step: what it leads to need not be kept."""
-    return primitives.unknown(jnp.int32(0))
+def _first_buffer() -> jax.Array:
+    """Return the index of the only buffer, opaque, so that its descriptors are not kept."""
+    return make_opaque(jnp.int32(0))
 
 
-# ---- what both do -------------------------------------------------------------------------------
+def _select_half(wg: SplitKVWarpgroup, which: int) -> range:
+    """Return the columns of the values that one warpgroup sums."""
+    size = wg.grid.problem.value_head_dim // MLA_WARPGROUPS
+    return range(which * size, (which + 1) * size)
 
 
-def _operand(work: Work, part: Part, n, kv_slot, which: int, *, partial: bool):
-    """The keys of step ``n`` for the tensor core."""
-    cut, smem = work.cut, work.smem
-    block = smem["key"].wait(n)
-    if not cut.source.scaled:
-        return block.numbers
-    used = _used(work, part, kv_slot, codes=True) if partial else None
-    operand, size = smem["operand"].at[_zero()], cut.problem.head_dim
-    primitives.meet(smem["together"])  # the block before this one is done with
-    columns = dequantize.shares(size, WARPGROUPS)[which]
-    dequantize.converted(block.numbers, operand, columns, used)
+def _slice(columns: range):
+    return pl.ds(columns.start, len(columns))
+
+
+def _prepare_key(
+    wg: SplitKVWarpgroup, split: KVSplit, numbers: Any, kv_slot, which: int, *, partial: bool
+) -> Any:
+    """Return a block of keys for the tensor core; each warpgroup converts some of its columns."""
+    smem = wg.smem
+    if not wg.grid.kv.is_quantized:
+        return numbers
+    used = _find_used(wg, split, kv_slot, codes=True) if partial else None
+    operand = smem["operand"].at[_first_buffer()]
+    sync_warpgroups(smem["sync"])  # both have read the block before this one
+    columns = share_columns(wg.grid.problem.head_dim, MLA_WARPGROUPS)[which]
+    convert_codes(numbers, operand, columns, used)
     plgpu.commit_smem()
-    primitives.meet(smem["together"])
+    sync_warpgroups(smem["sync"])
     return operand
 
 
-def _vector(work: Work, name: str) -> Any:
-    return work.smem["vectors"].at[_VECTORS[name]]
-
-
-def _used(work: Work, part: Part, kv_slot, *, codes: bool) -> jax.Array | None:
-    if not work.cut.source.has_nan:
-        return None
-    return dequantize.used_slots(work.gmem, part.batch, kv_slot, work.cut.block_kv, codes=codes)
-
-
-def _clean(work: Work, part: Part, key: Any, kv_slot, which: int, *, partial: bool) -> None:
-    """Zeros in unused slots of this warpgroup's half of the values; the keys have been read."""
-    if not partial or work.cut.source.scaled:
+def _zero_unused_values(
+    wg: SplitKVWarpgroup, split: KVSplit, key: Any, kv_slot, columns: range, *, partial: bool
+) -> None:
+    """Zero the unused slots of this warpgroup's values, once the scores have read the keys."""
+    if not partial or wg.grid.kv.is_quantized:
         return
-    used = _used(work, part, kv_slot, codes=False)
+    used = _find_used(wg, split, kv_slot, codes=False)
     if used is not None:
-        dequantize.cleaned(key, used, _half(work, which))
+        zero_unused_rows(key, used, columns)
 
 
-def _write(work: Work, part: Part, values: jax.Array, share: jax.Array, columns: range) -> None:
-    # Else the addresses would be known, and kept, before the loops.
-    rows = pl.ds(primitives.unknown(work.tile) * ROWS, ROWS)
-    values = values * primitives.spread(share, values.shape, 0)
-    work.gmem["values"].at[primitives.unknown(part.number), rows, _columns(columns)][...] = values
+def _find_used(wg: SplitKVWarpgroup, split: KVSplit, kv_slot, *, codes: bool) -> jax.Array | None:
+    if not wg.grid.kv.may_hold_nan:
+        return None
+    return find_used_slots(wg.gmem, split.batch, kv_slot, wg.grid.block_kv, codes=codes)
+
+
+def _write_values(
+    wg: SplitKVWarpgroup, split: KVSplit, values: jax.Array, normalizer: jax.Array, columns: range
+) -> None:
+    # Opaque, or the addresses would be computed before the loops, and kept.
+    rows = pl.ds(make_opaque(wg.tile) * ROWS, ROWS)
+    values = values * broadcast_vector(normalizer, values.shape, 0)
+    wg.gmem["values"].at[make_opaque(split.number), rows, _slice(columns)][...] = values

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn.kernels import _masks
-from axattn.kernels._hopper import operands
-from axattn.kernels._hopper.kv_loader import Source
-from axattn.kernels._hopper.operands import Operands
-from axattn.kernels._hopper.rows import ROW_GROUP, ROWS
+from axattn._stored import NEVER
+from axattn.kernels import _masks as masks
+from axattn.kernels._hopper.kv_loader import KVLoader
+from axattn.kernels._hopper.operands import HopperOperands, align_rows, make_score_arrays
+from axattn.kernels._hopper.primitives import ROW_GROUP, ROWS
 from axattn.kernels._padding import padded
 from axattn.kernels._problem import cdiv, round_up
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
+class PackGQA:
     """Rows of one key/value head: G heads by T tokens."""
 
     group: int
@@ -48,30 +48,30 @@ class Packing:
 
     # ---- arrays -------------------------------------------------------------------------------
 
-    def heads(self, array: jax.Array) -> jax.Array:
-        """``[B, T, N, size]`` as ``[B, K, stored_rows, size]``."""
+    def pack_query(self, array: jax.Array) -> jax.Array:
+        """Return ``[B, T, N, size]`` as ``[B, K, stored_rows, size]``."""
         batch, _, heads, size = array.shape
         array = array.reshape(batch, self.q_len, heads // self.group, self.group, size)
         array = array.transpose(0, 2, 1, 3, 4).reshape(batch, -1, self.rows, size)
         return padded(array, self.stored_rows, axis=2)
 
-    def tokens(self, vector: jax.Array, fill: int = 0) -> jax.Array:
-        """``[B or 1, T or more]``, the same for all heads, as ``[B or 1, tiles * 64]``."""
+    def pack_tokens(self, vector: jax.Array, fill: int = 0) -> jax.Array:
+        """Return ``[B or 1, T or more]``, the same for all heads, as ``[B or 1, tiles * 64]``."""
         vector = jnp.repeat(vector[:, : self.q_len], self.group, axis=1)
         return padded(vector, self.tiles * ROWS, fill)
 
-    def vectors(self, array: jax.Array) -> jax.Array:
-        """``[B or 1, N or 1, T or more]`` as ``[B or 1, K or 1, tiles * 64]``."""
+    def pack_vectors(self, array: jax.Array) -> jax.Array:
+        """Return ``[B or 1, N or 1, T or more]`` as ``[B or 1, K or 1, tiles * 64]``."""
         return padded(
-            self._grouped(array[..., : self.q_len, None])[..., 0], self.tiles * ROWS, axis=2
+            self._group_rows(array[..., : self.q_len, None])[..., 0], self.tiles * ROWS, axis=2
         )
 
-    def score_tiles(self, array: jax.Array) -> jax.Array:
-        """``[B or 1, N or 1, T, S]`` as ``[B or 1, K or 1, stored_rows, S]``."""
-        return padded(self._grouped(array), self.stored_rows, axis=2)
+    def pack_score_tiles(self, array: jax.Array) -> jax.Array:
+        """Return ``[B or 1, N or 1, T, S]`` as ``[B or 1, K or 1, stored_rows, S]``."""
+        return padded(self._group_rows(array), self.stored_rows, axis=2)
 
-    def _grouped(self, array: jax.Array) -> jax.Array:
-        """``[B or 1, N or 1, T, n]`` as ``[B or 1, K or 1, rows, n]``."""
+    def _group_rows(self, array: jax.Array) -> jax.Array:
+        """Return ``[B or 1, N or 1, T, n]`` as ``[B or 1, K or 1, rows, n]``."""
         batch, heads, _, size = array.shape
         if heads == 1:
             return jnp.repeat(array, self.group, axis=2)
@@ -79,33 +79,33 @@ class Packing:
         return array.swapaxes(2, 3).reshape(batch, -1, self.rows, size)
 
 
-def of(call: AttentionCall) -> Operands:
-    """`operands.of` with packed rows; vectors over rows are as long as whole tiles.
+def gather_packed_operands(call: AttentionCall) -> HopperOperands:
+    """Return what `gather_operands` does, with packed rows; vectors have the rows of whole tiles.
 
     query   [B * K, stored_rows, H]
     bias, allowed   [B or 1, K or 1, stored_rows, S]
     low, high, q_positions, q_segments   int32 [B or 1, tiles * 64]
     row_bias, row_shift, row_slopes   float32 [B or 1, K or 1, tiles * 64]
     """
-    source = Source.of(call)
-    packing = Packing(call.group, call.q_len)
-    call = _masks.fold_key_masks(call)
-    limits = _masks.bounds(call)
-    arrays = operands.score_arrays(call, limits)
-    query = packing.heads(call.query.astype(call.product_dtype))
+    kv = KVLoader.from_call(call)
+    packing = PackGQA(call.group, call.q_len)
+    call = masks.fold_key_masks(call)
+    bounds = masks.bounds(call)
+    arrays = make_score_arrays(call, bounds)
+    query = packing.pack_query(call.query.astype(call.product_dtype))
     query = query.reshape(-1, *query.shape[2:])
     if "key_bias" in arrays and arrays["key_bias"].shape[1] not in (1, call.num_kv_heads):
         # One per head: rows of one tile differ.
         bias = arrays.pop("key_bias")[:, :, None, : call.kv_len]
-        arrays["bias"] = operands.aligned(jnp.repeat(bias, call.q_len, axis=2))
+        arrays["bias"] = align_rows(jnp.repeat(bias, call.q_len, axis=2))
     if "slopes" in arrays:
         slopes = arrays.pop("slopes")[:, :, None]
         arrays["row_slopes"] = jnp.broadcast_to(slopes, (*slopes.shape[:2], call.q_len))
-    for name in set(arrays):
+    for name in list(arrays):
         if name in ("low", "high", "q_positions", "q_segments"):
-            arrays[name] = packing.tokens(arrays[name], -operands.NEVER if name == "high" else 0)
+            arrays[name] = packing.pack_tokens(arrays[name], -NEVER if name == "high" else 0)
         elif name in ("row_bias", "row_shift", "row_slopes"):
-            arrays[name] = packing.vectors(arrays[name])
+            arrays[name] = packing.pack_vectors(arrays[name])
         elif name in ("bias", "allowed"):
-            arrays[name] = packing.score_tiles(arrays[name])
-    return Operands({"query": query, **source.arrays(call), **arrays}, call, limits)
+            arrays[name] = packing.pack_score_tiles(arrays[name])
+    return HopperOperands({"query": query, **kv.select_arrays(call), **arrays}, call, bounds)

@@ -1,16 +1,16 @@
-"""Which blocks of which sequences each block of threads works on, for few query rows.
+"""Which blocks of keys each worker attends to, where query rows are few.
 
-A *part* is a run of a sequence's visits (one batch row and key/value head) that one worker does.
-By default every worker gets the same number of blocks, whatever the lengths: the sequences are laid
-end to end and cut into equal stretches ("stream-K", Osama et al., arXiv 2301.03598). With a split
-size, the cuts of a sequence depend on nothing but itself, so its result has the same bits in any
-batch.
+A *sequence* is the keys of one batch row and key/value head, and a *split* a run of its blocks that
+one worker does. By default every worker gets the same number of blocks, whatever the lengths: the
+sequences are laid end to end and divided evenly ("stream-K", Osama et al., arXiv 2301.03598). With
+a fixed split size, the splits of a sequence depend on nothing but itself, so its result has the
+same bits in any batch.
 
-Parts are numbered so that those of one sequence lie together. There are as many numbers as workers
-and sequences together, since between one part and the next either of the two changes.
+Splits are numbered so that those of one sequence lie together. There are as many numbers as workers
+and sequences together, since from one split to the next either of the two changes.
 
-All that is computed before the kernels is where the rows of the batch begin on that line; each
-worker finds its own share. (As arrays, shares would cost several launches of some microseconds.)
+Before the kernels only the place is computed where each batch row begins; each worker finds its own
+share. (Arrays of shares would cost several launches of some microseconds.)
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MIN_BLOCKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Static sizes of a schedule."""
+class SplitKVPlan:
+    """Static sizes: what is divided, and among how many."""
 
     batch: int
     heads: int  # key/value heads
     workers: int
-    split: int | None  # blocks per part, or None for an even load
+    split: int | None  # blocks per split, or None for an even load
     blocks: int  # most blocks of a sequence
 
     @property
@@ -45,146 +45,150 @@ class Shape:
         return self.batch * self.heads
 
     @property
-    def most_parts(self) -> int:
-        """Of a sequence, under a fixed split."""
+    def most_splits(self) -> int:
+        """Splits of a sequence at most, where their size is fixed."""
         return cdiv(self.blocks, present(self.split))
 
     @property
-    def grid(self) -> int:
-        """Workers that there really are."""
+    def used_workers(self) -> int:
         if self.split is not None:
-            return self.sequences * self.most_parts
+            return self.sequences * self.most_splits
         return max(1, min(self.workers, cdiv(self.sequences * self.blocks, MIN_BLOCKS)))
 
     @property
-    def parts(self) -> int:
-        """Numbers of parts."""
-        return self.grid if self.split is not None else self.grid + self.sequences
+    def split_numbers(self) -> int:
+        if self.split is not None:
+            return self.used_workers
+        return self.used_workers + self.sequences
 
 
-def begin_of_rows(visits: jax.Array, shape: Shape) -> jax.Array:
-    """From the visits per batch row, int32 ``[B]``, to where rows begin on the line, ``[B + 1]``.
+def find_row_starts(blocks: jax.Array, plan: SplitKVPlan) -> jax.Array:
+    """Return where batch rows start on the line, int32 ``[B + 1]``, from their blocks ``[B]``.
 
     An empty sequence counts as one block: its result has to be written, too.
     """
-    cost = shape.heads * jnp.maximum(visits.astype(jnp.int32), 1)
-    row = jnp.arange(shape.batch)[None]
+    cost = plan.heads * jnp.maximum(blocks.astype(jnp.int32), 1)
+    row = jnp.arange(plan.batch)[None]
     # A sum over those before, and not a scan: it becomes one small program.
-    before = jnp.arange(shape.batch + 1)[:, None] > row
+    before = jnp.arange(plan.batch + 1)[:, None] > row
     return jnp.where(before, cost[None], 0).sum(1, dtype=jnp.int32)
 
 
-class Share(NamedTuple):
-    """What a worker does: ``parts`` parts, of consecutive sequences.
+class WorkerShare(NamedTuple):
+    """What a worker does: ``splits`` splits, of consecutive sequences.
 
-    The first begins at visit ``first`` of its sequence and has the number ``number``; all together
-    have ``load`` visits, where an empty one counts as one.
+    The first one begins at block ``first`` of its sequence and has the number ``number``. All
+    together have ``load`` blocks, where an empty one counts as one.
     """
 
     sequence: jax.Array
     first: jax.Array
     load: jax.Array
     number: jax.Array
-    parts: jax.Array
+    splits: jax.Array
 
 
-class Line(NamedTuple):
-    """All sequences, end to end; ``begin`` is an array or, in a kernel, a reference to one."""
+class StreamK(NamedTuple):
+    """All sequences, end to end; ``starts`` is an array or, in a kernel, a reference to one."""
 
-    begin: Any
-    shape: Shape
+    starts: Any
+    plan: SplitKVPlan
 
-    def share(self, worker: jax.Array) -> Share:
-        shape = self.shape
-        if shape.split is not None:
-            sequence, part = _divided(worker, shape.most_parts)
-            first = part * shape.split
+    def find_share(self, worker: jax.Array) -> WorkerShare:
+        plan = self.plan
+        if plan.split is not None:
+            sequence, index = _divmod(worker, plan.most_splits)
+            first = index * plan.split
             load = jnp.clip(
-                self._cost(lax.div(sequence, _int(shape.heads))) - first, 0, shape.split
+                self._count_blocks(lax.div(sequence, _int32(plan.heads))) - first, 0, plan.split
             )
-            return Share(sequence, first, load, worker, (load > 0).astype(jnp.int32))
-        each, total = self._each()
+            return WorkerShare(sequence, first, load, worker, (load > 0).astype(jnp.int32))
+        each, total = self._divide_evenly()
         start = jnp.minimum(worker * each, total)
         stop = jnp.minimum(start + each, total)
-        sequence, first = self._find(jnp.minimum(start, total - 1))
-        last, _ = self._find(jnp.maximum(stop - 1, 0))
-        parts = jnp.where(stop > start, last - sequence + 1, 0)
-        return Share(sequence, first, stop - start, worker + sequence, parts)
+        sequence, first = self._search(jnp.minimum(start, total - 1))
+        last, _ = self._search(jnp.maximum(stop - 1, 0))
+        splits = jnp.where(stop > start, last - sequence + 1, 0)
+        return WorkerShare(sequence, first, stop - start, worker + sequence, splits)
 
-    def parts_of(self, sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The number of a sequence's first part, and how many it has."""
-        row, head = _divided(sequence, self.shape.heads)
-        cost = self._cost(row)
-        if self.shape.split is not None:
-            count = lax.div(cost + (self.shape.split - 1), _int(self.shape.split))
-            return sequence * self.shape.most_parts, count
-        each, _ = self._each()
-        begin = self.begin[row] + head * cost
+    def find_splits(self, sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the number of a sequence's first split, and how many it has."""
+        row, head = _divmod(sequence, self.plan.heads)
+        cost = self._count_blocks(row)
+        if self.plan.split is not None:
+            count = lax.div(cost + (self.plan.split - 1), _int32(self.plan.split))
+            return sequence * self.plan.most_splits, count
+        each, _ = self._divide_evenly()
+        begin = self.starts[row] + head * cost
         first, last = lax.div(begin, each), lax.div(begin + cost - 1, each)
         return first + sequence, last - first + 1
 
-    def _each(self) -> tuple[jax.Array, jax.Array]:
-        """Blocks of a worker, and of all."""
-        total, grid = self.begin[_int(self.shape.batch)], self.shape.grid
-        return jnp.maximum(lax.div(total + (grid - 1), _int(grid)), MIN_BLOCKS), total
+    def _divide_evenly(self) -> tuple[jax.Array, jax.Array]:
+        """Return the blocks of a worker, and of all."""
+        total, workers = self.starts[_int32(self.plan.batch)], self.plan.used_workers
+        return jnp.maximum(lax.div(total + (workers - 1), _int32(workers)), MIN_BLOCKS), total
 
-    def _cost(self, row: jax.Array) -> jax.Array:
-        return lax.div(self.begin[row + 1] - self.begin[row], _int(self.shape.heads))
+    def _count_blocks(self, row: jax.Array) -> jax.Array:
+        """Return the blocks of each sequence of a batch row."""
+        return lax.div(self.starts[row + 1] - self.starts[row], _int32(self.plan.heads))
 
-    def _find(self, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sequence of a place on the line, and which of its visits that is."""
+    def _search(self, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the sequence of a place on the line, and which of its blocks that is."""
 
         def halve(_, bounds):
             low, high = bounds
-            middle = lax.div(low + high + 1, _int(2))
-            before = self.begin[middle] <= place
+            middle = lax.div(low + high + 1, _int32(2))
+            before = self.starts[middle] <= place
             return jnp.where(before, middle, low), jnp.where(before, high, middle - 1)
 
-        steps = (self.shape.batch - 1).bit_length()
-        row, _ = lax.fori_loop(0, steps, halve, (_int(0), _int(self.shape.batch - 1)))
-        head, visit = _divided(place - self.begin[row], self._cost(row))
-        return row * self.shape.heads + head, visit
+        steps = (self.plan.batch - 1).bit_length()
+        row, _ = lax.fori_loop(0, steps, halve, (_int32(0), _int32(self.plan.batch - 1)))
+        head, block = _divmod(place - self.starts[row], self._count_blocks(row))
+        return row * self.plan.heads + head, block
 
 
-def _divided(a: jax.Array, b: Any) -> tuple[jax.Array, jax.Array]:
-    b = _int(b)
+def _divmod(a: jax.Array, b: Any) -> tuple[jax.Array, jax.Array]:
+    b = _int32(b)
     return lax.div(a, b), lax.rem(a, b)
 
 
-def _int(number: Any) -> jax.Array:
+def _int32(number: Any) -> jax.Array:
     return jnp.asarray(number, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One part of a worker's share, inside a kernel."""
+class KVSplit:
+    """One split of a worker's share, inside a kernel."""
 
     batch: jax.Array
     kv_head: jax.Array
     index: jax.Array  # among this worker's
     number: jax.Array
-    visits: Any  # of the sequence
-    first: jax.Array  # visit
-    count: jax.Array  # visits
-    base: jax.Array  # this worker's visits before
+    block_map: Any  # of the sequence
+    first: jax.Array  # step of the block map
+    count: jax.Array  # steps
+    base: jax.Array  # this worker's steps before
 
 
-def each_part(
-    share: Share, heads: int, visits_of: Callable[[jax.Array], Any], body: Callable[[Part], None]
+def for_each_split(
+    share: WorkerShare,
+    heads: int,
+    load_block_map: Callable[[jax.Array], Any],
+    body: Callable[[KVSplit], None],
 ) -> jax.Array:
-    """Calls ``body(part)`` for the parts of a share in order; how many visits they had in all.
+    """Call ``body(split)`` for the splits of a share in order; return how many steps they had.
 
-    ``visits_of(batch)`` is what the sequences of a batch row visit.
+    ``load_block_map(batch)`` returns the blocks of the sequences of a batch row.
     """
 
     def step(i, carry):
         left, base = carry
-        batch, head = _divided(share.sequence + i, heads)
-        visits = visits_of(batch)
+        batch, head = _divmod(share.sequence + i, heads)
+        block_map = load_block_map(batch)
         start = jnp.where(i == 0, share.first, 0)
-        taken = jnp.minimum(jnp.maximum(visits.total, 1) - start, left)
-        count = jnp.minimum(taken, visits.total - start)
-        body(Part(batch, head, i, share.number + i, visits, start, count, base))
+        taken = jnp.minimum(jnp.maximum(block_map.total, 1) - start, left)
+        count = jnp.minimum(taken, block_map.total - start)
+        body(KVSplit(batch, head, i, share.number + i, block_map, start, count, base))
         return left - taken, base + count
 
-    return lax.fori_loop(0, share.parts, step, (share.load, _int(0)))[1]
+    return lax.fori_loop(0, share.splits, step, (share.load, _int32(0)))[1]
