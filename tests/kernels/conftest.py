@@ -67,7 +67,7 @@ def interpreted(request, monkeypatch, family, cores):
         yield
         return
     module = mosaic_tpu if family == TPU else mosaic_gpu
-    behind_the_door(monkeypatch, family, module.call_refusal)
+    behind_the_door(monkeypatch, family, module.find_call_refusal)
     numpy_in_callbacks(monkeypatch, integers=family == HOPPER)
     yield
     if family == TPU:
