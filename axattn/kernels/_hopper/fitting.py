@@ -1,9 +1,12 @@
-"""Block sizes that fit shared memory, as Mosaic GPU lays the kernels' scratch out."""
+"""Block sizes that fit shared memory, which is counted from what the kernels declare."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn.kernels._hopper.block_sizes import (
@@ -14,9 +17,18 @@ from axattn.kernels._hopper.block_sizes import (
     classify_call,
     find_row,
 )
+from axattn.kernels._hopper.flash.forward import declare_forward_scratch
+from axattn.kernels._hopper.flash.key_grad import declare_key_grad_scratch
+from axattn.kernels._hopper.flash.query_grad import declare_query_grad_scratch
 from axattn.kernels._hopper.kv_loader import KVLoader
-from axattn.kernels._hopper.primitives import ROWS, SHARED_BYTES
-from axattn.kernels._hopper.split_kv.decode import count_staged_columns
+from axattn.kernels._hopper.primitives import (
+    REDUCTION_BYTES,
+    ROWS,
+    SHARED_BYTES,
+    count_shared_bytes,
+)
+from axattn.kernels._hopper.split_kv.decode import declare_decode_scratch
+from axattn.kernels._hopper.split_kv.mla import declare_mla_scratch
 from axattn.kernels._masks import has_dense_mask
 
 # Rows that a warpgroup cleans or converts at a time, and a score tile's columns.
@@ -25,50 +37,58 @@ _BLOCK_KV = 64
 # More in flight than this hides no more latency.
 _MOST_STAGES = 8
 
-# Mosaic GPU starts every buffer at a multiple of this.
-_ALIGNMENT = 1024
-_BARRIER = 8
-# What Pallas reserves in a kernel that reduces (`CompilerParams.reduction_scratch_bytes`).
-_REDUCTION = 2048
+# Queries, and operands that are converted: float16 takes as much.
+_DTYPE = jnp.bfloat16
 
-_HALF, _FLOAT, _BYTE = 2, 4, 1
+# A row of the table holds for all calls of its kind: with a bias, it has a mask array, too.
+_LARGEST_SCORE_TILES = {"bias": jnp.float32, "allowed": jnp.int8}
+
+_ARRAYS = KVLoader(
+    kind="arrays",
+    dtype="bfloat16",
+    num_kv_heads=1,
+    page_size=ROWS,
+    num_pages=1,
+    pages_per_row=1,
+    values_in_keys=False,
+    has_unused_slots=False,
+)
+
+_Sizes = TypeVar("_Sizes")
 
 
 def choose_forward_block_sizes(call: AttentionCall) -> ForwardBlockSizes:
-    sizes = _choose("forward", call)
+    """Return the sizes of the table, or smaller ones that fit."""
+    sizes = _shrink_row("forward", call)
     return sizes if call.stored is None else _fit_cache(sizes, call)
 
 
 def choose_backward_block_sizes(call: AttentionCall) -> BackwardBlockSizes:
-    return BackwardBlockSizes(_choose("query_grad", call), _choose("key_grad", call))
+    """Return the sizes of the table, or smaller ones that fit."""
+    return BackwardBlockSizes(_shrink_row("query_grad", call), _shrink_row("key_grad", call))
 
 
 def choose_decode_block_sizes(call: AttentionCall) -> DecodeBlockSizes:
     """Return the most blocks in flight; one warpgroup where two leave no room."""
     choices = [DecodeBlockSizes(_BLOCK_KV, stages, 2) for stages in range(_MOST_STAGES, 0, -2)]
     choices += [DecodeBlockSizes(_BLOCK_KV, stages, 1) for stages in (3, 2, 1)]
-    return _first_that_fits(call, choices, count_decode_bytes)
+    return _first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
 
 
 def choose_mla_block_sizes(call: AttentionCall) -> MLABlockSizes:
+    """Return the most blocks in flight."""
     choices = [MLABlockSizes(_BLOCK_KV, stages) for stages in range(_MOST_STAGES // 2, 0, -1)]
-    return _first_that_fits(call, choices, count_mla_bytes)
+    return _first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
 
 
-def _choose(kernel: str, call: AttentionCall) -> Any:
-    sizes, score_tiles = find_row(kernel, call), classify_call(call) == "biased"
-    return shrink_to_fit(kernel, sizes, call.head_dim, call.value_head_dim, score_tiles=score_tiles)
+def _shrink_row(kernel: str, call: AttentionCall) -> Any:
+    """Return the sizes of the table, or smaller ones where they do not fit.
 
-
-def shrink_to_fit(
-    kernel: str, sizes: Any, head_dim: int, value_head_dim: int, *, score_tiles: bool
-) -> Any:
-    """Return the sizes, or smaller ones where they do not fit shared memory.
-
-    Those of the table fit their own head sizes. Where H and h are not those, the forward kernel has
-    a buffer more.
+    They fit the head sizes of their row. Where H and h are not those, the forward kernel has a
+    buffer more.
     """
-    heads = (head_dim, value_head_dim)
+    sizes, score_tiles = find_row(kernel, call), classify_call(call) == "biased"
+    heads = (call.head_dim, call.value_head_dim)
     while count_flash_bytes(kernel, sizes, *heads, score_tiles=score_tiles) > SHARED_BYTES:
         values = dataclasses.asdict(sizes)
         stages = {k: v for k, v in values.items() if k.endswith("stages") and v > 1}
@@ -84,6 +104,7 @@ def shrink_to_fit(
 def _fit_cache(sizes: ForwardBlockSizes, call: AttentionCall) -> ForwardBlockSizes:
     """Return sizes for a cache, whose blocks are cleaned and converted 64 rows at a time."""
     kv, score_tiles = KVLoader.from_call(call), classify_call(call) == "biased"
+    heads = (call.head_dim, call.value_head_dim)
     # Converting 128 keys at a time takes more registers than there are.
     blocks = [
         n for n in (sizes.block_kv, ROWS) if n % ROWS == 0 and not (kv.is_quantized and n > ROWS)
@@ -93,148 +114,66 @@ def _fit_cache(sizes: ForwardBlockSizes, call: AttentionCall) -> ForwardBlockSiz
         for block in dict.fromkeys(blocks)
         for stages in range(max(sizes.stages, 2), 0, -1)
     ]
-    heads = (call.head_dim, call.value_head_dim)
-    fitting = (
-        one
-        for one in choices
-        if count_cache_bytes(one, kv, *heads, score_tiles=score_tiles) <= SHARED_BYTES
+    return _first_that_fits(
+        choices,
+        lambda one: count_flash_bytes("forward", one, *heads, score_tiles=score_tiles, kv=kv),
     )
-    return next(fitting, choices[-1])
 
 
-def _first_that_fits(call: AttentionCall, choices, count):
+def _first_that_fits(choices: list[_Sizes], count: Callable[[_Sizes], int]) -> _Sizes:
     """Return the first choice that shared memory holds, or else the last one."""
-    kv = KVLoader.from_call(call)
-    tile_bytes = 0
-    if call.bias is not None:
-        # In 4 bytes, also where a bias per head and key becomes one over rows and keys.
-        tile_bytes += 4
-    if has_dense_mask(call):
-        tile_bytes += 1
-    heads = call.head_dim, call.value_head_dim
-    fitting = (one for one in choices if count(one, kv, *heads, tile_bytes) <= SHARED_BYTES)
-    return next(fitting, choices[-1])
+    return next((one for one in choices if count(one) <= SHARED_BYTES), choices[-1])
 
 
 def count_flash_bytes(
-    kernel: str, tiles: Any, head_dim: int, value_head_dim: int, *, score_tiles: bool
+    kernel: str,
+    sizes: Any,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    score_tiles: bool,
+    kv: KVLoader = _ARRAYS,
 ) -> int:
-    """Bytes of a block of work.
+    """Return the shared memory of a program.
 
     Args:
       kernel: ``"forward"``, ``"query_grad"`` or ``"key_grad"``.
-      tiles: its tiles.
-      score_tiles: count tiles of a bias and a mask over queries and keys, at their largest: a
-        float32 bias together with a mask array.
+      sizes: its block sizes.
+      head_dim, value_head_dim: H and h.
+      score_tiles: count tiles of a bias and a mask over queries and keys, at their largest.
+      kv: where keys and values are.
     """
-    buffers, barriers = _SCRATCH[kernel](tiles, head_dim, value_head_dim)
-    if score_tiles:
-        stages, rows, columns = _SCORE_TILES[kernel](tiles)
-        buffers = buffers + [stages * rows * columns * size for size in (_FLOAT, _BYTE)]
-        barriers += 2 * _ring(stages)
-    return _total(buffers, barriers) + (_REDUCTION if kernel == "forward" else 0)
+    heads = (head_dim, value_head_dim)
+    options: dict[str, Any] = {
+        "dtype": _DTYPE,
+        "score_dtypes": _LARGEST_SCORE_TILES if score_tiles else {},
+    }
+    if kernel == "forward":
+        scratch = declare_forward_scratch(sizes, kv, *heads, **options)
+        return count_shared_bytes(scratch, reduction_bytes=REDUCTION_BYTES)
+    if kernel == "query_grad":
+        return count_shared_bytes(declare_query_grad_scratch(sizes, kv, *heads, **options))
+    return count_shared_bytes(declare_key_grad_scratch(sizes, *heads, **options))
 
 
-def _ring(stages: int) -> int:
-    """Barriers of a ring: each set is full at times, and free at times."""
-    return 2 * stages
-
-
-def _forward(tiles: Any, head: int, value_head: int) -> tuple[list[int], int]:
-    rows, keys, stages = ROWS * tiles.warpgroups, tiles.block_kv, tiles.stages
-    buffers = [
-        rows * head * _HALF,
-        rows * _FLOAT,  # the LSE
-        stages * keys * head * _HALF,
-        stages * keys * value_head * _HALF,
-    ]
-    if head != value_head:  # else the output takes the query's place
-        buffers.append(rows * value_head * _HALF)
-    turns = 1 if tiles.warpgroups == 2 else 0
-    return buffers, 2 * _ring(stages) + tiles.warpgroups + turns
-
-
-def _query_grad(tiles: Any, head: int, value_head: int) -> tuple[list[int], int]:
-    rows, keys = ROWS * tiles.warpgroups, tiles.block_kv
-    buffers = [
-        rows * head * _HALF,
-        rows * value_head * _HALF,
-        tiles.key_stages * keys * head * _HALF,
-        tiles.value_stages * keys * value_head * _HALF,
-    ]
-    return buffers, _ring(tiles.key_stages) + _ring(tiles.value_stages) + tiles.warpgroups
-
-
-def _key_grad(tiles: Any, head: int, value_head: int) -> tuple[list[int], int]:
-    shares = 1 if tiles.split else tiles.warpgroups
-    keys, rows, stages = ROWS * shares, tiles.block_q, tiles.stages
-    vectors = stages * rows * _FLOAT
-    buffers = [
-        keys * head * _HALF,
-        keys * value_head * _HALF,
-        stages * rows * head * _HALF,
-        vectors,
-        stages * rows * value_head * _HALF,
-        vectors,
-    ]
-    return buffers, 2 * _ring(stages) + shares + (1 if tiles.split else 0)
-
-
-_SCRATCH = {"forward": _forward, "query_grad": _query_grad, "key_grad": _key_grad}
-
-# Stages, rows and columns of the tiles over queries and keys.
-_SCORE_TILES = {
-    "forward": lambda tiles: (tiles.stages, ROWS * tiles.warpgroups, tiles.block_kv),
-    "query_grad": lambda tiles: (1, ROWS * tiles.warpgroups, tiles.block_kv),
-    "key_grad": lambda tiles: (
-        tiles.stages,
-        ROWS * (1 if tiles.split else tiles.warpgroups),
-        tiles.block_q,
-    ),
-}
-
-
-def count_cache_bytes(
-    tiles: Any, source: Any, head_dim: int, value_head_dim: int, *, score_tiles: bool
-) -> int:
-    """Bytes of a block of work of the forward kernel over a cache."""
-    sizes = (head_dim, value_head_dim)
-    total = count_flash_bytes("forward", tiles, *sizes, score_tiles=score_tiles) + 2 * _BARRIER
-    if not source.is_quantized:
-        return total
-    # Operands of one block, and rings of codes in place of those of 16-bit numbers.
-    own = [tiles.block_kv * size * _HALF for size in sizes]
-    codes = [source.count_bytes(tiles.stages, tiles.block_kv, size) for size in sizes]
-    return total - tiles.stages * sum(own) + _total([*own, *codes[0], *codes[1]], 0)
-
-
-# ---- decode: one function per kernel ------------------------------------------------------------
-
-
-def count_decode_bytes(tiles: Any, source: Any, head: int, value_head: int, tile_bytes: int) -> int:
-    """Of `decode`; ``tile_bytes``: bytes per score of a bias and a mask over queries and keys."""
-    groups, stages, keys = tiles.warpgroups, tiles.stages, tiles.block_kv
-    buffers = [2 * ROWS * head * _HALF, groups * ROWS * _FLOAT]
-    buffers.append(groups * ROWS * count_staged_columns(value_head) * _FLOAT)
-    rings = [source.count_bytes(stages, keys, size) for size in (head, value_head)]
-    if source.is_quantized:
-        sizes = {head, value_head}
-        buffers += [groups * keys * size * _HALF for size in sizes]
-    buffers += [stages * ROWS * keys * tile_bytes]
-    barriers = 2 * 2 + 4 * _ring(stages)
-    return _total([*buffers, *rings[0], *rings[1]], barriers)
-
-
-def count_mla_bytes(tiles: Any, source: Any, head: int, value_head: int, tile_bytes: int) -> int:
-    """Of `decode_mla`."""
-    stages, keys = tiles.stages, tiles.block_kv
-    buffers = [ROWS * head * _HALF, ROWS * keys * _HALF, 2 * ROWS * _FLOAT]
-    if source.is_quantized:
-        buffers.append(keys * head * _HALF)
-    buffers += [stages * ROWS * keys * tile_bytes]
-    barriers = 3 * 2 + 1 + 3 * _ring(stages)
-    return _total([*buffers, *source.count_bytes(stages, keys, head)], barriers)
-
-
-def _total(buffers: list[int], barriers: int) -> int:
-    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in buffers) + _BARRIER * barriers
+def _count_split_kv_bytes(sizes: DecodeBlockSizes | MLABlockSizes, call: AttentionCall) -> int:
+    """Return the shared memory of a program of `decode`, or of `decode_mla` for its sizes."""
+    score_dtypes: dict[str, Any] = {}
+    if call.bias is not None:
+        # In 4 bytes, also where a bias per head and key becomes one over rows and keys.
+        score_dtypes["bias"] = jnp.float32
+    if has_dense_mask(call):
+        score_dtypes["allowed"] = jnp.int8
+    declare: Callable[..., Mapping[str, Any]] = declare_decode_scratch
+    if isinstance(sizes, MLABlockSizes):
+        declare = declare_mla_scratch
+    return count_shared_bytes(
+        declare(
+            sizes,
+            KVLoader.from_call(call),
+            call.head_dim,
+            call.value_head_dim,
+            dtype=_DTYPE,
+            score_dtypes=score_dtypes,
+        )
+    )

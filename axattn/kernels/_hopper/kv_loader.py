@@ -145,14 +145,6 @@ class KVLoader:
             stages, KVBlock(numbers, scales), copies=copies, consumers=consumers
         )
 
-    def count_bytes(self, stages: int, block_kv: int, size: int) -> list[int]:
-        """Return the shared memory of such a pipeline, one number per buffer."""
-        found = [stages * block_kv * size * jnp.dtype(self.dtype).itemsize]
-        if self.is_quantized:
-            part = self._slice_size(block_kv)
-            found.append(stages * (block_kv // part) * max(part, _MIN_SCALES) * 4)
-        return found
-
     def locate(self, gmem: Mapping[str, Any], batch, kv_head, slot, block_kv: int) -> list[KVSlice]:
         """Return the slices of the block that begins at ``slot`` of a batch row."""
         if self.kind != "pages":

@@ -134,15 +134,24 @@ def test_block_sizes_of_decode_fit(dtype, extras):
     """Something always fits; for one head size, two warpgroups that take turns."""
     fitting = pytest.importorskip("axattn.kernels._hopper.fitting", exc_type=ImportError)
     from axattn.kernels._hopper.kv_loader import KVLoader
+    from axattn.kernels._hopper.primitives import count_shared_bytes
+    from axattn.kernels._hopper.split_kv.decode import declare_decode_scratch
 
     for H in range(32, 257, 32):
         for h in range(32, 257, 32):
             stored = DenseCache.create(1, 256, 2, H, value_head_dim=h, dtype=dtype).stored()
             query = jnp.zeros((1, 1, 8, H), jnp.bfloat16)
             call = normalize_over_cache(query, stored, AttentionOptions(**extras))
-            sizes, kv = fitting.choose_decode_block_sizes(call), KVLoader.from_call(call)
-            per_score = 4 if extras else 0
-            needed = fitting.count_decode_bytes(sizes, kv, H, h, per_score)
+            sizes = fitting.choose_decode_block_sizes(call)
+            scratch = declare_decode_scratch(
+                sizes,
+                KVLoader.from_call(call),
+                H,
+                h,
+                dtype=jnp.bfloat16,
+                score_dtypes={"bias": jnp.float32} if extras else {},
+            )
+            needed = count_shared_bytes(scratch)
             assert needed <= SHARED_BYTES, (H, h, sizes)
             assert sizes.warpgroups == 2 or extras or H != h, (H, h, sizes)
 

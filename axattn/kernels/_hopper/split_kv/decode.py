@@ -104,7 +104,7 @@ def declare_decode_scratch(
         return declare_swizzled((groups, keys, size), dtype, keys) if kv.is_quantized else None
 
     query = declare_swizzled((2, ROWS, head_dim), dtype, keys)
-    out = (groups, ROWS, count_staged_columns(value_head_dim))
+    out = (groups, ROWS, _count_staged_columns(value_head_dim))
     return {
         "query": Pipeline.declare(2, query, consumers=groups),
         "key": kv.declare(stages, keys, head_dim, consumers=1),
@@ -118,7 +118,7 @@ def declare_decode_scratch(
     }
 
 
-def count_staged_columns(value_head_dim: int) -> int:
+def _count_staged_columns(value_head_dim: int) -> int:
     """Return the columns of a result that go to HBM at a time: large heads leave little room."""
     fitting = (64, 32, 16) if value_head_dim <= 192 else (32, 16)
     return next(n for n in fitting if value_head_dim % n == 0)
@@ -225,7 +225,7 @@ def _prepare_value(
 def _write_decode(wg: SplitKVWarpgroup, split: KVSplit, state: OnlineSoftmax) -> None:
     """Write the mean of the values that a warpgroup has seen, and the LSE in units of log2."""
     grid, gmem, value_head_dim = wg.grid, wg.gmem, wg.grid.problem.value_head_dim
-    width, copied = count_staged_columns(value_head_dim), grid.packing.copied_rows
+    width, copied = _count_staged_columns(value_head_dim), grid.packing.copied_rows
     empty = state.total == 0.0
     total = jnp.where(empty, 1.0, state.total)
     values = state.values / broadcast_vector(total, state.values.shape, 0)
