@@ -11,6 +11,7 @@ over keys come in the shape that broadcasts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -45,21 +46,27 @@ class Block(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of one block."""
+    """Scores of one block. ``tanh``: what a soft cap takes, where a device's own is not exact."""
 
     problem: Problem
     block: Block
+    tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
+
+    def shift(self, dots: jax.Array) -> jax.Array:
+        """Return products with whole keys, where a cache has subtracted their center."""
+        if self.block.has("row_shift"):
+            dots = dots + self.block.of_rows("row_shift")
+        return dots
 
     def scores(self, dots: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Scores before the mask, and tanh(scaled products / cap) where there is a cap."""
         problem, ratio = self.problem, None
-        if self.block.has("row_shift"):
-            dots = dots + self.block.of_rows("row_shift")
+        dots = self.shift(dots)
         if problem.logits_soft_cap is None:
             scores = dots * (problem.scale * LOG2E)
         else:
             cap = problem.logits_soft_cap
-            ratio = jnp.tanh(dots * (problem.scale / cap))
+            ratio = self.tanh(dots * (problem.scale / cap))
             scores = ratio * (cap * LOG2E)
         for bias in self._biases():
             scores = scores + bias * LOG2E

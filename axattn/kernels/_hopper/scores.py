@@ -1,8 +1,4 @@
-"""One tile of scores in registers: what happens between Q K^T and the softmax, on the device.
-
-The order is that of `axattn._implementations.scores`, in units of log2 so that the softmax is exp2:
-
-    scores = log2(e) * (soft_cap(scale * q.k) + bias + alibi), then the mask
+"""What `axattn.kernels._scores` needs of one tile of scores, in registers.
 
 A tile is [64 rows, n] with queries along one axis (`q_axis`: 0 in the forward and the query's
 gradient, 1 in the keys' gradient) and keys along the other.
@@ -20,7 +16,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn._dropout import threefry
 from axattn._typing import present
 from axattn.kernels._hopper.primitives import (
     broadcast_vector,
@@ -29,6 +24,7 @@ from axattn.kernels._hopper.primitives import (
     make_index_tile,
 )
 from axattn.kernels._problem import LOG2E, Problem
+from axattn.kernels._scores import Scores
 
 # Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
 _PER_HEAD = ("row_bias", "row_slopes", "row_shift")
@@ -77,35 +73,40 @@ class ScoreTiles(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TileScores:
-    """Scores of one tile of rows against any block of keys."""
+class ScoreOperands:
+    """What the scores of one tile of rows need in registers, loaded at once or block by block.
+
+    A `_scores.Block`, once `select_block` has said which keys it has.
+    """
 
     problem: Problem
     gmem: Mapping[str, Any]
     rows: QueryRows
-    vectors: Mapping[str, jax.Array]
     shape: tuple[int, int]
     q_axis: int
+    vectors: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    kv_slot: jax.Array | None = None  # the block's first one
+    tiles: ScoreTiles = ScoreTiles()
 
-    @classmethod
-    def load(cls, problem: Problem, gmem: Mapping[str, Any], rows: QueryRows, shape, q_axis: int):
-        """Load all vectors over the rows, for many blocks of keys."""
-        return cls.load_for_full_blocks(problem, gmem, rows, shape, q_axis).load_bounds()
+    def load_row_vectors(self) -> ScoreOperands:
+        """Load what full blocks need, for many blocks of keys."""
+        return self._load(*_PER_HEAD, "q_positions")
 
-    @classmethod
-    def load_for_full_blocks(
-        cls, problem: Problem, gmem: Mapping[str, Any], rows: QueryRows, shape, q_axis: int
-    ):
-        """Load the vectors that full blocks need, for kernels short of registers."""
-        return cls(problem, gmem, rows, {}, shape, q_axis)._load(*_PER_HEAD, "q_positions")
-
-    def load_bounds(self) -> TileScores:
-        """Load the vectors that partial blocks need besides."""
+    def load_bounds(self) -> ScoreOperands:
+        """Load what partial blocks need besides, for many blocks of keys."""
         return self._load("low", "high", "q_segments")
 
-    def _load(self, *names: str) -> TileScores:
-        loaded = {name: self._load_rows(name) for name in names if name in self.gmem}
+    def _load(self, *names: str) -> ScoreOperands:
+        loaded = {name: self._load_row_vector(name) for name in names if name in self.gmem}
         return dataclasses.replace(self, vectors={**self.vectors, **loaded})
+
+    def select_block(self, kv_slot: jax.Array | None, tiles: ScoreTiles) -> Scores:
+        """Return the scores of a block of keys.
+
+        ``kv_slot`` is its first slot, which full blocks need only where `reads_keys`.
+        """
+        block = dataclasses.replace(self, kv_slot=kv_slot, tiles=tiles)
+        return Scores(self.problem, block, _tanh)
 
     @property
     def kv_axis(self) -> int:
@@ -122,156 +123,113 @@ class TileScores:
         """Whether full blocks, too, need to know which keys they have."""
         return bool({"key_bias", "slopes", "row_slopes", "dropout"} & set(self.gmem))
 
-    # ---- the scores ---------------------------------------------------------------------------
+    # ---- what `Scores` asks for ---------------------------------------------------------------
 
-    def shift(self, dots: jax.Array) -> jax.Array:
-        """Return the products with whole keys, where a cache has subtracted their center."""
-        if "row_shift" not in self.gmem:
-            return dots
-        return dots + self._over_queries(self._load_rows("row_shift"))
+    def has(self, name: str) -> bool:
+        if name == "slopes":
+            return "slopes" in self.gmem or "row_slopes" in self.gmem
+        return ("dropout" if name == "dropout_rows" else name) in self.gmem
 
-    def score(
-        self, dots: jax.Array, kv_slot: jax.Array | None, tiles: ScoreTiles
-    ) -> tuple[jax.Array, Any]:
-        """Return scores before the mask, and tanh(scaled products / cap) where there is a cap.
+    def of_rows(self, name: str) -> jax.Array:
+        """Return a tile of what each row has, or a number where all rows have the same."""
+        if name == "dropout_rows":
+            return self._count_dropout_rows()
+        if name == "slopes" and "slopes" in self.gmem:
+            return self._load_slopes()
+        vector = self._load_row_vector("row_slopes" if name == "slopes" else name)
+        return broadcast_vector(vector, self.shape, self.q_axis)
 
-        ``kv_slot`` is the block's first slot, which is not needed unless `reads_keys`.
-        """
-        problem, ratio = self.problem, None
-        if problem.logits_soft_cap is None:
-            scores = dots * (problem.scale * LOG2E)
+    def of_keys(self, name: str) -> jax.Array:
+        """Return a tile of what each key has."""
+        ref, rows = self.gmem[name], self.rows
+        slots = pl.ds(present(self.kv_slot), self.shape[self.kv_axis])
+        if name == "key_bias":
+            ref = ref.at[_index(ref, 0, rows.batch), _index(ref, 1, rows.head)].at[slots]
         else:
-            cap = problem.logits_soft_cap
-            ratio = _tanh(dots * (problem.scale / cap))
-            scores = ratio * (cap * LOG2E)
-        for bias in self._biases(kv_slot, tiles):
-            scores = scores + bias * LOG2E
-        return scores, ratio
+            ref = ref.at[_index(ref, 0, rows.batch), slots]
+        return broadcast_vector(load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
 
-    def _biases(self, kv_slot: jax.Array | None, tiles: ScoreTiles):
-        if tiles.bias is not None:
-            yield load_row_major(tiles.bias).astype(jnp.float32)
-        if "key_bias" in self.gmem:
-            ref = _vector_of_head(self.gmem["key_bias"], self.rows.batch, self.rows.head)
-            yield self._over_keys(ref.at[pl.ds(present(kv_slot), self.shape[self.kv_axis])])
-        if "row_bias" in self.gmem:
-            yield self._over_queries(self._load_rows("row_bias"))
-        if "slopes" in self.gmem or "row_slopes" in self.gmem:
-            # Press et al., arXiv 2108.12409, symmetric: -slope * |i - j|.
-            positions = self._kv_positions(present(kv_slot))
-            distance = self._over_queries(self._load_rows("q_positions")) - positions
-            yield jnp.abs(distance).astype(jnp.float32) * -self._slopes()
+    def tile(self, name: str) -> jax.Array:
+        """Load the bias in float32, or the mask in int32."""
+        dtype = jnp.float32 if name == "bias" else jnp.int32
+        return load_row_major(getattr(self.tiles, name)).astype(dtype)
 
-    def allow(self, kv_slot: jax.Array, tiles: ScoreTiles) -> jax.Array:
-        """Return the mask of a partial tile."""
-        positions = self._kv_positions(kv_slot)
-        allowed = positions < self._over_queries(self._load_rows("high"))
-        if "low" in self.gmem:
-            allowed &= positions >= self._over_queries(self._load_rows("low"))
-        if "q_segments" in self.gmem:
-            ids = self._over_keys(self._of_batch("kv_segments", kv_slot))
-            allowed &= ids == self._over_queries(self._load_rows("q_segments"))
-        if tiles.allowed is not None:
-            allowed &= load_row_major(tiles.allowed).astype(jnp.int32) != 0
-        return allowed
+    def slots(self) -> jax.Array:
+        return present(self.kv_slot) + make_index_tile(self.shape, self.kv_axis)
 
-    # ---- the weights and their gradients, from the LSE ----------------------------------------
+    def dropout_words(self) -> tuple[jax.Array, jax.Array]:
+        ref = self.gmem["dropout"]
+        return ref[jnp.int32(0)], ref[jnp.int32(1)]
 
-    def weigh(self, dots, lse, kv_slot, tiles: ScoreTiles, kept, *, partial: bool) -> TileWeights:
-        """Return the softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
-        if self.is_plain:
-            scores, ratio = dots * (self.problem.scale * LOG2E), None
-        else:
-            scores, ratio = self.score(dots, kv_slot, tiles)
-        weights = jnp.exp2(scores - self._over_queries(lse))
-        if partial:
-            weights = jnp.where(self.allow(kv_slot, tiles), weights, 0.0)
-        return TileWeights(self, weights, ratio, kept)
-
-    # ---- dropout ------------------------------------------------------------------------------
-
-    def keep(self, kv_slot: jax.Array | None) -> jax.Array | None:
-        """Return which weights dropout leaves, as `axattn._dropout.keep_tile` does; None: all."""
-        if "dropout" not in self.gmem:
-            return None
-        problem, ref = self.problem, self.gmem["dropout"]
-        size = self.shape[self.q_axis] // self.rows.heads
-        index = make_index_tile(self.shape, self.q_axis)
-        slots = self.rows.slot + (index if self.rows.heads == 1 else index & (size - 1))
-        if not problem.broadcast_dropout:
-            row = (self.rows.batch + ref[jnp.int32(2)]) * problem.num_heads + self.rows.head
-            head = row if self.rows.heads == 1 else row + lax.div(index, jnp.int32(size))
-            slots = head * problem.q_len + slots
-        columns = present(kv_slot) + make_index_tile(self.shape, self.kv_axis)
-        bits = threefry(ref[jnp.int32(0)], ref[jnp.int32(1)], slots, columns)
-        # Unsigned bits >= rate * 2^32, as a signed comparison.
-        threshold = min(round(problem.dropout_rate * 2**32), 2**32 - 1) - 2**31
-        return (bits ^ jnp.int32(-(2**31))) >= jnp.int32(threshold)
-
-    # ---- places -------------------------------------------------------------------------------
-
-    def _slopes(self) -> jax.Array:
-        """Of the tile's head a scalar; of its heads or rows a tile."""
-        if "row_slopes" in self.gmem:
-            return self._over_queries(self._load_rows("row_slopes"))
-        rows = self.rows
-        slopes = self.gmem["slopes"].at[_index(self.gmem["slopes"], 0, rows.batch)]
-        if rows.heads == 1:
-            return slopes[rows.head]
-        return self._over_queries(make_head_vector(slopes, rows, self.shape[self.q_axis]))
-
-    def _kv_positions(self, kv_slot: jax.Array) -> jax.Array:
-        if "kv_positions" in self.gmem:
-            return self._over_keys(self._of_batch("kv_positions", kv_slot))
-        return kv_slot + make_index_tile(self.shape, self.kv_axis)
-
-    def _load_rows(self, name: str) -> jax.Array:
-        """A vector over the rows of this tile."""
+    def _load_row_vector(self, name: str) -> jax.Array:
+        """Return a vector over the rows of this tile."""
         if name in self.vectors:
             return self.vectors[name]
         ref, rows = self.gmem[name], self.rows
         if name in _PER_HEAD:
-            ref = _vector_of_head(ref, rows.batch, rows.head)
+            ref = ref.at[_index(ref, 0, rows.batch), _index(ref, 1, rows.head)]
         else:
             ref = ref.at[_index(ref, 0, rows.batch)]
         slots = pl.ds(rows.place, self.shape[self.q_axis])
         return load_vector(ref.at[slots], self.q_axis)
 
-    def _of_batch(self, name: str, kv_slot: jax.Array):
-        ref = self.gmem[name]
-        size = self.shape[self.kv_axis]
-        return ref.at[_index(ref, 0, self.rows.batch), pl.ds(kv_slot, size)]
-
-    def _over_keys(self, ref) -> jax.Array:
-        return broadcast_vector(load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
-
-    def _over_queries(self, vector: jax.Array) -> jax.Array:
+    def _load_slopes(self) -> jax.Array:
+        """Return the slope of the tile's head, or a tile of its heads' slopes."""
+        rows, ref = self.rows, self.gmem["slopes"]
+        slopes = ref.at[_index(ref, 0, rows.batch)]
+        if rows.heads == 1:
+            return slopes[rows.head]
+        vector = make_head_vector(slopes, rows, self.shape[self.q_axis])
         return broadcast_vector(vector, self.shape, self.q_axis)
+
+    def _count_dropout_rows(self) -> jax.Array:
+        """Return each row's number among all that dropout has bits for."""
+        problem, rows = self.problem, self.rows
+        size = self.shape[self.q_axis] // rows.heads
+        index = make_index_tile(self.shape, self.q_axis)
+        slots = rows.slot + (index if rows.heads == 1 else index & (size - 1))
+        if problem.broadcast_dropout:
+            return slots
+        first_row = self.gmem["dropout"][jnp.int32(2)]
+        head = (rows.batch + first_row) * problem.num_heads + rows.head
+        if rows.heads > 1:
+            head = head + lax.div(index, jnp.int32(size))
+        return head * problem.q_len + slots
+
+    # ---- the weights and their gradients, from the LSE ----------------------------------------
+
+    def weigh(self, scores: Scores, dots, lse, kept, *, partial: bool) -> TileWeights:
+        """Return the softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
+        ratio = None
+        if self.is_plain:
+            found = dots * (self.problem.scale * LOG2E)
+        else:
+            found, ratio = scores.scores(dots)
+        weights = jnp.exp2(found - broadcast_vector(lse, self.shape, self.q_axis))
+        if partial:
+            weights = jnp.where(scores.allowed(), weights, 0.0)
+        return TileWeights(scores, weights, ratio, kept, self.q_axis)
 
 
 class TileWeights(NamedTuple):
     """Softmax weights of one tile, and what their gradients need."""
 
-    scores: TileScores
+    scores: Scores
     weights: jax.Array
     ratio: jax.Array | None  # tanh of the capped scores
     kept: jax.Array | None
+    q_axis: int
 
     def drop(self) -> jax.Array:
         """Return the weights after dropout, which the values were multiplied with."""
-        return self._drop(self.weights)
+        return self.scores.thinned(self.weights, self.kept)
 
     def differentiate(self, dweights: jax.Array, delta: jax.Array) -> jax.Array:
         """Return gradients of the scaled products, from those of the weights after dropout."""
-        dweights = self._drop(dweights)
-        dscores = self.weights * (dweights - self.scores._over_queries(delta))
+        dweights = self.scores.thinned(dweights, self.kept)
+        delta = broadcast_vector(delta, dweights.shape, self.q_axis)
+        dscores = self.weights * (dweights - delta)
         return dscores if self.ratio is None else dscores * (1.0 - self.ratio * self.ratio)
-
-    def _drop(self, weights: jax.Array) -> jax.Array:
-        if self.kept is None:
-            return weights
-        share = 1.0 / (1.0 - self.scores.problem.dropout_rate)
-        return jnp.where(self.kept, weights * share, 0.0)
 
 
 def make_head_vector(ref, rows: QueryRows, size: int) -> jax.Array:
@@ -289,10 +247,6 @@ def make_head_vector(ref, rows: QueryRows, size: int) -> jax.Array:
 def _index(ref, axis: int, index: jax.Array) -> jax.Array:
     """Return ``index``, or 0 for an axis that broadcasts."""
     return index if ref.shape[axis] > 1 else jnp.int32(0)
-
-
-def _vector_of_head(ref, batch: jax.Array, head: jax.Array):
-    return ref.at[_index(ref, 0, batch), _index(ref, 1, head)]
 
 
 def _tanh(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from axattn.kernels._hopper.primitives import (
     make_opaque,
     make_zeros,
 )
-from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.scores import ScoreOperands, ScoreTiles
 from axattn.kernels._problem import LOG2E
 
 
@@ -46,7 +46,7 @@ class SoftmaxStep(NamedTuple):
 
 
 def update_softmax(
-    scores: TileScores,
+    operands: ScoreOperands,
     state: OnlineSoftmax,
     dots: jax.Array,
     kv_slot: jax.Array | None,
@@ -59,23 +59,22 @@ def update_softmax(
 
     ``kv_slot`` is the first slot of the block, which partial blocks need and some scores.
     """
-    shape = dots.shape
+    shape, scores = dots.shape, operands.select_block(kv_slot, tiles)
     if scales.key is not None:
         dots = dots * broadcast_vector(scales.key(), shape, 1)
-    dots, factor = scores.shift(dots), 1.0
-    if scores.is_plain:
-        factor = scores.problem.scale * LOG2E
+    if operands.is_plain:
+        dots, factor = scores.shift(dots), operands.problem.scale * LOG2E
     else:
-        dots, _ = scores.score(dots, kv_slot, tiles)
+        (dots, _), factor = scores.scores(dots), 1.0
     if partial:
-        dots = jnp.where(scores.allow(present(kv_slot), tiles), dots, -jnp.inf)
+        dots = jnp.where(scores.allowed(), dots, -jnp.inf)
     top = jnp.maximum(state.top, dots.max(axis=1) * factor)
     # The maximum of a row without keys is -inf, and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp2(dots * factor - broadcast_vector(shift, shape, 0))
     decay = jnp.exp2(state.top - shift)
     total = state.total * decay + weights.sum(axis=1)
-    kept = scores.keep(kv_slot)
+    kept = scores.kept()
     if kept is not None:
         weights = jnp.where(kept, weights, 0.0)
     if scales.value is not None:
@@ -83,6 +82,6 @@ def update_softmax(
         if partial:
             # The scale of an unused slot may be NaN. The mask is computed again: keeping it would
             # take registers.
-            allowed = scores.allow(make_opaque(present(kv_slot)), tiles)
-            weights = jnp.where(allowed, weights, 0.0)
+            scores = operands.select_block(make_opaque(present(kv_slot)), tiles)
+            weights = jnp.where(scores.allowed(), weights, 0.0)
     return SoftmaxStep(weights, decay, top, total)

@@ -46,7 +46,7 @@ from axattn.kernels._hopper.primitives import (
     sync_warpgroups,
     transpose,
 )
-from axattn.kernels._hopper.scores import ScoreTiles, TileScores, make_head_vector
+from axattn.kernels._hopper.scores import ScoreOperands, ScoreTiles, make_head_vector
 from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
 from axattn.kernels._problem import LOG2E, Problem
 
@@ -188,7 +188,8 @@ def _consume_forward(wg: FlashWarpgroup) -> None:
     for member in range(grid.pack):
         buffer = wg.select_buffer("query").at[grid.select_head_rows(member)]
         plgpu.copy_gmem_to_smem(wg.select_rows("query", member), buffer, query_full)
-    scores = TileScores.load(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    operands = ScoreOperands(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    operands = operands.load_row_vectors().load_bounds()
     ping_pong = PingPong(smem["schedule"], grid.warpgroups, wg.warpgroup)
     plgpu.barrier_wait(query_full)
 
@@ -204,10 +205,10 @@ def _consume_forward(wg: FlashWarpgroup) -> None:
             smem["key"].release(n)
 
         # Softmax.
-        kv_slot = block_map.block(n) * grid.block_kv if partial or scores.reads_keys else None
+        kv_slot = block_map.block(n) * grid.block_kv if partial or operands.reads_keys else None
         tiles = ScoreTiles.wait(smem, n, pl.ds(wg.warpgroup * ROWS, ROWS))
         scales = kv.make_scale_loaders(smem, n, grid.block_kv)
-        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        new = update_softmax(operands, state, dots, kv_slot, tiles, scales, partial=partial)
         ScoreTiles.release(smem, n)
         values = state.values * broadcast_vector(new.decay, state.values.shape, 0)
         weights = new.weights.astype(problem.dtype)

@@ -42,7 +42,7 @@ from axattn.kernels._hopper.primitives import (
     sync_warpgroups,
     transpose,
 )
-from axattn.kernels._hopper.scores import QueryRows, ScoreTiles, TileScores
+from axattn.kernels._hopper.scores import QueryRows, ScoreOperands, ScoreTiles
 from axattn.kernels._problem import Problem, cdiv
 
 
@@ -257,17 +257,18 @@ def _consume_key_grad(wg: KeyGradWarpgroup, *, has_dkey: bool, has_dvalue: bool)
     def step(member, n, sums: tuple, *, partial: bool) -> tuple:
         dkey, dvalue = sums
         index = member * block_map.total + n
-        scores = TileScores(problem, wg.gmem, wg.locate_rows(member, n), {}, shape, q_axis=1)
+        operands = ScoreOperands(problem, wg.gmem, wg.locate_rows(member, n), shape, q_axis=1)
         # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
         tiles = ScoreTiles.wait(smem, index, pl.ds(tile.key_tile * ROWS, ROWS))
-        kept = scores.keep(tile.slot)
+        scores = operands.select_block(tile.slot, tiles)
+        kept = scores.kept()
 
         # Keys times queries.
         query, lse = smem["query"].wait(index)
         key_tile = make_opaque(tile.key_tile)
         dots = multiply(smem["key"].at[key_tile], transpose(query))
         lse = load_vector(lse, 1)
-        weights = scores.weigh(dots, lse, tile.slot, tiles, kept, partial=partial)
+        weights = operands.weigh(scores, dots, lse, kept, partial=partial)
         ScoreTiles.release(smem, index)
 
         # Weights times gradients of the output, which are multiplied with the values, too.

@@ -39,7 +39,7 @@ from axattn.kernels._hopper.primitives import (
     round_up_length,
     transpose,
 )
-from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.scores import ScoreOperands, ScoreTiles
 from axattn.kernels._problem import Problem
 
 
@@ -144,15 +144,17 @@ def _consume_query_grad(wg: FlashWarpgroup) -> None:
     rows_full = wg.select_buffer("rows_full")
     plgpu.copy_gmem_to_smem(wg.select_rows("query"), wg.select_buffer("query"), rows_full)
     plgpu.copy_gmem_to_smem(wg.select_rows("dout"), wg.select_buffer("dout"), rows_full)
-    scores = TileScores.load(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    operands = ScoreOperands(problem, wg.gmem, wg.tile.rows, (ROWS, grid.block_kv), q_axis=0)
+    operands = operands.load_row_vectors().load_bounds()
     lse, delta = (load_vector(wg.select_vector(name), 0) for name in ("lse2", "delta"))
     plgpu.barrier_wait(rows_full)
 
     def step(n, dquery: jax.Array, *, partial: bool) -> jax.Array:
-        kv_slot = block_map.block(n) * grid.block_kv if partial or scores.reads_keys else None
+        kv_slot = block_map.block(n) * grid.block_kv if partial or operands.reads_keys else None
         # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
         tiles = ScoreTiles.wait(smem, n, pl.ds(wg.warpgroup * ROWS, ROWS))
-        kept = scores.keep(kv_slot)
+        scores = operands.select_block(kv_slot, tiles)
+        kept = scores.kept()
 
         # Queries times keys, and gradients of the output times values.
         key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers
@@ -161,10 +163,10 @@ def _consume_query_grad(wg: FlashWarpgroup) -> None:
         of_weights = smem["dout"].at[index], transpose(value)
         if tiles == ScoreTiles():
             dots, dweights = multiply_both(of_scores, of_weights)
-            weights = scores.weigh(dots, lse, kv_slot, tiles, kept, partial=partial)
+            weights = operands.weigh(scores, dots, lse, kept, partial=partial)
         else:
             dots = multiply(*of_scores)
-            weights = scores.weigh(dots, lse, kv_slot, tiles, kept, partial=partial)
+            weights = operands.weigh(scores, dots, lse, kept, partial=partial)
             dweights = multiply(*of_weights)
         smem["value"].release(n)
         ScoreTiles.release(smem, n)

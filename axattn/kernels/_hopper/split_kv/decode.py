@@ -36,7 +36,7 @@ from axattn.kernels._hopper.primitives import (
     rem,
     transpose,
 )
-from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.scores import ScoreOperands, ScoreTiles
 from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
 from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
 from axattn.kernels._hopper.split_kv.mainloop import (
@@ -143,7 +143,8 @@ def _consume_decode(wg: SplitKVWarpgroup, split: KVSplit) -> None:
     """Attend to every n-th block of a split, where there are n consumers, and write the result."""
     grid, smem, kv, problem = wg.grid, wg.smem, wg.grid.kv, wg.grid.problem
     rows, shape = wg.locate_rows(split), (ROWS, grid.block_kv)
-    scores = TileScores.load(problem, wg.gmem, rows, shape, q_axis=0)
+    operands = ScoreOperands(problem, wg.gmem, rows, shape, q_axis=0)
+    operands = operands.load_row_vectors().load_bounds()
     smem["query"].wait(split.index)
 
     def step(turn, state: OnlineSoftmax, *, partial: bool) -> OnlineSoftmax:
@@ -162,7 +163,7 @@ def _consume_decode(wg: SplitKVWarpgroup, split: KVSplit) -> None:
         tiles = ScoreTiles.wait(smem, n, pl.ds(0, ROWS))
         value = smem["value"].wait(n)
         scales = kv.make_scale_loaders(smem, n, grid.block_kv)
-        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        new = update_softmax(operands, state, dots, kv_slot, tiles, scales, partial=partial)
         # Threads have read the codes of the keys, and now their scales, too.
         ScoreTiles.release(smem, n, *(["key"] if kv.is_quantized else []))
 

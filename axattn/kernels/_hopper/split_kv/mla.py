@@ -46,7 +46,7 @@ from axattn.kernels._hopper.primitives import (
     sync_warpgroups,
     transpose,
 )
-from axattn.kernels._hopper.scores import ScoreTiles, TileScores
+from axattn.kernels._hopper.scores import ScoreOperands, ScoreTiles
 from axattn.kernels._hopper.softmax import OnlineSoftmax, update_softmax
 from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
 from axattn.kernels._hopper.split_kv.mainloop import (
@@ -157,10 +157,10 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
     """The first warpgroup: scores, softmax, and the first half of the values."""
     grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, split.block_map
     rows, shape, half = wg.locate_rows(split), (ROWS, grid.block_kv), _select_half(wg, 0)
-    scores = TileScores.load_for_full_blocks(problem, wg.gmem, rows, shape, q_axis=0)
+    operands = ScoreOperands(problem, wg.gmem, rows, shape, q_axis=0).load_row_vectors()
     smem["query"].wait(split.index)
 
-    def step(i, state: OnlineSoftmax, *, scores: TileScores, partial: bool) -> OnlineSoftmax:
+    def step(i, state: OnlineSoftmax, *, operands: ScoreOperands, partial: bool):
         n = split.base + i
         kv_slot = block_map.block(split.first + i) * grid.block_kv
 
@@ -171,7 +171,7 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
         # Softmax.
         tiles = ScoreTiles.wait(smem, n, pl.ds(0, ROWS))
         scales = grid.kv.make_scale_loaders(smem, n, grid.block_kv)
-        new = update_softmax(scores, state, dots, kv_slot, tiles, scales, partial=partial)
+        new = update_softmax(operands, state, dots, kv_slot, tiles, scales, partial=partial)
         ScoreTiles.release(smem, n)
         weights, decay, top, total = lax.optimization_barrier(
             (new.weights.astype(problem.dtype), new.decay, new.top, new.total)
@@ -193,9 +193,9 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
 
     full = jnp.clip(block_map.full - split.first, 0, split.count)
     state = OnlineSoftmax.create(len(half))
-    state = lax.fori_loop(0, full, functools.partial(step, scores=scores, partial=False), state)
+    state = lax.fori_loop(0, full, functools.partial(step, operands=operands, partial=False), state)
     if grid.masked:
-        with_bounds = functools.partial(step, scores=scores.load_bounds(), partial=True)
+        with_bounds = functools.partial(step, operands=operands.load_bounds(), partial=True)
         state = lax.fori_loop(full, split.count, with_bounds, state)
     smem["query"].release(split.index)
 
