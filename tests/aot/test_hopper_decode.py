@@ -102,7 +102,7 @@ LATENT = [("paged", "bfloat16", "plain"), ("dense", "float8_e4m3fn", "capped")]
 def test_latent_decode_does_not_spill(kind, dtype, feature):
     features = dict(logits_soft_cap=30.0, local_window_size=(512, 0)) if feature == "capped" else {}
     options = dict(K=1, N=128, H=576, value_head_dim=512, values_in_keys=True, dtype=dtype)
-    check(reports(kind, features=features, **options), "axattn_latent_decode")
+    check(reports(kind, features=features, **options), "axattn_mla_decode")
 
 
 PREFILLED = [(("dense", 64), "bfloat16", 256), (("paged", 16), "int8", 128)]

@@ -21,24 +21,28 @@ Arrays = Mapping[str, Any]
 BlockShape = tuple[int, int]  # query rows, keys
 
 
-def forward(call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: BlockShape) -> Estimate:
+def estimate_forward(
+    call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: BlockShape
+) -> Estimate:
     """Estimate the forward kernel: two products."""
-    return _count_products(call, arrays, out, block, "q", head=1, value=1)
+    return _estimate_products(call, arrays, out, block, "q", head=1, value=1)
 
 
-def query_grad(call: AttentionCall, arrays: Arrays, out: Any, block: BlockShape) -> Estimate:
+def estimate_query_grad(
+    call: AttentionCall, arrays: Arrays, out: Any, block: BlockShape
+) -> Estimate:
     """Estimate three products: scores, gradients of weights and of queries."""
-    return _count_products(call, arrays, [out], block, "q", head=2, value=1)
+    return _estimate_products(call, arrays, [out], block, "q", head=2, value=1)
 
 
-def key_grad(
+def estimate_key_grad(
     call: AttentionCall, arrays: Arrays, out: Sequence[Any], block: BlockShape, *, split: bool
 ) -> Estimate:
     """Estimate four products, or (``split``) five: both warpgroups compute the scores."""
-    return _count_products(call, arrays, out, block, "kv", head=3 if split else 2, value=2)
+    return _estimate_products(call, arrays, out, block, "kv", head=3 if split else 2, value=2)
 
 
-def _count_products(call, arrays, out, block, major: str, *, head: int, value: int) -> Estimate:
+def _estimate_products(call, arrays, out, block, major: str, *, head: int, value: int) -> Estimate:
     """Estimate ``head`` products over the head size, and ``value`` over that of the values."""
     block_q, block_kv = block
     blocks = int(blocks_per_tile(call, block_q, block_kv, major).sum())
@@ -50,13 +54,13 @@ def _count_products(call, arrays, out, block, major: str, *, head: int, value: i
     )
 
 
-def decode(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> Estimate:
+def estimate_decode(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> Estimate:
     """Estimate a decode kernel: both products over all slots, without padded rows."""
     all_keys = _cost.over_all_keys(call)
     return dataclasses.replace(all_keys, bytes_accessed=_count_bytes(call, arrays, out))
 
 
-def combine(out: Sequence[Any], *, results: int, size: int) -> Estimate:
+def estimate_combine(out: Sequence[Any], *, results: int, size: int) -> Estimate:
     """Estimate a weighted sum of ``results`` float32 vectors of ``size`` numbers with LSEs."""
     return Estimate(
         flops=2 * results * size,

@@ -37,11 +37,15 @@ def visited(options):
 def test_flops_are_those_of_the_blocks_that_are_visited(mask):
     call = make_call(B, T, S, N, K, H, h, **MASKS[mask])
     pairs = visited(MASKS[mask])
-    forward = cost.forward(call, {}, [], BLOCK)
+    forward = cost.estimate_forward(call, {}, [], BLOCK)
     assert (forward.flops, forward.transcendentals) == (2 * pairs * (H + h), pairs)
-    assert cost.query_grad(call, {}, call.query, BLOCK).flops == 2 * pairs * (2 * H + h)
-    assert cost.key_grad(call, {}, [], BLOCK, split=False).flops == 2 * pairs * (2 * H + 2 * h)
-    assert cost.key_grad(call, {}, [], BLOCK, split=True).flops == 2 * pairs * (3 * H + 2 * h)
+    assert cost.estimate_query_grad(call, {}, call.query, BLOCK).flops == 2 * pairs * (2 * H + h)
+    assert cost.estimate_key_grad(call, {}, [], BLOCK, split=False).flops == 2 * pairs * (
+        2 * H + 2 * h
+    )
+    assert cost.estimate_key_grad(call, {}, [], BLOCK, split=True).flops == 2 * pairs * (
+        3 * H + 2 * h
+    )
 
 
 def test_positions_are_data_and_a_soft_cap_is_a_function_more():
@@ -49,7 +53,7 @@ def test_positions_are_data_and_a_soft_cap_is_a_function_more():
     call = make_call(
         B, T, S, N, K, H, h, is_causal=True, q_positions=positions, logits_soft_cap=9.0
     )
-    found = cost.forward(call, {}, [], BLOCK)
+    found = cost.estimate_forward(call, {}, [], BLOCK)
     assert (found.flops, found.transcendentals) == (2 * visited({}) * (H + h), 2 * visited({}))
 
 
@@ -58,7 +62,7 @@ def test_every_array_counts_once():
     arrays = {"query": call.query, "key": call.key, "value": call.value, "high": jnp.zeros(8, int)}
     out = jax.ShapeDtypeStruct((B, T, N, h), jnp.float16)
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    found = cost.forward(call, arrays, [out, lse], BLOCK).bytes_accessed
+    found = cost.estimate_forward(call, arrays, [out, lse], BLOCK).bytes_accessed
     keys = 2 * B * S * K * (H + h)
     assert found == keys + 2 * B * T * N * (H + h) + 4 * B * N * T + arrays["high"].nbytes
 
@@ -70,12 +74,12 @@ def test_pages_of_other_sequences_do_not_count(dtype, slot):
     keys = B * K * 4 * 16 * slot
     assert shared.key_bytes(call) == keys
     arrays = {"key": cache.arrays.keys, "query": call.query}
-    found = cost.decode(call, arrays, [])
+    found = cost.estimate_decode(call, arrays, [])
     assert found.bytes_accessed == keys + call.query.nbytes
     assert found.flops == 2 * B * N * 4 * 16 * 2 * H
 
 
 def test_splits_are_combined_once():
-    found = cost.combine([jnp.zeros((2, 1, 8, 64))], results=5 * 8, size=64)
+    found = cost.estimate_combine([jnp.zeros((2, 1, 8, 64))], results=5 * 8, size=64)
     assert (found.flops, found.transcendentals) == (2 * 5 * 8 * 64, 5 * 8)
     assert found.bytes_accessed == 4 * (5 * 8 * 64 + 5 * 8 + 2 * 8 * 64)

@@ -182,7 +182,7 @@ CALLS = {
 def test_every_handover_is_fenced(hopper, name):
     found = {kernel: Walk(jaxpr) for kernel, jaxpr in CALLS[name]().items()}
     assert {kernel: walk.faults for kernel, walk in found.items()} == dict.fromkeys(found, [])
-    assert all(walk.freed for kernel, walk in found.items() if kernel != "axattn_merge")
+    assert all(walk.freed for kernel, walk in found.items() if kernel != "axattn_combine")
 
 
 @pytest.mark.parametrize("name", [*ci("decode of int8"), "arrays"])

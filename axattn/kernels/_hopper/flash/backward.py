@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn.kernels import _backward_inputs as gradients
+from axattn.kernels import _backward_inputs
 from axattn.kernels._hopper.block_sizes import BackwardBlockSizes
 from axattn.kernels._hopper.flash.key_grad import key_grad
 from axattn.kernels._hopper.flash.query_grad import query_grad
@@ -33,12 +33,12 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return the gradients of query, key, value and sinks, each in its input's dtype."""
-    delta = gradients.row_deltas(out, dout, dlse)
+    delta = _backward_inputs.row_deltas(out, dout, dlse)
     problem = Problem.of(call, interpret=interpret)
     operands = gather_backward_operands(call, lse, dout, delta)
     dquery = query_grad(problem, operands, sizes.query)
     dkey, dvalue = key_grad(problem, operands, sizes.key)
-    return dquery, dkey, dvalue, gradients.of_sinks(call, lse, delta)
+    return dquery, dkey, dvalue, _backward_inputs.of_sinks(call, lse, delta)
 
 
 def gather_backward_operands(
@@ -53,11 +53,11 @@ def gather_backward_operands(
       delta: rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``.
     """
     operands, rows = gather_operands(call), get_vector_length(call.q_len)
-    given = gradients.given(call, lse, dout, delta)
+    inputs = _backward_inputs.given(call, lse, dout, delta)
     more = {
-        "dout": pad_rows(call, given.dout, round_up_length(call.q_len)),
-        "lse2": _pad_vector(given.lse2, rows, jnp.inf),
-        "delta": _pad_vector(given.delta, rows, 0.0),
+        "dout": pad_rows(call, inputs.dout, round_up_length(call.q_len)),
+        "lse2": _pad_vector(inputs.lse2, rows, jnp.inf),
+        "delta": _pad_vector(inputs.delta, rows, 0.0),
     }
     return dataclasses.replace(operands, arrays={**operands.arrays, **more})
 

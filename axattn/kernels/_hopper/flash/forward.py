@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
-from axattn.kernels import _block_map as visits
+from axattn.kernels import _block_map
 from axattn.kernels._hopper import cost
 from axattn.kernels._hopper.block_sizes import ForwardBlockSizes
 from axattn.kernels._hopper.dequantize import (
@@ -61,7 +61,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=True)
-    block_map = visits.of_queries(operands.call, grid.block_q, grid.block_kv)
+    block_map = _block_map.of_queries(operands.call, grid.block_q, grid.block_kv)
     arrays = dict(operands.arrays)
     for name in _ROW_VECTORS:
         if name in arrays:
@@ -90,7 +90,7 @@ def forward(
         scratch=scratch,
         programs=grid.programs,
         warpgroups=grid.warpgroups + 1,
-        cost=cost.forward(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
+        cost=cost.estimate_forward(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
         interpret=problem.interpret,
         reduction_bytes=REDUCTION_BYTES,
     )(*arrays.values())
@@ -122,9 +122,11 @@ def declare_forward_scratch(
     def declare_operand(size):
         return declare_swizzled((1, keys, size), dtype, keys) if kv.is_quantized else None
 
-    out = None  # in the query's place
-    if head_dim != value_head_dim:
+    out = schedule = None
+    if head_dim != value_head_dim:  # else the output takes the query's place
         out = declare_swizzled((groups, ROWS, value_head_dim), dtype, ROWS)
+    if groups == 2 and not kv.is_prepared:  # who prepares blocks together cannot alternate
+        schedule = plgpu.Barrier(num_arrivals=groups)
     return {
         "query": declare_swizzled((groups, ROWS, head_dim), dtype, keys),
         "out": out,
@@ -136,10 +138,7 @@ def declare_forward_scratch(
         "bias": declare_score_tile("bias"),
         "allowed": declare_score_tile("allowed"),
         "query_full": plgpu.Barrier(num_arrivals=pack, num_barriers=groups),
-        # Warpgroups that prepare blocks together cannot alternate.
-        "schedule": plgpu.Barrier(num_arrivals=groups)
-        if groups == 2 and not kv.is_prepared
-        else None,
+        "schedule": schedule,
         "sync": plgpu.Barrier(num_arrivals=groups) if kv.is_prepared else None,
     }
 
@@ -234,8 +233,8 @@ def _consume_forward(wg: FlashWarpgroup) -> None:
     ping_pong.start()
     state = lax.fori_loop(0, block_map.full, functools.partial(step, partial=False), state)
     if grid.masked:
-        partial = functools.partial(step, partial=True)
-        state = lax.fori_loop(block_map.full, block_map.total, partial, state)
+        partial_step = functools.partial(step, partial=True)
+        state = lax.fori_loop(block_map.full, block_map.total, partial_step, state)
     ping_pong.end()
     _write_forward(wg, state)
 

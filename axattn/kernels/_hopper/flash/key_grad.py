@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
-from axattn.kernels import _block_map as visits
+from axattn.kernels import _block_map
 from axattn.kernels._hopper import cost
 from axattn.kernels._hopper.block_sizes import KeyGradBlockSizes
 from axattn.kernels._hopper.operands import HopperOperands, transpose_score_tiles
@@ -102,7 +102,7 @@ def key_grad(
     call = operands.call
     masked = bool(call.mask.parts) or call.kv_positions is not None
     grid = KeyGradGrid(problem, sizes, masked)
-    block_map = visits.of_keys(call, sizes.block_q, grid.block_kv)
+    block_map = _block_map.of_keys(call, sizes.block_q, grid.block_kv)
     arrays = {**operands.arrays, **block_map.arrays()}
     shape = (problem.batch, round_up_length(problem.kv_len), problem.num_kv_heads)
     out = tuple(
@@ -123,7 +123,9 @@ def key_grad(
         scratch=scratch,
         programs=grid.programs,
         warpgroups=sizes.warpgroups + 1,
-        cost=cost.key_grad(call, arrays, out, (sizes.block_q, grid.block_kv), split=sizes.split),
+        cost=cost.estimate_key_grad(
+            call, arrays, out, (sizes.block_q, grid.block_kv), split=sizes.split
+        ),
         interpret=problem.interpret,
     )(*arrays.values())
     return dkey[:, : problem.kv_len], dvalue[:, : problem.kv_len]
@@ -176,7 +178,7 @@ class KeyGradWarpgroup(NamedTuple):
     gmem: Mapping[str, Any]
     smem: Mapping[str, Any]
     tile: KeyTile
-    block_map: visits.Visits
+    block_map: _block_map.Visits
 
     def select_buffer(self, name: str) -> Any:
         """Return this warpgroup's part of shared memory ``[key_tiles, ...]``."""
@@ -198,7 +200,7 @@ def _key_grad_body(grid: KeyGradGrid, names: tuple[str, ...], *refs, **smem) -> 
     gmem = dict(zip((*names, "dkey", "dvalue"), refs, strict=True))
     warpgroup, groups = lax.axis_index("warpgroup"), grid.sizes.warpgroups
     tile = grid.locate(lax.axis_index("program"), warpgroup)
-    block_map = visits.Visits.load(gmem, tile.batch, tile.block)
+    block_map = _block_map.Visits.load(gmem, tile.batch, tile.block)
     wg = KeyGradWarpgroup(grid, gmem, smem, tile, block_map)
 
     def consume(**gradients):
@@ -273,16 +275,16 @@ def _consume_key_grad(wg: KeyGradWarpgroup, *, has_dkey: bool, has_dvalue: bool)
 
         # Weights times gradients of the output, which are multiplied with the values, too.
         dout, delta = smem["dout"].wait(index)
-        of_weights = smem["value"].at[key_tile], transpose(dout)
+        value_dout = smem["value"].at[key_tile], transpose(dout)
         if has_dvalue:
             dropped = weights.drop().astype(problem.dtype)
         if not has_dkey:
             dvalue = multiply_add(present(dvalue), dropped, dout, interpret=interpret)
         elif not has_dvalue:
-            dweights = multiply(*of_weights)
+            dweights = multiply(*value_dout)
         else:
             dvalue, dweights = multiply_add_then_multiply(
-                dvalue, dropped, dout, of_weights, interpret=interpret
+                dvalue, dropped, dout, value_dout, interpret=interpret
             )
 
         # Gradients of the scores times queries.
@@ -297,12 +299,12 @@ def _consume_key_grad(wg: KeyGradWarpgroup, *, has_dkey: bool, has_dvalue: bool)
         return dkey, dvalue
 
     def add_head(member, sums):
-        full = functools.partial(step, member, partial=False)
-        sums = lax.fori_loop(0, block_map.full, full, sums)
+        full_step = functools.partial(step, member, partial=False)
+        sums = lax.fori_loop(0, block_map.full, full_step, sums)
         if not grid.masked:
             return sums
-        partial = functools.partial(step, member, partial=True)
-        return lax.fori_loop(block_map.full, block_map.total, partial, sums)
+        partial_step = functools.partial(step, member, partial=True)
+        return lax.fori_loop(block_map.full, block_map.total, partial_step, sums)
 
     dkey = make_zeros((ROWS, problem.head_dim)) if has_dkey else None
     dvalue = make_zeros((ROWS, problem.value_head_dim)) if has_dvalue else None

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from axattn.kernels import _block_map as visits
+from axattn.kernels import _block_map
 from axattn.kernels._hopper import cost
 from axattn.kernels._hopper.block_sizes import QueryGradBlockSizes
 from axattn.kernels._hopper.flash.grid import FlashGrid, FlashWarpgroup
@@ -46,7 +46,7 @@ from axattn.kernels._problem import Problem
 def query_grad(problem: Problem, operands: HopperOperands, sizes: QueryGradBlockSizes) -> jax.Array:
     """Return dQ ``[B, T, N, H]``; ``operands`` have ``dout``, ``lse2`` and ``delta`` besides."""
     grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=False)
-    block_map = visits.of_queries(operands.call, grid.block_q, grid.block_kv)
+    block_map = _block_map.of_queries(operands.call, grid.block_q, grid.block_kv)
     arrays = {**operands.arrays, **block_map.arrays()}
     rows = round_up_length(problem.q_len)
     shape = (problem.batch, rows, problem.num_heads, problem.head_dim)
@@ -66,7 +66,7 @@ def query_grad(problem: Problem, operands: HopperOperands, sizes: QueryGradBlock
         scratch=scratch,
         programs=grid.programs,
         warpgroups=grid.warpgroups + 1,
-        cost=cost.query_grad(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
+        cost=cost.estimate_query_grad(operands.call, arrays, out, (grid.block_q, grid.block_kv)),
         interpret=problem.interpret,
     )(*arrays.values())
     return dquery[:, : problem.q_len]
@@ -159,15 +159,15 @@ def _consume_query_grad(wg: FlashWarpgroup) -> None:
         # Queries times keys, and gradients of the output times values.
         key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers
         index = make_opaque(wg.warpgroup)
-        of_scores = smem["query"].at[index], transpose(key)
-        of_weights = smem["dout"].at[index], transpose(value)
+        query_key = smem["query"].at[index], transpose(key)
+        dout_value = smem["dout"].at[index], transpose(value)
         if tiles == ScoreTiles():
-            dots, dweights = multiply_both(of_scores, of_weights)
+            dots, dweights = multiply_both(query_key, dout_value)
             weights = operands.weigh(scores, dots, lse, kept, partial=partial)
         else:
-            dots = multiply(*of_scores)
+            dots = multiply(*query_key)
             weights = operands.weigh(scores, dots, lse, kept, partial=partial)
-            dweights = multiply(*of_weights)
+            dweights = multiply(*dout_value)
         smem["value"].release(n)
         ScoreTiles.release(smem, n)
 
@@ -180,8 +180,8 @@ def _consume_query_grad(wg: FlashWarpgroup) -> None:
     dquery = make_zeros((ROWS, problem.head_dim))
     dquery = lax.fori_loop(0, block_map.full, functools.partial(step, partial=False), dquery)
     if grid.masked:
-        partial = functools.partial(step, partial=True)
-        dquery = lax.fori_loop(block_map.full, block_map.total, partial, dquery)
+        partial_step = functools.partial(step, partial=True)
+        dquery = lax.fori_loop(block_map.full, block_map.total, partial_step, dquery)
     wg.select_buffer("query")[...] = (dquery * problem.scale).astype(problem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(wg.select_buffer("query"), wg.select_rows("dquery"))

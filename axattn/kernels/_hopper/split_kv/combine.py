@@ -79,7 +79,7 @@ class WeightedMean(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CombinePlan:
-    """How the results of a row are shared out: static, from how many a sequence may have."""
+    """How warpgroups divide the results of a row: static, from how many a sequence may have."""
 
     warpgroups: int
     at_once: int  # loaded before the first of them is used: as many as registers allow
@@ -115,12 +115,14 @@ def combine(
     )
     out, lse = make_kernel(
         functools.partial(_combine_body, grid, plan, tuple(arrays)),
-        name="axattn_merge",
+        name="axattn_combine",
         out=out,
         scratch=_declare_combine_scratch(plan, wide, call.query.dtype),
         programs=call.batch * call.num_kv_heads * grid.packing.rows,
         warpgroups=plan.warpgroups,
-        cost=cost.combine(out, results=partials.lse.shape[0] * grid.packing.rows, size=wide),
+        cost=cost.estimate_combine(
+            out, results=partials.lse.shape[0] * grid.packing.rows, size=wide
+        ),
         interpret=grid.problem.interpret,
     )(*arrays.values())
     return out[..., :size], lse

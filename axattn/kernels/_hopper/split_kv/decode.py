@@ -79,7 +79,7 @@ def decode(
         scratch=scratch,
         programs=grid.programs,
         warpgroups=grid.warpgroups + 1,
-        cost=cost.decode(call, arrays, out),
+        cost=cost.estimate_decode(call, arrays, out),
         interpret=interpret,
     )(*arrays.values())
     return combine(call, grid, PartialResults(*partials), arrays["row_starts"])

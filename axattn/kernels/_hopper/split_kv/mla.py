@@ -84,12 +84,12 @@ def decode_mla(
     )
     partials = make_kernel(
         functools.partial(_mla_body, grid, tuple(arrays)),
-        name="axattn_latent_decode",
+        name="axattn_mla_decode",
         out=tuple(out),
         scratch=scratch,
         programs=grid.programs,
         warpgroups=grid.warpgroups + 1,
-        cost=cost.decode(call, arrays, out),
+        cost=cost.estimate_decode(call, arrays, out),
         interpret=interpret,
     )(*arrays.values())
     return combine(call, grid, PartialResults(*partials), arrays["row_starts"])
@@ -118,7 +118,7 @@ def declare_mla_scratch(
         "value": None,
         **declare_score_tiles(stages, keys, score_dtypes),
         "operand": operand,
-        # Both are at the same block of keys, where they convert it together.
+        # Both warpgroups convert one block of keys together.
         "sync": plgpu.Barrier(num_arrivals=MLA_WARPGROUPS) if kv.is_quantized else None,
         # From the first to the second one: per block the weights and the decay of earlier values,
         # per split the factors that normalize the values.
@@ -154,7 +154,7 @@ def _mla_body(grid: SplitKVGrid, names: tuple[str, ...], *refs, **smem) -> None:
 
 
 def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
-    """The first warpgroup: scores, softmax, and the first half of the values."""
+    """Attend to a split as the first warpgroup: scores, softmax, the first half of the values."""
     grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, split.block_map
     rows, shape, half = wg.locate_rows(split), (ROWS, grid.block_kv), _select_half(wg, 0)
     operands = ScoreOperands(problem, wg.gmem, rows, shape, q_axis=0).load_row_vectors()
@@ -195,8 +195,8 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
     state = OnlineSoftmax.create(len(half))
     state = lax.fori_loop(0, full, functools.partial(step, operands=operands, partial=False), state)
     if grid.masked:
-        with_bounds = functools.partial(step, operands=operands.load_bounds(), partial=True)
-        state = lax.fori_loop(full, split.count, with_bounds, state)
+        partial_step = functools.partial(step, operands=operands.load_bounds(), partial=True)
+        state = lax.fori_loop(full, split.count, partial_step, state)
     smem["query"].release(split.index)
 
     empty = state.total == 0.0
@@ -212,7 +212,7 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
 
 
 def _consume_weights(wg: SplitKVWarpgroup, split: KVSplit) -> None:
-    """The second warpgroup: the other half of the values, with the weights of the first one."""
+    """Sum the other half of the values as the second warpgroup, with the weights of the first."""
     grid, smem, problem, block_map = wg.grid, wg.smem, wg.grid.problem, split.block_map
     half = _select_half(wg, 1)
 

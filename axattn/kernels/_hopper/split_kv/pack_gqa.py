@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._stored import NEVER
-from axattn.kernels import _masks as masks
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.operands import HopperOperands, align_rows, make_score_arrays
 from axattn.kernels._hopper.primitives import ROW_GROUP, ROWS
+from axattn.kernels._masks import bounds, fold_key_masks
 from axattn.kernels._padding import padded
 from axattn.kernels._problem import cdiv, round_up
 
@@ -89,9 +89,9 @@ def gather_packed_operands(call: AttentionCall) -> HopperOperands:
     """
     kv = KVLoader.from_call(call)
     packing = PackGQA(call.group, call.q_len)
-    call = masks.fold_key_masks(call)
-    bounds = masks.bounds(call)
-    arrays = make_score_arrays(call, bounds)
+    call = fold_key_masks(call)
+    limits = bounds(call)
+    arrays = make_score_arrays(call, limits)
     query = packing.pack_query(call.query.astype(call.product_dtype))
     query = query.reshape(-1, *query.shape[2:])
     if "key_bias" in arrays and arrays["key_bias"].shape[1] not in (1, call.num_kv_heads):
@@ -108,4 +108,4 @@ def gather_packed_operands(call: AttentionCall) -> HopperOperands:
             arrays[name] = packing.pack_vectors(arrays[name])
         elif name in ("bias", "allowed"):
             arrays[name] = packing.pack_score_tiles(arrays[name])
-    return HopperOperands({"query": query, **kv.select_arrays(call), **arrays}, call, bounds)
+    return HopperOperands({"query": query, **kv.select_arrays(call), **arrays}, call, limits)
