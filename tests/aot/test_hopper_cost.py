@@ -109,7 +109,7 @@ def test_decode_counts_all_slots_of_the_batch(name):
     found = report(lambda cache, q: cache.attend(q, implementation="mosaic_gpu"), cache, query)
     flops = 2 * 4 * 8 * SLOTS * (128 + 128)
     keys = 4 * 2 * SLOTS * 2 * slot
-    # Besides that, parts are merged and written.
+    # Besides that, splits are combined and written.
     assert flops <= found.flops < 1.05 * flops
     assert keys <= found.bytes_accessed < 1.3 * keys
 

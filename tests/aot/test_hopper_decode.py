@@ -141,7 +141,7 @@ SIZES = {
 
 @releases_have_all("name", ["paged"], SIZES)
 def test_none_takes_the_kernels_and_copies_nothing(name):
-    """A step's temporaries are the parts' results; keys, values and scales are read in place."""
+    """A step's temporaries are the results of splits; keys, values and scales are read in place."""
     cache = make(**SIZES[name])
     report = analyzed(cache, need("h200"), N=32)
     assert report.ok and report.hlo_text().count('custom_call_target="mosaic_gpu') == 2

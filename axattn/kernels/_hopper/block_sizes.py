@@ -30,7 +30,7 @@ class ForwardBlockSizes:
     warpgroups: int = 2
 
     def __post_init__(self):
-        _check(self, block=("block_kv", 16))
+        _check_block_sizes(self, block=("block_kv", 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class QueryGradBlockSizes:
     warpgroups: int = 2
 
     def __post_init__(self):
-        _check(self, block=("block_kv", 16))
+        _check_block_sizes(self, block=("block_kv", 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class KeyGradBlockSizes:
     split: bool = False
 
     def __post_init__(self):
-        _check(self, block=("block_q", 32))  # TMA copies 128 bytes of the LSE at a time
+        _check_block_sizes(self, block=("block_q", 32))  # TMA copies 128 bytes of the LSE at a time
         if self.split and self.warpgroups != 2:
             raise ValueError(f"split takes 2 warpgroups, got {self.warpgroups}")
 
@@ -155,7 +155,7 @@ def find_row(kernel: str, call: AttentionCall) -> Any:
     return BLOCK_SIZES[kernel](**row["block_sizes"])
 
 
-def _check(sizes: Any, *, block: tuple[str, int]) -> None:
+def _check_block_sizes(sizes: Any, *, block: tuple[str, int]) -> None:
     name, unit = block
     value = getattr(sizes, name)
     if not unit <= value <= 256 or value % unit:

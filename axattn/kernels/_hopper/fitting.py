@@ -72,13 +72,13 @@ def choose_decode_block_sizes(call: AttentionCall) -> DecodeBlockSizes:
     """Return the most blocks in flight; one warpgroup where two leave no room."""
     choices = [DecodeBlockSizes(_BLOCK_KV, stages, 2) for stages in range(_MOST_STAGES, 0, -2)]
     choices += [DecodeBlockSizes(_BLOCK_KV, stages, 1) for stages in (3, 2, 1)]
-    return _first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
+    return _find_first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
 
 
 def choose_mla_block_sizes(call: AttentionCall) -> MLABlockSizes:
     """Return the most blocks in flight."""
     choices = [MLABlockSizes(_BLOCK_KV, stages) for stages in range(_MOST_STAGES // 2, 0, -1)]
-    return _first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
+    return _find_first_that_fits(choices, lambda one: _count_split_kv_bytes(one, call))
 
 
 def _shrink_row(kernel: str, call: AttentionCall) -> Any:
@@ -114,13 +114,13 @@ def _fit_cache(sizes: ForwardBlockSizes, call: AttentionCall) -> ForwardBlockSiz
         for block in dict.fromkeys(blocks)
         for stages in range(max(sizes.stages, 2), 0, -1)
     ]
-    return _first_that_fits(
+    return _find_first_that_fits(
         choices,
         lambda one: count_flash_bytes("forward", one, *heads, score_tiles=score_tiles, kv=kv),
     )
 
 
-def _first_that_fits(choices: list[_Sizes], count: Callable[[_Sizes], int]) -> _Sizes:
+def _find_first_that_fits(choices: list[_Sizes], count: Callable[[_Sizes], int]) -> _Sizes:
     """Return the first choice that shared memory holds, or else the last one."""
     return next((one for one in choices if count(one) <= SHARED_BYTES), choices[-1])
 

@@ -135,10 +135,10 @@ class KVLoader:
 
     def declare(self, stages: int, block_kv: int, size: int, *, consumers: int) -> Pipeline:
         """Return a pipeline of `KVBlock`s of ``size`` features."""
-        slices = block_kv // self._slice_size(block_kv)
+        slices = block_kv // self._get_slice_size(block_kv)
         scales, copies = None, slices
         if self.is_quantized:
-            shape = (stages, slices, max(self._slice_size(block_kv), _MIN_SCALES))
+            shape = (stages, slices, max(self._get_slice_size(block_kv), _MIN_SCALES))
             scales, copies = declare_row_major(shape, jnp.float32), 2 * slices
         numbers = declare_swizzled((stages, block_kv, size), jnp.dtype(self.dtype), block_kv)
         return Pipeline.declare(
@@ -149,7 +149,7 @@ class KVLoader:
         """Return the slices of the block that begins at ``slot`` of a batch row."""
         if self.kind != "pages":
             return [KVSlice(self, batch, kv_head, slot, block_kv)]
-        size, found = self._slice_size(block_kv), []
+        size, found = self._get_slice_size(block_kv), []
         for first in (slot + n for n in range(0, block_kv, size)):
             index = jnp.minimum(div(first, self.page_size), self.pages_per_row - 1)
             # Entries that no token needs may be garbage. They name some page: any will do.
@@ -171,7 +171,7 @@ class KVLoader:
                 scales = gmem[f"{name}_scales"].at[pl.ds(one.index_scale(), block.scales.shape[1])]
                 plgpu.copy_gmem_to_smem(scales, block.scales.at[i], full)
 
-    def _slice_size(self, block_kv: int) -> int:
+    def _get_slice_size(self, block_kv: int) -> int:
         """Return the slots that are copied at once."""
         return math.gcd(block_kv, self.page_size) if self.kind == "pages" else block_kv
 
@@ -191,7 +191,7 @@ class KVLoader:
         return ScaleLoaders(functools.partial(load, "key"), functools.partial(load, "value"))
 
     def _load_scales(self, block: KVBlock, block_kv: int) -> jax.Array:
-        scales, slots = present(block.scales), pl.ds(0, self._slice_size(block_kv))
+        scales, slots = present(block.scales), pl.ds(0, self._get_slice_size(block_kv))
         count = scales.shape[0]
         vectors = [load_vector(scales.at[i, slots], 1) for i in range(count)]
         return vectors[0] if count == 1 else jnp.concatenate(vectors)

@@ -41,7 +41,7 @@ class QueryRows(NamedTuple):
 
     def select_scores(self, ref, *part):
         """Return a tile of ``[B or 1, N or 1, T, S]`` (or ``[..., S, T]``) in HBM."""
-        return ref.at[_index(ref, 0, self.batch), _index(ref, 1, self.head), *part]
+        return ref.at[_index_or_zero(ref, 0, self.batch), _index_or_zero(ref, 1, self.head), *part]
 
 
 class ScoreTiles(NamedTuple):
@@ -144,9 +144,11 @@ class ScoreOperands:
         ref, rows = self.gmem[name], self.rows
         slots = pl.ds(present(self.kv_slot), self.shape[self.kv_axis])
         if name == "key_bias":
-            ref = ref.at[_index(ref, 0, rows.batch), _index(ref, 1, rows.head)].at[slots]
+            ref = ref.at[_index_or_zero(ref, 0, rows.batch), _index_or_zero(ref, 1, rows.head)].at[
+                slots
+            ]
         else:
-            ref = ref.at[_index(ref, 0, rows.batch), slots]
+            ref = ref.at[_index_or_zero(ref, 0, rows.batch), slots]
         return broadcast_vector(load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
 
     def tile(self, name: str) -> jax.Array:
@@ -167,16 +169,16 @@ class ScoreOperands:
             return self.vectors[name]
         ref, rows = self.gmem[name], self.rows
         if name in _PER_HEAD:
-            ref = ref.at[_index(ref, 0, rows.batch), _index(ref, 1, rows.head)]
+            ref = ref.at[_index_or_zero(ref, 0, rows.batch), _index_or_zero(ref, 1, rows.head)]
         else:
-            ref = ref.at[_index(ref, 0, rows.batch)]
+            ref = ref.at[_index_or_zero(ref, 0, rows.batch)]
         slots = pl.ds(rows.place, self.shape[self.q_axis])
         return load_vector(ref.at[slots], self.q_axis)
 
     def _load_slopes(self) -> jax.Array:
         """Return the slope of the tile's head, or a tile of its heads' slopes."""
         rows, ref = self.rows, self.gmem["slopes"]
-        slopes = ref.at[_index(ref, 0, rows.batch)]
+        slopes = ref.at[_index_or_zero(ref, 0, rows.batch)]
         if rows.heads == 1:
             return slopes[rows.head]
         vector = make_head_vector(slopes, rows, self.shape[self.q_axis])
@@ -244,7 +246,7 @@ def make_head_vector(ref, rows: QueryRows, size: int) -> jax.Array:
     return values.max(axis=1)
 
 
-def _index(ref, axis: int, index: jax.Array) -> jax.Array:
+def _index_or_zero(ref, axis: int, index: jax.Array) -> jax.Array:
     """Return ``index``, or 0 for an axis that broadcasts."""
     return index if ref.shape[axis] > 1 else jnp.int32(0)
 

@@ -1,4 +1,4 @@
-"""Decode over caches, and over arrays: how it is split among processors, and what it is part of."""
+"""Decode over caches and arrays: how keys are split among processors, and what calls it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_fixed_splits_are_batch_invariant(interpreted):
     alone, alone_lse = split(cache.fork(np.array([1])), query[1:2])
     np.testing.assert_array_equal(alone[0], out[1])
     np.testing.assert_array_equal(alone_lse[0], lse[1])
-    whole = attend(cache, query, kv_split_size=2**40)  # one part
+    whole = attend(cache, query, kv_split_size=2**40)  # one split
     np.testing.assert_allclose(np.float32(whole[0]), np.float32(out), atol=0.02)
     jax.tree.map(np.testing.assert_array_equal, split(cache, query), (out, lse))
 
 
-def test_many_parts(interpreted):
-    """More results of a sequence than one warpgroup joins; sequences with few of them besides."""
+def test_many_splits(interpreted):
+    """More results of a sequence than one warpgroup combines, beside sequences with few."""
     lengths = np.array([1290, 65, 0])
     cache = filled("dense", lengths=lengths, kv_heads=1, capacity=1296)
     sinks = np.array([0.5, -0.5], np.float32)

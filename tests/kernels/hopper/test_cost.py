@@ -21,7 +21,7 @@ MASKS = {
 }
 
 
-def visited(options):
+def count_scores(options):
     """Scores of the blocks of which a query attends to anything."""
     allowed = np.ones((T, S), bool)
     behind = np.arange(T)[:, None] - np.arange(S)
@@ -34,9 +34,9 @@ def visited(options):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_flops_are_those_of_the_blocks_that_are_visited(mask):
+def test_flops_are_those_of_the_blocks_that_are_computed(mask):
     call = make_call(B, T, S, N, K, H, h, **MASKS[mask])
-    pairs = visited(MASKS[mask])
+    pairs = count_scores(MASKS[mask])
     forward = cost.estimate_forward(call, {}, [], BLOCK)
     assert (forward.flops, forward.transcendentals) == (2 * pairs * (H + h), pairs)
     assert cost.estimate_query_grad(call, {}, call.query, BLOCK).flops == 2 * pairs * (2 * H + h)
@@ -54,7 +54,10 @@ def test_positions_are_data_and_a_soft_cap_is_a_function_more():
         B, T, S, N, K, H, h, is_causal=True, q_positions=positions, logits_soft_cap=9.0
     )
     found = cost.estimate_forward(call, {}, [], BLOCK)
-    assert (found.flops, found.transcendentals) == (2 * visited({}) * (H + h), 2 * visited({}))
+    assert (found.flops, found.transcendentals) == (
+        2 * count_scores({}) * (H + h),
+        2 * count_scores({}),
+    )
 
 
 def test_every_array_counts_once():

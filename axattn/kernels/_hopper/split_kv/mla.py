@@ -165,8 +165,8 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
         kv_slot = block_map.block(split.first + i) * grid.block_kv
 
         # Queries times keys.
-        key = _prepare_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 0, partial=partial)
-        dots = multiply(smem["query"].select(_first_buffer()), transpose(key))
+        key = _prepare_mla_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 0, partial=partial)
+        dots = multiply(smem["query"].select(_index_first_buffer()), transpose(key))
 
         # Softmax.
         tiles = ScoreTiles.wait(smem, n, pl.ds(0, ROWS))
@@ -180,14 +180,16 @@ def _consume_scores(wg: SplitKVWarpgroup, split: KVSplit) -> None:
         # To the second warpgroup.
         _zero_unused_values(wg, split, key, kv_slot, half, partial=partial)
         smem["handoff"].acquire(n)
-        smem["handoff"].select(_first_buffer())[...] = weights
+        smem["handoff"].select(_index_first_buffer())[...] = weights
         smem["vectors"].at[_DECAY][...] = decay
         plgpu.commit_smem()
         smem["handoff"].commit(n)
 
         # Weights times values.
         values = state.values * broadcast_vector(decay, state.values.shape, 0)
-        values = multiply_add(values, weights, key.at[:, _slice(half)], interpret=problem.interpret)
+        values = multiply_add(
+            values, weights, key.at[:, _slice_columns(half)], interpret=problem.interpret
+        )
         smem["key"].release(n)
         return OnlineSoftmax(values, top, total)
 
@@ -219,14 +221,16 @@ def _consume_weights(wg: SplitKVWarpgroup, split: KVSplit) -> None:
     def step(i, values: jax.Array, *, partial: bool) -> jax.Array:
         n = split.base + i
         kv_slot = block_map.block(split.first + i) * grid.block_kv
-        key = _prepare_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 1, partial=partial)
+        key = _prepare_mla_key(wg, split, smem["key"].wait(n).numbers, kv_slot, 1, partial=partial)
         weights = smem["handoff"].wait(n)
         _zero_unused_values(wg, split, key, kv_slot, half, partial=partial)
         if partial:
             plgpu.commit_smem()
         decay = load_vector(smem["vectors"].at[_DECAY], 0)
         values = values * broadcast_vector(decay, values.shape, 0)
-        values = multiply_add(values, weights, key.at[:, _slice(half)], interpret=problem.interpret)
+        values = multiply_add(
+            values, weights, key.at[:, _slice_columns(half)], interpret=problem.interpret
+        )
         smem["handoff"].release(n)
         smem["key"].release(n)
         return values
@@ -242,7 +246,7 @@ def _consume_weights(wg: SplitKVWarpgroup, split: KVSplit) -> None:
     _write_values(wg, split, values, normalizer, half)
 
 
-def _first_buffer() -> jax.Array:
+def _index_first_buffer() -> jax.Array:
     """Return the index of the only buffer, opaque, so that its descriptors are not kept."""
     return make_opaque(jnp.int32(0))
 
@@ -253,11 +257,11 @@ def _select_half(wg: SplitKVWarpgroup, which: int) -> range:
     return range(which * size, (which + 1) * size)
 
 
-def _slice(columns: range):
+def _slice_columns(columns: range):
     return pl.ds(columns.start, len(columns))
 
 
-def _prepare_key(
+def _prepare_mla_key(
     wg: SplitKVWarpgroup, split: KVSplit, numbers: Any, kv_slot, which: int, *, partial: bool
 ) -> Any:
     """Return a block of keys for the tensor core; each warpgroup converts some of its columns."""
@@ -265,7 +269,7 @@ def _prepare_key(
     if not wg.grid.kv.is_quantized:
         return numbers
     used = _find_used(wg, split, kv_slot, codes=True) if partial else None
-    operand = smem["operand"].at[_first_buffer()]
+    operand = smem["operand"].at[_index_first_buffer()]
     sync_warpgroups(smem["sync"])  # both have read the block before this one
     columns = share_columns(wg.grid.problem.head_dim, MLA_WARPGROUPS)[which]
     convert_codes(numbers, operand, columns, used)
@@ -297,4 +301,4 @@ def _write_values(
     # Opaque, or the addresses would be computed before the loops, and kept.
     rows = pl.ds(make_opaque(wg.tile) * ROWS, ROWS)
     values = values * broadcast_vector(normalizer, values.shape, 0)
-    wg.gmem["values"].at[make_opaque(split.number), rows, _slice(columns)][...] = values
+    wg.gmem["values"].at[make_opaque(split.number), rows, _slice_columns(columns)][...] = values
