@@ -142,7 +142,7 @@ def _declare_combine_scratch(plan: CombinePlan, size: int, dtype: Any) -> dict[s
 def _combine_body(
     grid: SplitKVGrid, plan: CombinePlan, names: tuple[str, ...], *refs, **smem
 ) -> None:
-    """Each warpgroup joins some of a row's results; the first one joins what they found."""
+    """Join a row's results: each warpgroup some of them, the first one what all have found."""
     gmem = dict(zip((*names, "out", "out_lse"), refs, strict=True))
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     sequence, row = div(program, grid.packing.rows), rem(program, grid.packing.rows)
