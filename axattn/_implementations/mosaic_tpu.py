@@ -80,7 +80,7 @@ def _find_memory_refusal(call: AttentionCall) -> str | None:
     from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
 
     chip = _require_chip()
-    needed = flash_block_sizes.least_bytes(call)
+    needed = flash_block_sizes.find_least_vmem_bytes(call)
     if needed <= chip.vmem_bytes:
         return None
     return f"needs {needed >> 20} MiB of VMEM for its smallest blocks, and {chip.kind} has less"
@@ -106,12 +106,13 @@ def _forward_batch(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, 
         from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
         from axattn.kernels._tpu.flash.forward import forward as kernel
 
-        return kernel(call, flash_block_sizes.forward_tiles(call, chip), interpret=mode)
+        sizes = flash_block_sizes.choose_forward_block_sizes(call, chip)
+        return kernel(call, sizes, interpret=mode)
     from axattn.kernels._tpu.cached import block_sizes
     from axattn.kernels._tpu.cached import kernel as cached
 
-    sizes = block_sizes.cached_tiles(call, chip.vmem_bytes)
-    return cached.attend(call, sizes, cores=chip.cores, interpret=mode)
+    cached_sizes = block_sizes.cached_tiles(call, chip.vmem_bytes)
+    return cached.attend(call, cached_sizes, cores=chip.cores, interpret=mode)
 
 
 def backward(
@@ -143,4 +144,5 @@ def _backward_batch(call: AttentionCall, lse, dout, delta, *, interpret: bool):
     chip = _require_chip()
     mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
     given = _backward_inputs.given(call, lse, dout, delta)
-    return kernels(call, flash_block_sizes.backward_tiles(call, chip), given, interpret=mode)
+    sizes = flash_block_sizes.choose_backward_block_sizes(call, chip)
+    return kernels(call, sizes, given, interpret=mode)

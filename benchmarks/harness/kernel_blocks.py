@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from axattn._implementations.chunked import block_sizes as chunks
 from axattn.aot._targets import target
 from axattn.kernels._hopper.fitting import choose_forward_block_sizes
 from axattn.kernels._hopper.primitives import ROWS
-from axattn.kernels._tpu.flash import block_sizes as tpu_tiles
+from axattn.kernels._tpu.flash import block_sizes
 from benchmarks.harness.calls import asked
 from benchmarks.harness.tpu_roofline import DEVICES
 
@@ -71,7 +72,8 @@ def forward(where: str, *shapes: Any, **options: Any) -> Blocks:
         return Blocks(found.q, found.kv)
     if where in DEVICES:
         chip = tpu_chip(where)
-        found = asked(lambda call: tpu_tiles.forward_tiles(call, chip), *shapes, **options)
+        choose = functools.partial(block_sizes.choose_forward_block_sizes, chip=chip)
+        found = asked(choose, *shapes, **options)
         return Blocks(found.block_q, found.block_kv)
     if where in HOPPER:
         found = asked(choose_forward_block_sizes, *shapes, **options)

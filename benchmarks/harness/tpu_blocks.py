@@ -9,6 +9,7 @@ from typing import Any
 from axattn import aot
 from axattn.kernels._tpu.flash import block_sizes
 from axattn.kernels._tpu.flash.forward import forward
+from axattn.kernels._tpu.flash.grid import TpuBlockSizes
 from benchmarks.harness import units
 from benchmarks.harness.calls import asked, make_call
 from benchmarks.harness.kernel_blocks import tpu_chip
@@ -42,13 +43,12 @@ def candidates(where: str, *shapes: Any, **options: Any) -> list[Candidate]:
     chip = tpu_chip(where)
 
     def weigh(call) -> list[Candidate]:
-        best = block_sizes.forward_tiles(call, chip)
+        best = block_sizes.choose_forward_block_sizes(call, chip)
         found = []
-        for blocks in block_sizes.candidates(call):
-            seconds = (
-                block_sizes.estimate(call, chip, block_sizes.FORWARD, *blocks).total / chip.cores
-            )
-            vmem = block_sizes.vmem_bytes(call, block_sizes.FORWARD, *blocks)
+        for blocks in block_sizes.list_candidates(call):
+            time = block_sizes.estimate_time(call, chip, block_sizes.FORWARD, *blocks)
+            seconds = time.total / chip.cores
+            vmem = block_sizes.estimate_vmem_bytes(call, block_sizes.FORWARD, *blocks)
             fits = block_sizes.fits(call, chip, block_sizes.FORWARD, *blocks)
             taken = blocks == (best.block_q, best.block_kv)
             found.append(Candidate(*blocks, vmem, seconds, fits, taken))
@@ -76,7 +76,7 @@ def compiled(
 
     What it needs beyond that is a refusal, with the bytes that were asked for.
     """
-    own = block_sizes.Tiles(block_q, block_kv, vmem_limit)
+    own = TpuBlockSizes(block_q, block_kv, vmem_limit)
 
     def attend(*arrays):
         return forward(make_call(*arrays, **options), own, interpret=False)[0]

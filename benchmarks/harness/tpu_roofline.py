@@ -32,7 +32,7 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
         passes = _passes(call, chip, direction)
         seconds, flops, moved = 0.0, 0.0, 0.0
         for kind, blocks in passes:
-            found = block_sizes.estimate(call, chip, kind, *blocks)
+            found = block_sizes.estimate_time(call, chip, kind, *blocks)
             seconds += found.total / chip.cores
             moved += found.memory * chip.hbm_bandwidth
             flops += length**2 / 2 * heads * 2 * size * (kind.head + kind.value)
@@ -62,9 +62,9 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
 def _passes(call, chip, direction: str) -> list:
     """(kind, blocks) of each kernel."""
     if direction == "fwd":
-        found = block_sizes.forward_tiles(call, chip)
+        found = block_sizes.choose_forward_block_sizes(call, chip)
         return [(block_sizes.FORWARD, (found.block_q, found.block_kv))]
-    found = block_sizes.backward_tiles(call, chip)
+    found = block_sizes.choose_backward_block_sizes(call, chip)
     first = (found.query.block_q, found.query.block_kv)
     if found.key is None:
         return [(block_sizes.FUSED, first)]

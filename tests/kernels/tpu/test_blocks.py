@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axattn.kernels._problem import Problem
-from axattn.kernels._tpu.flash import block_sizes
-from axattn.kernels._tpu.flash import grid as cuts
-from axattn.kernels._tpu.flash.block_sizes import BackwardTiles, Tiles
+from axattn.kernels._tpu.flash import block_sizes, grid
+from axattn.kernels._tpu.flash.grid import TpuBackwardBlockSizes, TpuBlockSizes
 from tests import cases, precision
 from tests.kernels.calls import make_call, with_layout
 from tests.precision import Call
 
-SMALL, OTHER = Tiles(16, 128), Tiles(48, 128)
+SMALL, OTHER = TpuBlockSizes(16, 128), TpuBlockSizes(48, 128)
 
-WAYS = {"fused": BackwardTiles(SMALL), "split": BackwardTiles(OTHER, SMALL)}
+WAYS = {"fused": TpuBackwardBlockSizes(SMALL), "split": TpuBackwardBlockSizes(OTHER, SMALL)}
 
 # Ways, layouts and cores in pairs.
 CALLS = [
@@ -34,8 +32,8 @@ CALLS = [
 @pytest.fixture
 def small_blocks(request, monkeypatch):
     way = WAYS[getattr(request, "param", "fused")]
-    monkeypatch.setattr(block_sizes, "forward_tiles", lambda *_: OTHER)
-    monkeypatch.setattr(block_sizes, "backward_tiles", lambda *_: way)
+    monkeypatch.setattr(block_sizes, "choose_forward_block_sizes", lambda *_: OTHER)
+    monkeypatch.setattr(block_sizes, "choose_backward_block_sizes", lambda *_: way)
 
 
 @pytest.mark.ci
@@ -68,7 +66,7 @@ def test_heads_of_several_groups(interpreted, small_blocks, layout):
 
 @pytest.mark.ci
 def test_lists_that_are_too_long_are_not_made(interpreted, small_blocks, monkeypatch):
-    monkeypatch.setattr(cuts, "MAX_LISTED", 4)
+    monkeypatch.setattr(grid, "MAX_LISTED", 4)
     precision.check(cases.make("packed", jnp.bfloat16), ("mosaic_tpu",))
 
 
@@ -78,9 +76,9 @@ def test_lists_that_are_too_long_are_not_made(interpreted, small_blocks, monkeyp
 )
 def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
     call = make_call(1, 8, 8, heads, kv_heads, 64)
-    assert cuts.heads_together(call) == together
+    assert grid.choose_kv_heads(call) == together
     own = together * heads // kv_heads
-    assert own == heads or own % cuts.HEAD_TILE == 0
+    assert own == heads or own % grid.HEAD_TILE == 0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_heads_of_a_step_are_whole_tiles_of_memory(heads, kv_heads, together):
 def test_heads_of_a_step_where_heads_are_first(length, heads, kv_heads, together):
     """One, unless it has few rows."""
     call = make_call(1, length, 8, heads, kv_heads, 8, is_projected=True)
-    assert cuts.heads_together(call) == together
+    assert grid.choose_kv_heads(call) == together
 
 
 @pytest.mark.parametrize(
@@ -107,9 +105,9 @@ def test_a_window_bounds_the_steps(options, bound):
     """At least as many as any tile visits, and for windows not many more."""
     call = make_call(1, 640, 640, 4, 2, 64, **options)
     for major in ("q", "kv"):
-        cut, scalars = cuts.of_call(call, Problem.of(call), 32, 32, major)
+        own, scalars = grid.plan_grid(call, TpuBlockSizes(32, 32), major)
         visited = np.asarray(scalars.spans).reshape(-1, 4)[:, 3]
-        assert cut.steps == bound >= visited.max()
+        assert own.num_steps == bound >= visited.max()
 
 
 @pytest.mark.ci

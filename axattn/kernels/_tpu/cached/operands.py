@@ -19,7 +19,7 @@ from axattn.kernels._padding import padded
 from axattn.kernels._problem import LOG2E
 from axattn.kernels._tpu.cached import copies
 from axattn.kernels._tpu.cached.grid import Cut
-from axattn.kernels._tpu.layout import LANES, by_tile, by_token
+from axattn.kernels._tpu.layout import LANES, join_tiles, split_into_tiles
 
 
 def queries(call: AttentionCall, cut: Cut) -> jax.Array:
@@ -93,7 +93,7 @@ def sources(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
 
 def unpacked(cut: Cut, rows: jax.Array) -> jax.Array:
     """``[results, K, tiles, rows, ...]`` as ``[results, T, N, ...]``."""
-    return by_token(rows[:, :, :, : cut.problem.group * cut.block_q], cut)
+    return join_tiles(rows[:, :, :, : cut.problem.group * cut.block_q], cut)
 
 
 def _row_by_row(stored: Stored, scales: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def _bias_kind(call: AttentionCall) -> str | None:
 
 def _rows_of(array: jax.Array, cut: Cut, fill: float = 0) -> jax.Array:
     """``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``; ``fill`` in the padding."""
-    return padded(by_tile(array, cut, fill), cut.rows, fill, axis=3)
+    return padded(split_into_tiles(array, cut, fill), cut.rows, fill, axis=3)
 
 
 def _vector(vector: jax.Array, cut: Cut, fill: int = 0) -> jax.Array:

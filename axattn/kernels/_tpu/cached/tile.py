@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from axattn._stored import NEVER
 from axattn.kernels._tpu.cached.grid import Cut
-from axattn.kernels._tpu.layout import LANES, column
+from axattn.kernels._tpu.layout import LANES, transpose_to_column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tile:
 
 def columns(lanes: jax.Array, count: int) -> jax.Array:
     """``[heads, 1, n]`` as ``[heads, count, 1]``: the first ``count`` of each."""
-    return column(lanes)[:, :count]
+    return transpose_to_column(lanes)[:, :count]
 
 
 def lanes(column: jax.Array) -> jax.Array:

@@ -1,12 +1,10 @@
-"""The gradient kernels of a call: one pass over all blocks, or two.
+"""The gradients of flash attention: one fused kernel, or two.
 
-In the fused kernel blocks of queries are the outer loop. The gradient of a block of queries is
-summed over its key blocks, and those of all keys and values of a group stay in VMEM throughout:
-shared keys and values are few, so that they fit. Each score is computed once, and nothing partial
-goes through HBM. Where they do not fit, one kernel has the gradient of the queries, and another,
-with blocks of keys as its outer loop, those of keys and values.
-
-Dao, arXiv 2307.08691. Scores lie as in `tile`, which makes four of the five products plain ones.
+Dao, arXiv 2307.08691. The fused kernel has blocks of queries in its outer loop. It sums the
+gradient of a block of queries over its key blocks, and keeps the gradients of all keys and values
+of a group in VMEM throughout, which is possible because a group shares them. Each score is computed
+once and no partial sum goes to HBM. If these gradients do not fit, one kernel computes the gradient
+of the queries and another, with blocks of keys in its outer loop, those of keys and values.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,269 +23,273 @@ from jax.experimental.pallas import tpu as pltpu
 from axattn._call import AttentionCall
 from axattn._typing import present
 from axattn.kernels import _backward_inputs, _masks
-from axattn.kernels._problem import Problem
 from axattn.kernels._scores import Scores, contract
 from axattn.kernels._tpu.flash import cost, operands
-from axattn.kernels._tpu.flash import grid as cuts
-from axattn.kernels._tpu.flash.block_sizes import BackwardTiles, Tiles
-from axattn.kernels._tpu.flash.call import kernel
-from axattn.kernels._tpu.flash.grid import Cut, Place, Scalars
-from axattn.kernels._tpu.flash.operands import Operand
+from axattn.kernels._tpu.flash.call import call_kernel
+from axattn.kernels._tpu.flash.grid import (
+    GridScalars,
+    TpuBackwardBlockSizes,
+    TpuBlockSizes,
+    TpuFlashGrid,
+    plan_grid,
+)
 from axattn.kernels._tpu.flash.tile import (
-    Tile,
-    cleaned,
-    for_each_head,
-    here,
-    packed,
-    unpacked,
-    when_visited,
+    FlashTile,
+    locate_step,
+    pack_queries,
+    run_on_block,
+    run_on_heads,
+    unpack_queries,
+    zero_missing_queries,
 )
 
 
 def backward(
     call: AttentionCall,
-    tiles: BackwardTiles,
+    sizes: TpuBackwardBlockSizes,
     given: _backward_inputs.Given,
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, each in its input's dtype."""
+    """Return the gradients of query, key and value, each in its input's dtype."""
     call = _masks.fold_key_masks(call)
-    if tiles.key is None:
-        return _fused(call, given, tiles.query, interpret)
-    dquery = _query_grad(call, given, tiles.query, interpret)
-    return dquery, *_key_grad(call, given, tiles.key, interpret)
+    if sizes.key is None:
+        return _compute_fused(call, given, sizes.query, interpret)
+    dquery = _compute_query_grad(call, given, sizes.query, interpret)
+    return dquery, *_compute_key_grad(call, given, sizes.key, interpret)
 
 
-class _Wants(NamedTuple):
-    """What a kernel computes."""
-
-    query: bool = False
-    keys: bool = False
-
-
-def _fused(call: AttentionCall, given: _backward_inputs.Given, tiles: Tiles, interpret):
-    cut, scalars, inputs = _inputs(call, given, tiles, "q")
-    problem, dtype = cut.problem, present(call.key).dtype
-    whole = (cut.kv_heads, cut.num_kv * cut.block_kv)
-    shape = (problem.batch, problem.num_kv_heads, whole[1])
-    sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
-    outputs = {"dquery": operands.result_of_queries(cut, problem.head_dim, call.query.dtype)}
-    for name, size in sizes.items():
-        outputs[name] = Operand(jax.ShapeDtypeStruct((*shape, size), dtype), None, None)
-    scratch = _row_scratch(call, cut) | _query_scratch(cut)
-    for name, size in sizes.items():
-        scratch[f"{name}_sums"] = pltpu.VMEM((*whole, size), jnp.float32)
-        scratch[f"{name}_block"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), dtype)
-    dquery, dkey, dvalue = kernel(
-        functools.partial(_fused_body, cut, call.precision),
-        cut,
+def _compute_fused(call: AttentionCall, given, sizes: TpuBlockSizes, interpret):
+    grid, scalars, inputs = _make_inputs(call, given, sizes, "q")
+    dtype = present(call.key).dtype
+    outputs = {"dquery": operands.declare_query_result(grid, call.head_dim, call.query.dtype)}
+    scratch = _declare_rows(call, grid) | _declare_query_sums(grid)
+    for name, size in _name_key_grads(call):
+        outputs[name] = operands.declare_key_result(grid, size, dtype, whole=True)
+        keys = grid.num_kv * grid.block_kv
+        scratch[f"{name}_sums"] = pltpu.VMEM((grid.kv_heads, keys, size), jnp.float32)
+        scratch[f"{name}_block"] = pltpu.VMEM((grid.kv_heads, grid.block_kv, size), dtype)
+    dquery, dkey, dvalue = call_kernel(
+        functools.partial(_fused_kernel, grid, call.precision),
+        grid,
         scalars,
         inputs,
         outputs,
         scratch=scratch,
-        cost=cost.fused(call, cut),
-        sequential=2,
-        vmem_limit=tiles.vmem_limit,
+        cost=cost.estimate_fused(call, grid),
+        num_sequential=2,
+        vmem_limit=sizes.vmem_limit,
         interpret=interpret,
     )
-    return operands.as_queries(cut, dquery), _of_keys(call, dkey), _of_keys(call, dvalue)
+    dquery = operands.restore_queries(grid, dquery)
+    return dquery, operands.restore_keys(call, dkey), operands.restore_keys(call, dvalue)
 
 
-def _query_grad(call: AttentionCall, given: _backward_inputs.Given, tiles: Tiles, interpret):
-    cut, scalars, inputs = _inputs(call, given, tiles, "q")
-    (dquery,) = kernel(
-        functools.partial(_query_body, cut, call.precision),
-        cut,
+def _compute_query_grad(call: AttentionCall, given, sizes: TpuBlockSizes, interpret):
+    grid, scalars, inputs = _make_inputs(call, given, sizes, "q")
+    (dquery,) = call_kernel(
+        functools.partial(_query_grad_kernel, grid, call.precision),
+        grid,
         scalars,
         inputs,
-        {"dquery": operands.result_of_queries(cut, call.head_dim, call.query.dtype)},
-        scratch=_row_scratch(call, cut) | _query_scratch(cut),
-        cost=cost.query_grad(call, cut),
-        sequential=1,
-        vmem_limit=tiles.vmem_limit,
+        {"dquery": operands.declare_query_result(grid, call.head_dim, call.query.dtype)},
+        scratch=_declare_rows(call, grid) | _declare_query_sums(grid),
+        cost=cost.estimate_query_grad(call, grid),
+        num_sequential=1,
+        vmem_limit=sizes.vmem_limit,
         interpret=interpret,
     )
-    return operands.as_queries(cut, dquery)
+    return operands.restore_queries(grid, dquery)
 
 
-def _key_grad(call: AttentionCall, given: _backward_inputs.Given, tiles: Tiles, interpret):
-    cut, scalars, inputs = _inputs(call, given, tiles, "kv")
-    problem = cut.problem
-    shape = (problem.batch, problem.num_kv_heads, cut.num_kv * cut.block_kv)
-    sizes = {"dkey": problem.head_dim, "dvalue": problem.value_head_dim}
-    outputs, scratch = {}, _row_scratch(call, cut)
-    for name, size in sizes.items():
-        result = jax.ShapeDtypeStruct((*shape, size), present(call.key).dtype)
-        outputs[name] = operands.of_keys_and_values(cut, result)
-        scratch[f"{name}_sums"] = pltpu.VMEM((cut.kv_heads, cut.block_kv, size), jnp.float32)
-    dkey, dvalue = kernel(
-        functools.partial(_key_body, cut, call.precision),
-        cut,
+def _compute_key_grad(call: AttentionCall, given, sizes: TpuBlockSizes, interpret):
+    grid, scalars, inputs = _make_inputs(call, given, sizes, "kv")
+    outputs, scratch = {}, _declare_rows(call, grid)
+    for name, size in _name_key_grads(call):
+        dtype = present(call.key).dtype
+        outputs[name] = operands.declare_key_result(grid, size, dtype, whole=False)
+        scratch[f"{name}_sums"] = pltpu.VMEM((grid.kv_heads, grid.block_kv, size), jnp.float32)
+    dkey, dvalue = call_kernel(
+        functools.partial(_key_grad_kernel, grid, call.precision),
+        grid,
         scalars,
         inputs,
         outputs,
         scratch=scratch,
-        cost=cost.key_grad(call, cut),
-        sequential=1,
-        vmem_limit=tiles.vmem_limit,
+        cost=cost.estimate_key_grad(call, grid),
+        num_sequential=1,
+        vmem_limit=sizes.vmem_limit,
         interpret=interpret,
     )
-    return _of_keys(call, dkey), _of_keys(call, dvalue)
+    return operands.restore_keys(call, dkey), operands.restore_keys(call, dvalue)
 
 
-def _inputs(call: AttentionCall, given: _backward_inputs.Given, tiles: Tiles, major: str):
-    problem = Problem.of(call)
-    cut, scalars = cuts.of_call(call, problem, tiles.block_q, tiles.block_kv, major)
-    # A query behind its row's length may be NaN, which a weight of zero would not stop.
-    query = operands.clean_queries(call, call.query)
-    inputs = operands.of(dataclasses.replace(call, query=query), cut)
-    inputs["dout"] = operands.of_queries(cut, operands.clean_queries(call, given.dout))
-    inputs["lse2"] = operands.over_rows(cut, given.lse2.swapaxes(1, 2), jnp.inf)
-    inputs["delta"] = operands.over_rows(cut, given.delta.swapaxes(1, 2))
-    return cut, scalars, inputs
+def _make_inputs(call: AttentionCall, given, sizes: TpuBlockSizes, major: str):
+    grid, scalars = plan_grid(call, sizes, major)
+    # A query after its row's length may be NaN, which a weight of zero would not remove.
+    query = operands.zero_unused_queries(call, call.query)
+    inputs = operands.make_inputs(dataclasses.replace(call, query=query), grid)
+    dout = operands.zero_unused_queries(call, given.dout)
+    inputs["dout"] = operands.lay_out_queries(grid, dout)
+    inputs["lse2"] = operands.lay_out_over_rows(grid, given.lse2.swapaxes(1, 2), jnp.inf)
+    inputs["delta"] = operands.lay_out_over_rows(grid, given.delta.swapaxes(1, 2))
+    return grid, scalars, inputs
 
 
-def _of_keys(call: AttentionCall, by_head: jax.Array) -> jax.Array:
-    """``[B, K, S', size]`` as ``[B, S, K, size]``."""
-    return by_head[:, :, : call.kv_len].swapaxes(1, 2)
-
-
-def _row_scratch(call: AttentionCall, cut: Cut) -> dict[str, Any]:
-    problem, shape = cut.problem, (cut.kv_heads, cut.rows)
+def _declare_rows(call: AttentionCall, grid: TpuFlashGrid) -> dict[str, Any]:
+    shape = (grid.kv_heads, grid.rows)
     return {
-        "rows": pltpu.VMEM((*shape, problem.head_dim), call.query.dtype),
-        "drows": pltpu.VMEM((*shape, problem.value_head_dim), call.query.dtype),
+        "rows": pltpu.VMEM((*shape, call.head_dim), call.query.dtype),
+        "drows": pltpu.VMEM((*shape, call.value_head_dim), call.query.dtype),
     }
 
 
-def _query_scratch(cut: Cut) -> dict[str, Any]:
-    shape = (cut.kv_heads, cut.problem.head_dim, cut.rows)
+def _declare_query_sums(grid: TpuFlashGrid) -> dict[str, Any]:
+    shape = (grid.kv_heads, grid.problem.head_dim, grid.rows)
     return {"dquery_sums": pltpu.VMEM(shape, jnp.float32)}
 
 
-def _factors(cut: Cut) -> tuple[tuple[str, float], ...]:
-    """The gradients over keys, and what their sums lack."""
-    return ("dkey", cut.problem.scale), ("dvalue", 1.0)
+def _name_key_grads(call: AttentionCall) -> tuple[tuple[str, int], ...]:
+    return ("dkey", call.head_dim), ("dvalue", call.value_head_dim)
 
 
 # ---- the kernels ------------------------------------------------------------------------------
 
 
-def _fused_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
-    b, h, tile, n = (pl.program_id(axis) for axis in range(4))
+def _fused_kernel(
+    grid: TpuFlashGrid, precision: Any, scalars: GridScalars, refs: Mapping[str, Any]
+) -> None:
+    """Add to all gradients; those of keys and values are written at the end of all tiles."""
+    b, h, tile, step = (pl.program_id(axis) for axis in range(4))
 
-    @pl.when((tile == 0) & (n == 0))
+    @pl.when((tile == 0) & (step == 0))
     def _():
-        for name, _ in _factors(cut):
-            refs[f"{name}_sums"][...] = jnp.zeros_like(refs[f"{name}_sums"])
+        refs["dkey_sums"][...] = jnp.zeros_like(refs["dkey_sums"])
+        refs["dvalue_sums"][...] = jnp.zeros_like(refs["dvalue_sums"])
 
-    _over_key_blocks(cut, precision, scalars, refs, _Wants(query=True, keys=True))
+    _query_grad_kernel(grid, precision, scalars, refs, with_keys=True)
 
-    @pl.when((tile == cut.tiles - 1) & (n == cut.steps - 1))
+    @pl.when((tile == grid.num_tiles - 1) & (step == grid.num_steps - 1))
     def _():
-        heads = pl.ds(h * cut.kv_heads, cut.kv_heads)
-        for name, factor in _factors(cut):
-            _write_all(cut, refs, name, factor, refs[name].at[b, heads])
+        heads = pl.ds(h * grid.kv_heads, grid.kv_heads)
+        for name, factor in (("dkey", grid.problem.scale), ("dvalue", 1.0)):
+            _write_key_grad(grid, refs, name, factor, refs[name].at[b, heads])
 
 
-def _write_all(cut: Cut, refs: Mapping[str, Any], name: str, factor: float, target: Any) -> None:
-    """The sums over all keys, block by block, in the dtype of the gradient."""
+def _write_key_grad(
+    grid: TpuFlashGrid, refs: Mapping[str, Any], name: str, factor: float, target: Any
+) -> None:
+    """Write the sums over all queries to HBM, block by block, in the dtype of the gradient."""
     sums, block = refs[f"{name}_sums"], refs[f"{name}_block"]
 
-    def write(j, _):
-        keys = pl.ds(pl.multiple_of(j * cut.block_kv, cut.block_kv), cut.block_kv)
+    def write_block(j, carry):
+        keys = pl.ds(pl.multiple_of(j * grid.block_kv, grid.block_kv), grid.block_kv)
         block[...] = (sums[:, keys] * factor).astype(block.dtype)
         pltpu.sync_copy(block, target.at[:, keys])
-        return _
+        return carry
 
-    lax.fori_loop(0, cut.num_kv, write, 0)
-
-
-def _query_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
-    _over_key_blocks(cut, precision, scalars, refs, _Wants(query=True))
+    lax.fori_loop(0, grid.num_kv, write_block, 0)
 
 
-def _over_key_blocks(cut: Cut, precision, scalars: Scalars, refs, wants: _Wants) -> None:
-    """The gradient of a block of queries; its rows are packed once, for all key blocks."""
-    n = pl.program_id(3)
+def _query_grad_kernel(
+    grid: TpuFlashGrid,
+    precision: Any,
+    scalars: GridScalars,
+    refs: Mapping[str, Any],
+    *,
+    with_keys: bool = False,
+) -> None:
+    """Add one block of keys to the gradient of a block of queries.
 
-    @pl.when(n == 0)
+    ``with_keys`` adds to the gradients of the keys and values as well.
+    """
+    step = pl.program_id(3)
+
+    @pl.when(step == 0)
     def _():
-        _pack(cut, refs, here(cut, scalars))
+        _pack_rows(grid, refs, locate_step(grid, scalars).q)
         refs["dquery_sums"][...] = jnp.zeros_like(refs["dquery_sums"])
 
-    def step(place, *, partial):
-        keys = pl.ds(place.kv * cut.block_kv, cut.block_kv)
-        _step(cut, precision, scalars, refs, place, keys, wants, partial=partial)
+    @run_on_block(grid, scalars)
+    def _(at, *, partial):
+        keys = pl.ds(at.kv * grid.block_kv, grid.block_kv)
 
-    when_visited(cut, scalars, step)
+        @run_on_heads(grid)
+        def _(head):
+            tile = FlashTile(grid, refs, at, head, scalars.dropout)
+            key_slots = keys if with_keys else None
+            _add_gradients(tile, precision, partial=partial, to_keys=key_slots, to_queries=True)
 
-    @pl.when(n == cut.steps - 1)
+    @pl.when(step == grid.num_steps - 1)
     def _():
-        sums = refs["dquery_sums"][...] * cut.problem.scale
-        refs["dquery"][0] = unpacked(cut, sums).astype(refs["dquery"].dtype)
+        dquery = unpack_queries(grid, refs["dquery_sums"][...] * grid.problem.scale)
+        refs["dquery"][0] = dquery.astype(refs["dquery"].dtype)
 
 
-def _key_body(cut: Cut, precision, scalars: Scalars, refs: Mapping[str, Any]) -> None:
-    n = pl.program_id(3)
+def _key_grad_kernel(
+    grid: TpuFlashGrid, precision: Any, scalars: GridScalars, refs: Mapping[str, Any]
+) -> None:
+    """Add one block of queries to the gradients of a block of keys and values."""
+    step = pl.program_id(3)
 
-    @pl.when(n == 0)
+    @pl.when(step == 0)
     def _():
-        for name, _ in _factors(cut):
-            refs[f"{name}_sums"][...] = jnp.zeros_like(refs[f"{name}_sums"])
+        refs["dkey_sums"][...] = jnp.zeros_like(refs["dkey_sums"])
+        refs["dvalue_sums"][...] = jnp.zeros_like(refs["dvalue_sums"])
 
-    def step(place, *, partial):
-        _pack(cut, refs, place)
-        keys = pl.ds(0, cut.block_kv)
-        _step(cut, precision, scalars, refs, place, keys, _Wants(keys=True), partial=partial)
+    @run_on_block(grid, scalars)
+    def _(at, *, partial):
+        _pack_rows(grid, refs, at.q)
+        keys = pl.ds(0, grid.block_kv)
 
-    when_visited(cut, scalars, step)
+        @run_on_heads(grid)
+        def _(head):
+            tile = FlashTile(grid, refs, at, head, scalars.dropout)
+            _add_gradients(tile, precision, partial=partial, to_keys=keys, to_queries=False)
 
-    @pl.when(n == cut.steps - 1)
+    @pl.when(step == grid.num_steps - 1)
     def _():
-        for name, factor in _factors(cut):
+        for name, factor in (("dkey", grid.problem.scale), ("dvalue", 1.0)):
             refs[name][0] = (refs[f"{name}_sums"][...] * factor).astype(refs[name].dtype)
 
 
-def _pack(cut: Cut, refs: Mapping[str, Any], place: Place) -> None:
+def _pack_rows(grid: TpuFlashGrid, refs: Mapping[str, Any], q: jax.Array) -> None:
     for rows, name in (("rows", "query"), ("drows", "dout")):
-        refs[rows][...] = packed(cut, cleaned(cut, refs[name][0], place.q))
+        refs[rows][...] = pack_queries(grid, zero_missing_queries(grid, refs[name][0], q))
 
 
-def _step(cut: Cut, precision, scalars: Scalars, refs, place, keys, wants, *, partial) -> None:
-    """One block of queries and keys; ``keys`` is its place in the sums over queries."""
+def _add_gradients(
+    tile: FlashTile, precision: Any, *, partial: bool, to_keys: Any, to_queries: bool
+) -> None:
+    """Add one tile to the gradients; four of the five products need no transpose.
 
-    def of_head(head):
-        tile = Tile(cut, refs, place, head, scalars.dropout)
-        weights, dscores = _gradients(tile, precision, partial=partial)
-        key, rows = refs["key"][0, head], refs["rows"][head]
-        if wants.keys:
-            drows = refs["drows"][head]
-            refs["dvalue_sums"][head, keys] += contract(weights, drows, (1, 0), precision)
-            refs["dkey_sums"][head, keys] += contract(dscores, rows, (1, 0), precision)
-        if wants.query:
-            refs["dquery_sums"][head] += contract(key, dscores, (0, 0), precision)
-
-    for_each_head(cut, of_head)
-
-
-def _gradients(tile: Tile, precision, *, partial: bool) -> tuple[jax.Array, jax.Array]:
-    """Weights that met the values and gradients of the scaled products, ``[keys, rows]``."""
-    refs, head, problem = tile.refs, tile.head, tile.cut.problem
+    ``to_keys`` is the slice of the sums of keys and values to which this block adds, or None.
+    """
+    refs, head, problem = tile.refs, tile.head, tile.grid.problem
     block = Scores(problem, tile)
     rows, drows = refs["rows"][head], refs["drows"][head]
+
+    # The weights again, [keys, rows], from the LSE.
     scores, ratio = block.scores(contract(refs["key"][0, head], rows, (1, 1), precision))
     lse2 = tile.of_rows("lse2")
     weights = jnp.exp2(scores - lse2)
     if partial:
         weights = jnp.where(block.allowed(), weights, 0.0)
-    if tile.has("bias") and problem.q_len % tile.cut.block_q:
-        # Behind the last query the bias may be anything.
+    if tile.has("bias") and problem.q_len % tile.grid.block_q:
+        # After the last query the bias may be anything.
         weights = jnp.where(lse2 == jnp.inf, 0.0, weights)
     kept = block.kept()
+
+    # The gradients of the scaled products, [keys, rows].
     dweights = contract(refs["value"][0, head], drows, (1, 1), precision)
     dscores = weights * (block.thinned(dweights, kept) - tile.of_rows("delta"))
     if ratio is not None:
         dscores = dscores * (1.0 - ratio * ratio)
-    return block.thinned(weights, kept).astype(rows.dtype), dscores.astype(rows.dtype)
+    weights = block.thinned(weights, kept).astype(rows.dtype)
+    dscores, key = dscores.astype(rows.dtype), refs["key"][0, head]
+
+    if to_keys is not None:
+        refs["dvalue_sums"][head, to_keys] += contract(weights, drows, (1, 0), precision)
+        refs["dkey_sums"][head, to_keys] += contract(dscores, rows, (1, 0), precision)
+    if to_queries:
+        refs["dquery_sums"][head] += contract(key, dscores, (0, 0), precision)

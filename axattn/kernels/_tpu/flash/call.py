@@ -1,4 +1,4 @@
-"""A Pallas call over a grid, with everything by name."""
+"""A Pallas call over the grid of a flash kernel, with all refs by name."""
 
 from __future__ import annotations
 
@@ -10,46 +10,51 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from axattn import _jax_compat
-from axattn.kernels._tpu.flash.grid import Cut, Scalars
-from axattn.kernels._tpu.flash.operands import Operand
+from axattn.kernels._tpu.flash.grid import GridScalars, TpuFlashGrid
+from axattn.kernels._tpu.flash.operands import BlockOperand
 
 
-def kernel(
-    body: Callable[[Scalars, Mapping[str, Any]], None],
-    cut: Cut,
-    scalars: Scalars,
-    inputs: Mapping[str, Operand],
-    outputs: Mapping[str, Operand],
+def call_kernel(
+    body: Callable[[GridScalars, Mapping[str, Any]], None],
+    grid: TpuFlashGrid,
+    scalars: GridScalars,
+    inputs: Mapping[str, BlockOperand],
+    outputs: Mapping[str, BlockOperand],
     *,
     scratch: Mapping[str, Any],
     cost: pl.CostEstimate,
-    sequential: int,
+    num_sequential: int,
     vmem_limit: int | None,
     interpret: Any,
 ) -> list[jax.Array]:
-    """Runs ``body(scalars, refs)`` at every step of the grid; the arrays of ``outputs``.
+    """Run ``body(scalars, refs)`` at every step of the grid and return the ``outputs``.
 
-    ``sequential`` is the number of inner axes of the grid whose steps build on each other.
+    The steps of the last ``num_sequential`` axes of the grid build on each other.
     """
     names = (*inputs, *outputs, *scratch)
     count = len(scalars)
 
-    def run(*refs):
-        body(Scalars(*refs[:count]), dict(zip(names, refs[count:], strict=True)))
+    def run_body(*refs):
+        body(GridScalars(*refs[:count]), dict(zip(names, refs[count:], strict=True)))
 
-    semantics: Any = ("parallel",) * (4 - sequential) + ("arbitrary",) * sequential
+    def make_spec(operand: BlockOperand) -> pl.BlockSpec:
+        if operand.block is None:
+            return pl.BlockSpec(memory_space=pl.ANY)
+        return operand.block.make_spec(grid)
+
+    semantics: Any = ("parallel",) * (4 - num_sequential) + ("arbitrary",) * num_sequential
     arrays: list[Any] = [operand.array for operand in inputs.values()]
     return pl.pallas_call(
-        run,
+        run_body,
         out_shape=[
             _jax_compat.result_of(arrays[0], output.array.shape, output.array.dtype)
             for output in outputs.values()
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=count,
-            grid=cut.grid,
-            in_specs=[operand.spec(cut) for operand in inputs.values()],
-            out_specs=[operand.spec(cut) for operand in outputs.values()],
+            grid=grid.shape,
+            in_specs=[make_spec(operand) for operand in inputs.values()],
+            out_specs=[make_spec(operand) for operand in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(

@@ -1,7 +1,7 @@
-"""What a kernel does, for XLA's scheduler and for cost reports: `pl.CostEstimate`.
+"""What a flash kernel computes and moves, for XLA's scheduler and for cost reports.
 
-Blocks that a mask of static structure empties do not count. Where the structure is in arrays
-(lengths, segments, offsets), all blocks do: an upper bound.
+Blocks that a static mask makes empty are not counted. Masks that depend on arrays (lengths,
+segments, offsets) count in full: an upper bound.
 """
 
 from __future__ import annotations
@@ -10,44 +10,44 @@ from jax.experimental import pallas as pl
 
 from axattn._call import AttentionCall
 from axattn.kernels._block_bounds import blocks_per_tile
-from axattn.kernels._tpu.flash.grid import Cut
+from axattn.kernels._tpu.flash.grid import TpuFlashGrid
 
 
-def forward(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
-    """Two products; a block of keys is read once per block of queries of its whole group."""
-    return _estimate(call, cut, head=1, value=1, rows_read=(1, 1), keys_written=0)
+def estimate_forward(call: AttentionCall, grid: TpuFlashGrid) -> pl.CostEstimate:
+    """Count two products; a block of keys is read once per query block of its whole group."""
+    return _estimate(call, grid, head=1, value=1, rows_read=(1, 1), keys_written=0)
 
 
-def fused(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
-    return _estimate(call, cut, head=3, value=2, rows_read=(2, 1), keys_written=1)
+def estimate_fused(call: AttentionCall, grid: TpuFlashGrid) -> pl.CostEstimate:
+    return _estimate(call, grid, head=3, value=2, rows_read=(2, 1), keys_written=1)
 
 
-def query_grad(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
-    return _estimate(call, cut, head=2, value=1, rows_read=(2, 1), keys_written=0)
+def estimate_query_grad(call: AttentionCall, grid: TpuFlashGrid) -> pl.CostEstimate:
+    return _estimate(call, grid, head=2, value=1, rows_read=(2, 1), keys_written=0)
 
 
-def key_grad(call: AttentionCall, cut: Cut) -> pl.CostEstimate:
-    return _estimate(call, cut, head=2, value=2, rows_read=(1, 1), keys_written=0)
+def estimate_key_grad(call: AttentionCall, grid: TpuFlashGrid) -> pl.CostEstimate:
+    return _estimate(call, grid, head=2, value=2, rows_read=(1, 1), keys_written=0)
 
 
-def _estimate(call, cut: Cut, *, head, value, rows_read, keys_written) -> pl.CostEstimate:
-    """``head`` and ``value`` count products over the head sizes, ``rows_read`` arrays over rows."""
-    problem, size = cut.problem, call.query.dtype.itemsize
+def _estimate(call, grid: TpuFlashGrid, *, head, value, rows_read, keys_written):
+    """Count ``head`` and ``value`` products over the head sizes, and ``rows_read`` query arrays."""
+    problem, size = grid.problem, call.query.dtype.itemsize
     sizes = problem.head_dim, problem.value_head_dim
-    visited = blocks_per_tile(call, cut.block_q, cut.block_kv, cut.major).sum()
-    blocks = problem.batch * problem.num_heads * int(visited)
-    pairs = blocks * cut.block_q * cut.block_kv
+    per_tile = blocks_per_tile(call, grid.block_q, grid.block_kv, grid.major)
+    blocks = problem.batch * problem.num_heads * int(per_tile.sum())
+    pairs = blocks * grid.block_q * grid.block_kv
     rows = problem.batch * problem.num_heads * problem.q_len
     keys = problem.batch * problem.num_kv_heads * problem.kv_len
-    of_rows = rows * sum(n * s for n, s in zip(rows_read, sizes, strict=True)) * size
-    moved = blocks // problem.group
-    if cut.major == "q":
-        of_keys = moved * cut.block_kv * sum(sizes) * size
+    row_bytes = rows * sum(n * s for n, s in zip(rows_read, sizes, strict=True)) * size
+    loaded = blocks // problem.group
+    if grid.major == "q":
+        key_bytes = loaded * grid.block_kv * sum(sizes) * size
     else:
-        of_rows = moved * cut.rows * sum(sizes) * size
-        of_keys = 2 * keys * sum(sizes) * size
+        row_bytes = loaded * grid.rows * sum(sizes) * size
+        key_bytes = 2 * keys * sum(sizes) * size
     return pl.CostEstimate(
         flops=2 * pairs * (head * sizes[0] + value * sizes[1]),
         transcendentals=pairs,
-        bytes_accessed=of_rows + of_keys + keys * sum(sizes) * size * keys_written,
+        bytes_accessed=row_bytes + key_bytes + keys * sum(sizes) * size * keys_written,
     )

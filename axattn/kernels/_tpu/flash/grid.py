@@ -1,66 +1,86 @@
-"""How a call is cut into steps of the grid, and which step has which blocks.
+"""The grid of a flash kernel, and the blocks that each of its steps loads.
 
-A step has a block of queries and a block of keys for some key/value heads at a time: one where HBM
-has heads first, and as many as it takes for their query heads to be whole tiles of 8 where it has
-them as ``[T, N, H]``.
+A step computes one block of queries and one block of keys, for some key/value heads. It has one
+key/value head if heads are first in HBM. If tokens are first, ``[T, N, H]``, it has enough of them
+for their query heads to fill whole memory tiles of 8.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from axattn._call import AttentionCall
 from axattn.kernels import _block_map
 from axattn.kernels._block_bounds import blocks_per_tile
 from axattn.kernels._problem import Problem, cdiv
 
-# Query heads that lie together in HBM where tokens are first.
+# Query heads in one memory tile of HBM if tokens are first.
 HEAD_TILE = 8
 
-# Rows of queries for a step: heads join where one has fewer, or steps would be what takes time.
+# Query rows that a step should have at least: with fewer, the overhead of steps would dominate.
 STEP_ROWS = 512
 
-# Lists of blocks live in scalar memory (1 MiB), with the spans. Longer ones are not made.
+# Block lists are kept in scalar memory (1 MiB). Longer ones are not made.
 MAX_LISTED = 2**16
 
 
-class Scalars(NamedTuple):
-    """What a kernel reads as scalars; one-dimensional, since scalar memory pads the last axis."""
+@dataclasses.dataclass(frozen=True)
+class TpuBlockSizes:
+    """Query tokens and keys of a block, and the bytes of VMEM that the kernel may take."""
 
-    spans: jax.Array  # int32 [B or 1, tiles, 4]: see `visits.Plan`
-    order: jax.Array  # int32 [B or 1, tiles, blocks], or one number
-    dropout: jax.Array  # int32 [3]: the key's words, and whatever
+    block_q: int
+    block_kv: int
+    vmem_limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Static facts; hashable. ``major`` is what the outer loop of a kernel runs over."""
+class TpuBackwardBlockSizes:
+    """Block sizes of the gradients: ``key`` is None if one fused kernel computes all of them."""
+
+    query: TpuBlockSizes
+    key: TpuBlockSizes | None = None
+
+
+class GridScalars(NamedTuple):
+    """Arrays that are prefetched to scalar memory; flat, as it pads the last axis."""
+
+    spans: jax.Array  # int32 [B or 1, tiles, 4]: see `_block_map.Plan`
+    order: jax.Array  # int32 [B or 1, tiles, blocks]; [1], unused, without a block list
+    dropout: jax.Array  # int32 [2]: the words of the key; unused without dropout
+
+
+class BlockIndices(NamedTuple):
+    """Which blocks a step of the grid has."""
+
+    batch: jax.Array
+    heads: jax.Array
+    q: jax.Array
+    kv: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuFlashTiling:
+    """Static sizes of the blocks of one step; hashable."""
 
     problem: Problem
     block_q: int
     block_kv: int
-    kv_heads: int  # in one step
-    major: str  # "q" or "kv"
-    steps: int  # of the inner loop
-    listed: bool
-    rows_vary: bool  # batch rows visit different blocks
-    heads_first: bool  # queries and what is like them lie as [B, N, T, size] in HBM
+    kv_heads: int  # key/value heads of one step
+    heads_first: bool  # whether queries and their gradients are [B, N, T, size] in HBM
 
     @property
     def rows(self) -> int:
-        """Rows of a tile of queries: row g * block_q + t is token t of a group's head g."""
+        """Rows of a tile: row g * block_q + t is token t of the group's head g."""
         return self.problem.group * self.block_q
 
     @property
     def heads(self) -> int:
-        """Query heads in one step."""
+        """Query heads of one step."""
         return self.kv_heads * self.problem.group
 
     @property
@@ -71,59 +91,70 @@ class Cut:
     def num_kv(self) -> int:
         return cdiv(self.problem.kv_len, self.block_kv)
 
+
+@dataclasses.dataclass(frozen=True)
+class TpuFlashGrid(TpuFlashTiling):
+    """A grid over batch rows, key/value heads, blocks of ``major`` and blocks of the other side."""
+
+    major: str  # the side of the outer loop, "q" or "kv"; its blocks are the tiles
+    num_steps: int  # of the inner loop: the most blocks that any tile needs
+    has_block_list: bool
+    varies_by_row: bool  # whether batch rows need different blocks
+
     @property
-    def tiles(self) -> int:
-        """Of the outer loop."""
+    def num_tiles(self) -> int:
         return self.num_q if self.major == "q" else self.num_kv
 
     @property
-    def grid(self) -> tuple[int, int, int, int]:
-        problem = self.problem
-        return problem.batch, problem.num_kv_heads // self.kv_heads, self.tiles, self.steps
+    def num_inner_blocks(self) -> int:
+        return self.num_kv if self.major == "q" else self.num_q
 
-    def place(self, b, h, tile, n, spans, order, _) -> Place:
-        """The blocks of a step: a function of grid indices and scalars, for index maps."""
-        visit = self.visit(b, tile, spans, order)
-        after = jnp.minimum(tile + 1, self.tiles - 1)
-        following = self.visit(b, after, spans, order)
-        # Steps without work name the next tile's first block, which is so on its way.
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        problem = self.problem
+        return problem.batch, problem.num_kv_heads // self.kv_heads, self.num_tiles, self.num_steps
+
+    def locate_blocks(self, b, h, tile, step, scalars: GridScalars) -> BlockIndices:
+        """Return the blocks of a step of the grid, in index maps and in kernels.
+
+        Idle steps point at the first block of the next tile, so that it is prefetched.
+        """
+        current = self.load_blocks(b, tile, scalars)
+        next_tile = jnp.minimum(tile + 1, self.num_tiles - 1)
+        following = self.load_blocks(b, next_tile, scalars)
         last = jnp.maximum(following.total - 1, 0)
         block = jnp.where(
-            n < visit.total,
-            visit.block(n),
-            following.block(jnp.where(after == tile, last, 0)),
+            step < current.total,
+            current.block(step),
+            following.block(jnp.where(next_tile == tile, last, 0)),
         )
-        block = jnp.clip(block, 0, (self.num_kv if self.major == "q" else self.num_q) - 1)
-        return Place(b, h, tile, block) if self.major == "q" else Place(b, h, block, tile)
+        block = jnp.clip(block, 0, self.num_inner_blocks - 1)
+        if self.major == "q":
+            return BlockIndices(b, h, tile, block)
+        return BlockIndices(b, h, block, tile)
 
-    def visit(self, b, tile, spans, order) -> _block_map.Visits:
-        row = (b if self.rows_vary else 0) * self.tiles + tile
-        first, before, full, total = (spans[row * 4 + i] for i in range(4))
-        if not self.listed:
-            return _block_map.Visits(first, before, full, total, None)
-        blocks = self.num_kv if self.major == "q" else self.num_q
-        return _block_map.Visits(first, before, full, total, _Listed(order, row * blocks))
+    def load_blocks(self, b, tile, scalars: GridScalars) -> _block_map.Visits:
+        """Read from scalar memory which blocks a tile needs."""
+        row = (b if self.varies_by_row else 0) * self.num_tiles + tile
+        first, before, full, total = (scalars.spans[row * 4 + i] for i in range(4))
+        order = None
+        if self.has_block_list:
+            order = _BlockOrder(scalars.order, row * self.num_inner_blocks)
+        return _block_map.Visits(first, before, full, total, order)
 
 
-class _Listed(NamedTuple):
+class _BlockOrder(NamedTuple):
+    """One tile's part of the block list."""
+
     order: Any
-    first: jax.Array
+    start: jax.Array
 
     def __getitem__(self, n):
-        return self.order[self.first + n]
+        return self.order[self.start + n]
 
 
-class Place(NamedTuple):
-    """Block indices of one step."""
-
-    batch: jax.Array
-    heads: jax.Array
-    q: jax.Array
-    kv: jax.Array
-
-
-def heads_together(call: AttentionCall) -> int:
-    """Key/value heads of one step."""
+def choose_kv_heads(call: AttentionCall) -> int:
+    """Return the number of key/value heads of one step."""
     if call.heads_first:
         most = cdiv(STEP_ROWS, call.group * call.q_len)
         return max(n for n in range(1, most + 1) if call.num_kv_heads % n == 0)
@@ -132,34 +163,26 @@ def heads_together(call: AttentionCall) -> int:
     return heads // call.group if whole else call.num_kv_heads
 
 
-def of_call(
-    call: AttentionCall, problem: Problem, block_q: int, block_kv: int, major: str
-) -> tuple[Cut, Scalars]:
-    """``call`` without key masks (`masks.fold_key_masks`)."""
-    make = _block_map.of_queries if major == "q" else _block_map.of_keys
-    plan = make(call, block_q, block_kv, longest_list=MAX_LISTED)
-    cut = Cut(
+def plan_grid(
+    call: AttentionCall, sizes: TpuBlockSizes, major: str
+) -> tuple[TpuFlashGrid, GridScalars]:
+    """Return the grid of a call without key masks (`_masks.fold_key_masks`), and its scalars."""
+    problem, block_q, block_kv = Problem.of(call), sizes.block_q, sizes.block_kv
+    make_plan = _block_map.of_queries if major == "q" else _block_map.of_keys
+    plan = make_plan(call, block_q, block_kv, longest_list=MAX_LISTED)
+    grid = TpuFlashGrid(
         problem,
         block_q,
         block_kv,
-        heads_together(call),
+        choose_kv_heads(call),
+        call.heads_first,
         major,
         max(1, int(blocks_per_tile(call, block_q, block_kv, major).max())),
         plan.order is not None,
         plan.spans.shape[0] > 1,
-        call.heads_first,
     )
     order = jnp.zeros(1, jnp.int32) if plan.order is None else plan.order.reshape(-1)
     words = jnp.zeros(2, jnp.int32)
     if call.dropout_key is not None:
         words = jax.lax.bitcast_convert_type(call.dropout_key, jnp.int32)
-    return cut, Scalars(plan.spans.reshape(-1), order, words)
-
-
-def spec(cut: Cut, block: tuple[int, ...], index) -> pl.BlockSpec:
-    """A block of an operand; ``index`` is a function of the `Place` of a step."""
-
-    def index_map(*arguments):
-        return index(cut.place(*arguments))
-
-    return pl.BlockSpec(block, functools.wraps(index)(index_map))
+    return grid, GridScalars(plan.spans.reshape(-1), order, words)

@@ -1,17 +1,16 @@
-"""From an AttentionCall to the blocks that the grid kernels read.
+"""From an AttentionCall to the arrays of a flash kernel and the blocks that its steps load.
 
-Queries and what comes back stay as they are: ``[B, T, N, H]`` where they are just there, and a step
-has whole tiles of 8 heads; ``[B, N, T, H]`` where a program's products write and read them, which
-XLA on TPUs does heads first at no cost. Keys and values, which a group shares, are the small
-things: they are copied once to ``[B, K, S, H]`` with S in whole blocks and unused slots zeroed.
-Vectors over query rows are laid out as the rows of a tile are, ``[B, K, tiles, 1, rows]``, vectors
-over keys as ``[B, N or 1, blocks, 1, block]``.
+Queries, and results like them, stay as they are in HBM: ``[B, T, N, H]`` if they are arguments of
+the program, where a step loads whole memory tiles of 8 heads; ``[B, N, T, H]`` if a product of the
+program makes them, which XLA writes heads first on TPUs at no cost. Keys and values are small,
+because a group shares them: they are copied once to ``[B, K, S', H]``, with S' in whole blocks and
+unused slots set to zero. Vectors over query rows are stored like the rows of a tile,
+``[B, K, tiles, 1, rows]``, vectors over keys as ``[B, N or 1, blocks, 1, block_kv]``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,27 +24,83 @@ from axattn._stored import NEVER
 from axattn._typing import present
 from axattn.kernels import _masks
 from axattn.kernels._padding import padded
-from axattn.kernels._tpu.flash import grid as cuts
-from axattn.kernels._tpu.flash.grid import Cut, Place
-from axattn.kernels._tpu.layout import by_tile, by_token
+from axattn.kernels._problem import LOG2E
+from axattn.kernels._tpu.flash.grid import GridScalars, TpuFlashGrid, TpuFlashTiling
+from axattn.kernels._tpu.layout import join_tiles, split_into_tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class Operand:
-    """An array and the block of it that a step has; None: it stays in HBM."""
+class VmemBlock:
+    """The block of an array that a step has in VMEM.
+
+    ``axes`` names for each axis the field of `BlockIndices` that selects the block, or None where
+    there is only one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+
+    def make_spec(self, grid: TpuFlashGrid) -> pl.BlockSpec:
+        def index_map(b, h, tile, step, *scalars):
+            at = grid.locate_blocks(b, h, tile, step, GridScalars(*scalars))
+            return tuple(0 if axis is None else getattr(at, axis) for axis in self.axes)
+
+        return pl.BlockSpec(self.shape, index_map)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOperand:
+    """An input array, or the shape of an output, and its block; None: it stays in HBM."""
 
     array: jax.Array | jax.ShapeDtypeStruct
-    block: tuple[int, ...] | None
-    index: Callable[[Place], tuple] | None
-
-    def spec(self, cut: Cut) -> pl.BlockSpec:
-        if self.block is None:
-            return pl.BlockSpec(memory_space=pl.ANY)
-        return cuts.spec(cut, self.block, self.index)
+    block: VmemBlock | None
 
 
-def of(call: AttentionCall, cut: Cut) -> dict[str, Operand]:
-    """What every kernel reads, of a call without key masks (`masks.fold_key_masks`).
+# ---- blocks -----------------------------------------------------------------------------------
+
+
+def make_query_block(tiling: TpuFlashTiling, size: int, dtype: Any) -> VmemBlock:
+    if tiling.heads_first:
+        shape = (1, tiling.heads, tiling.block_q, size)
+        return VmemBlock(shape, dtype, ("batch", "heads", "q", None))
+    shape = (1, tiling.block_q, tiling.heads, size)
+    return VmemBlock(shape, dtype, ("batch", "q", "heads", None))
+
+
+def make_kv_block(tiling: TpuFlashTiling, size: int, dtype: Any) -> VmemBlock:
+    shape = (1, tiling.kv_heads, tiling.block_kv, size)
+    return VmemBlock(shape, dtype, ("batch", "heads", "kv", None))
+
+
+def make_row_block(tiling: TpuFlashTiling, dtype: Any, batch: int, heads: int) -> VmemBlock:
+    """Return the block of a vector over rows, for ``batch`` rows and ``heads`` heads or for all."""
+    has_heads = heads > 1 or tiling.problem.num_kv_heads == 1
+    shape = (1, tiling.kv_heads if has_heads else 1, 1, 1, tiling.rows)
+    return VmemBlock(shape, dtype, (*_select(batch > 1, has_heads), "q", None, None))
+
+
+def make_key_block(tiling: TpuFlashTiling, dtype: Any, batch: int, heads: int) -> VmemBlock:
+    """Return the block of a vector over keys."""
+    shape = (1, tiling.heads if heads > 1 else 1, 1, 1, tiling.block_kv)
+    return VmemBlock(shape, dtype, (*_select(batch > 1, heads > 1), "kv", None, None))
+
+
+def make_tile_block(tiling: TpuFlashTiling, dtype: Any, batch: int, heads: int) -> VmemBlock:
+    """Return the block of an array over queries and keys."""
+    shape = (1, tiling.heads if heads > 1 else 1, tiling.block_q, tiling.block_kv)
+    return VmemBlock(shape, dtype, (*_select(batch > 1, heads > 1), "q", "kv"))
+
+
+def _select(has_batch: bool, has_heads: bool) -> tuple[str | None, str | None]:
+    return "batch" if has_batch else None, "heads" if has_heads else None
+
+
+# ---- arrays -----------------------------------------------------------------------------------
+
+
+def make_inputs(call: AttentionCall, grid: TpuFlashGrid) -> dict[str, BlockOperand]:
+    """Return what every kernel reads of a call without key masks (`_masks.fold_key_masks`).
 
     query                  [B, T, N, H]
     key, value             [B, K, S', H], [B, K, S', h]
@@ -54,48 +109,46 @@ def of(call: AttentionCall, cut: Cut) -> dict[str, Operand]:
     q_segments, kv_segments     int32 over rows and over keys
     row_bias, key_bias, slopes  float32
     dropout_rows           int32 over rows: the first counter of each
-    bias, allowed          [B or 1, N or 1, T, S]; int8 where it is a mask
+    bias, allowed          [B or 1, N or 1, T, S]; int8 if it is a mask
     """
-    found = {"query": of_queries(cut, call.query)}
+    inputs = {"query": lay_out_queries(grid, call.query)}
     for name, array in (("key", present(call.key)), ("value", present(call.value))):
-        found[name] = of_keys_and_values(cut, stored_keys(call, cut, array))
+        inputs[name] = _lay_out_keys(call, grid, array)
     low, high = _masks.bounds(call)
-    found["high"] = over_rows(cut, high[:, None], -NEVER)
+    inputs["high"] = lay_out_over_rows(grid, high[:, None], -NEVER)
     if low is not None:
-        found["low"] = over_rows(cut, low[:, None], 0)
+        inputs["low"] = lay_out_over_rows(grid, low[:, None], 0)
     if call.kv_positions is not None:
-        found["kv_positions"] = over_keys(cut, call.kv_positions[:, None], NEVER)
+        inputs["kv_positions"] = _lay_out_over_keys(grid, call.kv_positions[:, None], NEVER)
     for part in call.mask.parts:
         if isinstance(part, Segments):
-            found["q_segments"] = over_rows(cut, part.q_ids[:, None], 0)
-            found["kv_segments"] = over_keys(cut, part.kv_ids[:, None], 0)
+            inputs["q_segments"] = lay_out_over_rows(grid, part.q_ids[:, None], 0)
+            inputs["kv_segments"] = _lay_out_over_keys(grid, part.kv_ids[:, None], 0)
     if call.alibi_slopes is not None:
         positions = call.spans()[0].positions
-        found["q_positions"] = over_rows(cut, positions[:, None], 0)
-        found["slopes"] = over_rows(cut, call.alibi_slopes.astype(jnp.float32)[:, :, None])
+        inputs["q_positions"] = lay_out_over_rows(grid, positions[:, None], 0)
+        slopes = call.alibi_slopes.astype(jnp.float32)[:, :, None]
+        inputs["slopes"] = lay_out_over_rows(grid, slopes)
     if call.dropout_key is not None:
-        found["dropout_rows"] = over_rows(cut, dropout_rows(call))
+        inputs["dropout_rows"] = lay_out_over_rows(grid, _count_dropout_rows(call))
     allowed = _masks.dense_mask(call)
     if allowed is not None:
         shape = (*allowed.shape[:2], call.q_len, call.kv_len)
-        found["allowed"] = over_both(cut, jnp.broadcast_to(allowed, shape).astype(jnp.int8))
-    return found | _biases(call, cut)
-
-
-def _biases(call: AttentionCall, cut: Cut) -> dict[str, Operand]:
-    """The bias, as a vector where it broadcasts over rows or over keys."""
+        inputs["allowed"] = _lay_out_tiles(grid, jnp.broadcast_to(allowed, shape).astype(jnp.int8))
     bias = call.bias
     if bias is None:
-        return {}
+        return inputs
     if bias.shape[2] == 1:
-        return {"key_bias": over_keys(cut, bias[:, :, 0].astype(jnp.float32))}
-    if bias.shape[3] == 1:
-        return {"row_bias": over_rows(cut, bias[..., 0].astype(jnp.float32))}
-    return {"bias": over_both(cut, bias)}
+        inputs["key_bias"] = _lay_out_over_keys(grid, bias[:, :, 0].astype(jnp.float32))
+    elif bias.shape[3] == 1:
+        inputs["row_bias"] = lay_out_over_rows(grid, bias[..., 0].astype(jnp.float32))
+    else:
+        inputs["bias"] = _lay_out_tiles(grid, bias)
+    return inputs
 
 
-def dropout_rows(call: AttentionCall) -> jax.Array:
-    """The row that each score's counter begins with, int32 ``[B or 1, N or 1, T]``."""
+def _count_dropout_rows(call: AttentionCall) -> jax.Array:
+    """Return the row that each score's counter begins with, int32 ``[B or 1, N or 1, T]``."""
     slots = jnp.arange(call.q_len, dtype=jnp.int32)[None, None]
     if call.broadcast_dropout:
         return slots
@@ -104,97 +157,85 @@ def dropout_rows(call: AttentionCall) -> jax.Array:
     return rows[..., None] * call.q_len + slots
 
 
-def stored_keys(call: AttentionCall, cut: Cut, array: jax.Array) -> jax.Array:
-    """``[B, S, K, size]`` head by head, in whole blocks, unused slots zeroed: one copy."""
+def lay_out_queries(grid: TpuFlashGrid, array: jax.Array) -> BlockOperand:
+    """Make an operand of ``[B, T, N, size]``."""
+    block = make_query_block(grid, array.shape[-1], array.dtype)
+    return BlockOperand(array.swapaxes(1, 2) if grid.heads_first else array, block)
+
+
+def declare_query_result(grid: TpuFlashGrid, size: int, dtype: Any) -> BlockOperand:
+    """Declare an output that `restore_queries` returns as ``[B, T, N, size]``."""
+    tokens, heads = grid.problem.q_len, grid.problem.num_heads
+    middle = (heads, tokens) if grid.heads_first else (tokens, heads)
+    shape = jax.ShapeDtypeStruct((grid.problem.batch, *middle, size), dtype)
+    return BlockOperand(shape, make_query_block(grid, size, dtype))
+
+
+def restore_queries(grid: TpuFlashGrid, result: jax.Array) -> jax.Array:
+    return result.swapaxes(1, 2) if grid.heads_first else result
+
+
+def zero_unused_queries(call: AttentionCall, array: jax.Array) -> jax.Array:
+    """Return ``[B, T, N, size]`` with zeros after the queries' lengths."""
+    return zero_unused(array, jnp.arange(call.q_len, dtype=jnp.int32), call.mask.q_lengths())
+
+
+def _lay_out_keys(call: AttentionCall, grid: TpuFlashGrid, array: jax.Array) -> BlockOperand:
+    """Copy ``[B, S, K, size]`` heads first, in whole blocks, with zeros in unused slots."""
     clean = zero_unused(array, jnp.arange(call.kv_len, dtype=jnp.int32), call.mask.kv_lengths())
     if clean.shape[2] == 1:
         by_head = clean.reshape(clean.shape[0], 1, clean.shape[1], clean.shape[3])
     else:
         by_head = clean.swapaxes(1, 2)
-    return padded(by_head, cut.num_kv * cut.block_kv, axis=2)
+    by_head = padded(by_head, grid.num_kv * grid.block_kv, axis=2)
+    return BlockOperand(by_head, make_kv_block(grid, array.shape[-1], array.dtype))
 
 
-def clean_queries(call: AttentionCall, array: jax.Array) -> jax.Array:
-    """``[B, T, N, size]`` with the rows behind the queries' lengths zeroed."""
-    return zero_unused(array, jnp.arange(call.q_len, dtype=jnp.int32), call.mask.q_lengths())
+def declare_key_result(grid: TpuFlashGrid, size: int, dtype: Any, *, whole: bool) -> BlockOperand:
+    """Declare a gradient ``[B, K, S', size]``, written block by block or ``whole`` from HBM."""
+    problem = grid.problem
+    shape = (problem.batch, problem.num_kv_heads, grid.num_kv * grid.block_kv, size)
+    block = None if whole else make_kv_block(grid, size, dtype)
+    return BlockOperand(jax.ShapeDtypeStruct(shape, dtype), block)
 
 
-def of_queries(cut: Cut, array: jax.Array) -> Operand:
-    """``[B, T, N, size]``."""
-    return _over_queries(cut, array.swapaxes(1, 2) if cut.heads_first else array)
+def restore_keys(call: AttentionCall, by_head: jax.Array) -> jax.Array:
+    """Return ``[B, K, S', size]`` as ``[B, S, K, size]``."""
+    return by_head[:, :, : call.kv_len].swapaxes(1, 2)
 
 
-def result_of_queries(cut: Cut, size: int, dtype: Any) -> Operand:
-    """A result that `as_queries` makes ``[B, T, N, size]`` of."""
-    tokens, heads = cut.problem.q_len, cut.problem.num_heads
-    middle = (heads, tokens) if cut.heads_first else (tokens, heads)
-    shape = (cut.problem.batch, *middle, size)
-    return _over_queries(cut, jax.ShapeDtypeStruct(shape, dtype))
+def lay_out_over_rows(grid: TpuFlashGrid, vector: jax.Array, fill: float = 0) -> BlockOperand:
+    """Make an operand of a vector ``[B or 1, N or 1, T or 1]``, padded with ``fill``."""
+    vector = jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.q_len))
+    array = split_into_tiles(vector, grid, fill)[:, :, :, None]
+    return BlockOperand(array, make_row_block(grid, array.dtype, *array.shape[:2]))
 
 
-def as_queries(cut: Cut, result: jax.Array) -> jax.Array:
-    return result.swapaxes(1, 2) if cut.heads_first else result
+def lay_out_sinks(grid: TpuFlashGrid, sinks: jax.Array) -> BlockOperand:
+    """Make an operand of sinks ``[N]``, in units of log2."""
+    return lay_out_over_rows(grid, sinks.astype(jnp.float32)[None, :, None] * LOG2E)
 
 
-def _over_queries(cut: Cut, array: Any) -> Operand:
-    size = array.shape[-1]
-    if cut.heads_first:
-        block = (1, cut.heads, cut.block_q, size)
-        return Operand(array, block, lambda at: (at.batch, at.heads, at.q, 0))
-    block = (1, cut.block_q, cut.heads, size)
-    return Operand(array, block, lambda at: (at.batch, at.q, at.heads, 0))
+def declare_lse(grid: TpuFlashGrid) -> BlockOperand:
+    """Declare an output that `restore_rows` returns as ``[B, T, N]``."""
+    batch, heads = grid.problem.batch, grid.problem.num_kv_heads
+    shape = jax.ShapeDtypeStruct((batch, heads, grid.num_q, 1, grid.rows), jnp.float32)
+    return BlockOperand(shape, make_row_block(grid, jnp.float32, batch, heads))
 
 
-def of_keys_and_values(cut: Cut, array: jax.Array | jax.ShapeDtypeStruct) -> Operand:
-    """``[B, K, S', size]``."""
-    block = (1, cut.kv_heads, cut.block_kv, array.shape[-1])
-    return Operand(array, block, lambda at: (at.batch, at.heads, at.kv, 0))
+def restore_rows(grid: TpuFlashGrid, array: jax.Array) -> jax.Array:
+    """Return ``[B, K, tiles, 1, rows]`` as ``[B, T, N]``."""
+    return join_tiles(array[:, :, :, 0], grid)
 
 
-def over_rows(cut: Cut, vector: jax.Array, fill: float = 0) -> Operand:
-    """A vector ``[B or 1, N or 1, T or 1]``; ``fill`` stands behind the last row."""
-    vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.q_len))
-    array = by_tile(vector, cut, fill)[:, :, :, None]
-    return of_row_vectors(cut, array)
+def _lay_out_over_keys(grid: TpuFlashGrid, vector: jax.Array, fill: float = 0) -> BlockOperand:
+    """Make an operand of a vector ``[B or 1, N or 1, S or 1]``, padded with ``fill``."""
+    vector = jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.kv_len))
+    array = padded(vector, grid.num_kv * grid.block_kv, fill, axis=2)
+    array = array.reshape(*array.shape[:2], grid.num_kv, 1, grid.block_kv)
+    return BlockOperand(array, make_key_block(grid, array.dtype, *array.shape[:2]))
 
 
-def of_row_vectors(cut: Cut, array: Any) -> Operand:
-    """``[B or 1, K or 1, tiles, 1, rows]``."""
-    own = array.shape[1] > 1 or cut.problem.num_kv_heads == 1
-    block = (1, cut.kv_heads if own else 1, 1, 1, cut.rows)
-    batched = array.shape[0] > 1
-    return Operand(
-        array,
-        block,
-        lambda at: (at.batch if batched else 0, at.heads if own else 0, at.q, 0, 0),
-    )
-
-
-def rows_apart(cut: Cut, array: jax.Array) -> jax.Array:
-    """``[B, K, tiles, 1, rows]`` as ``[B, T, N]``."""
-    return by_token(array[:, :, :, 0], cut)
-
-
-def over_keys(cut: Cut, vector: jax.Array, fill: float = 0) -> Operand:
-    """A vector ``[B or 1, N or 1, S or 1]``; ``fill`` stands behind the last key."""
-    vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.kv_len))
-    array = padded(vector, cut.num_kv * cut.block_kv, fill, axis=2)
-    array = array.reshape(*array.shape[:2], cut.num_kv, 1, cut.block_kv)
-    batched, own = (size > 1 for size in array.shape[:2])
-    block = (1, cut.heads if own else 1, 1, 1, cut.block_kv)
-    return Operand(
-        array,
-        block,
-        lambda at: (at.batch if batched else 0, at.heads if own else 0, at.kv, 0, 0),
-    )
-
-
-def over_both(cut: Cut, array: jax.Array) -> Operand:
-    """A tile ``[B or 1, N or 1, T, S]``."""
-    batched, own = (size > 1 for size in array.shape[:2])
-    block = (1, cut.heads if own else 1, cut.block_q, cut.block_kv)
-    return Operand(
-        array,
-        block,
-        lambda at: (at.batch if batched else 0, at.heads if own else 0, at.q, at.kv),
-    )
+def _lay_out_tiles(grid: TpuFlashGrid, array: jax.Array) -> BlockOperand:
+    """Make an operand of ``[B or 1, N or 1, T, S]``."""
+    return BlockOperand(array, make_tile_block(grid, array.dtype, *array.shape[:2]))
