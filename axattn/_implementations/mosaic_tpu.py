@@ -57,7 +57,7 @@ def _find_cache_refusal(call: AttentionCall) -> str | None:
         return None
     from axattn.kernels._tpu.cached import block_sizes
 
-    return block_sizes.refuses(call)
+    return block_sizes.find_refusal(call)
 
 
 def is_device_known() -> bool:
@@ -109,10 +109,10 @@ def _forward_batch(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, 
         sizes = flash_block_sizes.choose_forward_block_sizes(call, chip)
         return kernel(call, sizes, interpret=mode)
     from axattn.kernels._tpu.cached import block_sizes
-    from axattn.kernels._tpu.cached import kernel as cached
+    from axattn.kernels._tpu.cached.kernel import attend_over_cache
 
-    cached_sizes = block_sizes.cached_tiles(call, chip.vmem_bytes)
-    return cached.attend(call, cached_sizes, cores=chip.cores, interpret=mode)
+    cached_sizes = block_sizes.choose_block_sizes(call, chip.vmem_bytes)
+    return attend_over_cache(call, cached_sizes, cores=chip.cores, interpret=mode)
 
 
 def backward(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from axattn.cache import DenseCache, PagedCache, RingCache
-from axattn.kernels._tpu.cached import kernel
-from axattn.kernels._tpu.cached.block_sizes import cached_tiles, refuses
+from axattn.kernels._tpu.cached.block_sizes import choose_block_sizes, find_refusal
+from axattn.kernels._tpu.cached.kernel import attend_over_cache
 from tests.aot.compilers import analyze, releases_have_all
 from tests.kernels.calls import call_of_cache
 
@@ -53,13 +53,13 @@ def structs(kind, heads, tokens, dtype="bfloat16", batch=B, query_dtype="bfloat1
 
 
 def compiled(target, cache, query, arrays=None, **options):
-    """The report; the kernel with the tiles of its own choice."""
+    """The report; the kernel with block sizes of its own choice."""
 
     def program(cache, query, arrays):
         call = call_of_cache(cache, query, **options, **(arrays or {}))
-        assert refuses(call) is None
-        tiles = cached_tiles(call, VMEM[target] * 2**20)
-        return kernel.attend(call, tiles, cores=CORES[target])
+        assert find_refusal(call) is None
+        sizes = choose_block_sizes(call, VMEM[target] * 2**20)
+        return attend_over_cache(call, sizes, cores=CORES[target])
 
     r = analyze(program, cache, query, arrays, target=target)
     assert r.ok, r

@@ -8,8 +8,9 @@ import numpy as np
 
 from axattn import Mask
 from axattn.cache import PagedCache
-from axattn.kernels._tpu.cached import kernel
-from axattn.kernels._tpu.cached.block_sizes import CachedTiles, refuses
+from axattn.kernels._tpu.cached.block_sizes import find_refusal
+from axattn.kernels._tpu.cached.grid import CachedBlockSizes
+from axattn.kernels._tpu.cached.kernel import attend_over_cache
 from tests import caches
 from tests.cache.test_attend import check
 from tests.kernels.calls import call_of_cache
@@ -62,17 +63,17 @@ def queries(tokens, heads, head_dim, seed=3, dtype="bfloat16"):
     return jnp.asarray(rng.normal(size=(B, tokens, heads, head_dim)).astype(dtype))
 
 
-def attend(family, cache, query, *, tiles=None, cores=1, interpret=True, **options):
-    """Output and LSE. Of a TPU kernel in small tiles, or in those given; and see `interpreted`."""
+def attend(family, cache, query, *, sizes=None, cores=1, interpret=True, **options):
+    """Output and LSE. A TPU kernel has small blocks, or the ``sizes``; and see `interpreted`."""
 
     def program(cache, query, arrays):
         options = static | arrays
         if family == HOPPER:
             return cache.attend(query, implementation=family, return_residual=True, **options)
         call = call_of_cache(cache, query, **options)
-        assert refuses(call) is None
-        own = tiles or CachedTiles(min(query.shape[1], 8), 128)
-        return kernel.attend(call, own, cores=cores, interpret=interpret)
+        assert find_refusal(call) is None
+        own = sizes or CachedBlockSizes(min(query.shape[1], 8), 128)
+        return attend_over_cache(call, own, cores=cores, interpret=interpret)
 
     arrays = {k: v for k, v in options.items() if isinstance(v, (np.ndarray, jax.Array, Mask))}
     static = {k: v for k, v in options.items() if k not in arrays}

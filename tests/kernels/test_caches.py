@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn.kernels._tpu.cached.block_sizes import CachedTiles
+from axattn.kernels._tpu.cached.grid import CachedBlockSizes
 from tests.kernels.cached import (
     LENGTHS,
     B,
@@ -155,7 +155,7 @@ def test_kinds(family, kind, dtype, tokens, features, size):
     dtype = "float32" if dtype == "float32" else "bfloat16"
     query = queries(tokens, heads, cache.head_dim, dtype=dtype)
     options, reference = options_of(features, cache, query, lengths)
-    how = dict(tiles=CachedTiles(2, 128)) if tokens == 4 else None  # of whose tokens a part is
+    how = dict(sizes=CachedBlockSizes(2, 128)) if tokens == 4 else None  # of whose tokens a part is
     attend_and_check(family, cache, query, lengths, reference, how, **options)
 
 

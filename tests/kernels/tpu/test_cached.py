@@ -13,9 +13,10 @@ import pytest
 from axattn import _jax_compat
 from axattn.cache import DenseCache, PagedCache
 from axattn.kernels._tpu.cached import block_sizes, grid
-from axattn.kernels._tpu.cached import codes as cached_codes
-from axattn.kernels._tpu.cached import kernel as kernel
-from axattn.kernels._tpu.cached.block_sizes import CachedTiles, refuses
+from axattn.kernels._tpu.cached.block_sizes import find_refusal
+from axattn.kernels._tpu.cached.dequantize import decode_numbers
+from axattn.kernels._tpu.cached.grid import CachedBlockSizes
+from axattn.kernels._tpu.cached.kernel import attend_over_cache
 from tests.cache.test_attend import check
 from tests.kernels import cached
 from tests.kernels.cached import LENGTHS, B, K, paged
@@ -35,9 +36,9 @@ def queries(tokens, heads, head_dim=H, **options):
 def test_slots_that_would_be_copied_are_refused():
     cache = filled("dense", head_dim=64, value_dim=64)
     call = call_of_cache(cache, queries(1, 6, 64))
-    assert "slots of a row in a multiple of 128" in refuses(call)
+    assert "slots of a row in a multiple of 128" in find_refusal(call)
     call = call_of_cache(PagedCache.create(B, 8, 4, 2, K, H), queries(1, 6))
-    assert "slots of a page in a multiple of 8, got 4" in refuses(call)
+    assert "slots of a page in a multiple of 8, got 4" in find_refusal(call)
 
 
 @pytest.mark.ci
@@ -57,7 +58,7 @@ def test_pages(page, dtype, size):
 
 @pytest.mark.ci
 def test_one_head_after_another(monkeypatch):
-    monkeypatch.setattr(block_sizes, "SCORE_BYTES", 1)
+    monkeypatch.setattr(grid, "SCORE_BYTES", 1)
     center = np.random.default_rng(0).normal(size=(K, H)) * 3
     attend_and_check(filled("dense", "int8", key_center=center), queries(2, 6), logits_soft_cap=5.0)
 
@@ -65,12 +66,12 @@ def test_one_head_after_another(monkeypatch):
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", ["dense", "paged"])
 def test_two_cores_give_the_same(kind):
-    query, tiles = queries(3, 6), CachedTiles(2, 128)
+    query, sizes = queries(3, 6), CachedBlockSizes(2, 128)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(cores, cache, real):
         call = call_of_cache(cache, query, query_seq_lengths=real)
-        return kernel.attend(call, tiles, cores=cores, interpret=True)
+        return attend_over_cache(call, sizes, cores=cores, interpret=True)
 
     for lengths in (LENGTHS, [0, 0, 0], [0, 33, 129], [1, 0, 208]):
         lengths = np.array(lengths)
@@ -84,10 +85,10 @@ def test_two_cores_give_the_same(kind):
 
 def test_a_core_looks_ahead_in_its_own_steps():
     """What it fetched for another core nobody would wait for."""
-    cut = SimpleNamespace(cores=2, per_core=3, tiles=1)
-    following = grid._following(jnp.array([4, 0, 2, 0, 7], jnp.int32), cut)
-    np.testing.assert_array_equal(following[:5], [2, 2, -1, 4, -1])
-    np.testing.assert_array_equal(following[5:], [0, 4])
+    own = SimpleNamespace(cores=2, results_per_core=3, num_tiles=1)
+    next_steps = grid._find_next_steps(jnp.array([4, 0, 2, 0, 7], jnp.int32), own)
+    np.testing.assert_array_equal(next_steps[:5], [2, 2, -1, 4, -1])
+    np.testing.assert_array_equal(next_steps[5:], [0, 4])
 
 
 @pytest.mark.ci
@@ -97,7 +98,7 @@ def test_one_row_is_parted_among_cores():
     @jax.jit
     def run(cache, real):
         call = call_of_cache(cache, query, query_seq_lengths=real, sinks=sinks)
-        return kernel.attend(call, CachedTiles(1, 128), cores=2, interpret=True)
+        return attend_over_cache(call, CachedBlockSizes(1, 128), cores=2, interpret=True)
 
     for length in (200, 60, 0):
         lengths = np.array([length, 1, 1])
@@ -133,7 +134,7 @@ def test_float32_queries_over_small_numbers():
 def test_all_codes_of_float8():
     codes = jnp.arange(256, dtype=jnp.uint8)
     want = np.asarray(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), np.float32)
-    got = cached_codes.numbers(codes.reshape(1, 1, 32, 8), "float8_e4m3fn", jnp.bfloat16)
+    got = decode_numbers(codes.reshape(1, 1, 32, 8), "float8_e4m3fn", jnp.bfloat16)
     got = np.asarray(got, np.float32).reshape(-1)
     there = ~np.isnan(want)
     np.testing.assert_array_equal(got[there], want[there])
@@ -152,12 +153,12 @@ def test_all_codes_of_float8():
 def test_no_race_and_no_slot_out_of_bounds(kind, dtype, cores):
     """The interpreter that knows of memory spaces: what was not written is NaN there."""
     interpret = _jax_compat.tpu_interpreter(cores)
-    how = dict(tiles=CachedTiles(2, 128), cores=cores, interpret=interpret)
+    how = dict(sizes=CachedBlockSizes(2, 128), cores=cores, interpret=interpret)
     attend_and_check(filled(kind, dtype), queries(3, 6), how=how)
     assert not _jax_compat.tpu_races_found()
 
 
-def test_tiles_fit():
+def test_blocks_fit():
     for heads, kv_heads, size in ((32, 8, 128), (71, 1, 64), (32, 32, 128), (16, 8, 256)):
         cache = jax.eval_shape(lambda K=kv_heads, size=size: DenseCache.create(8, 8192, K, size))
         for tokens in (1, 8, 2048):
@@ -167,7 +168,7 @@ def test_tiles_fit():
             def choose(cache, query, found=found):
                 call = call_of_cache(cache, query)
                 for mib in (16, 64, 128):
-                    found[mib] = block_sizes.cached_tiles(call, mib * 2**20)
+                    found[mib] = block_sizes.choose_block_sizes(call, mib * 2**20)
 
             jax.eval_shape(choose, cache, query)
             for mib, own in found.items():

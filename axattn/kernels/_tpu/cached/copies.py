@@ -1,7 +1,7 @@
-"""Blocks of a cache on their way from HBM to VMEM: two buffers, one of them being filled.
+"""Copies of blocks of a cache from HBM to VMEM, double-buffered.
 
-All key/value heads of a block come together. Keys and values are copied in pieces, from pages that
-the block table names or from a row; only pieces with slots in use are.
+All key/value heads of a block are copied together. Keys and values are copied from the pages that
+the block table names, or from a row of the cache; slots that are not in use are not copied.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from axattn.kernels._problem import cdiv
-from axattn.kernels._tpu.cached.grid import Cut, Scalars
+from axattn.kernels._tpu.cached.grid import CachedGrid, CachedScalars
 from axattn.kernels._tpu.layout import LANES
 
-# What comes in pieces, out of the cache's own arrays.
+# The cache's own arrays.
 STORED = ("keys", "values")
 SCALES = ("key_scales", "value_scales")
 
 
-class Fetch(NamedTuple):
-    """Which block is meant: scalars."""
+class CachedBlock(NamedTuple):
+    """Which block of keys, and for which tile of queries: scalars."""
 
     batch: jax.Array
     tile: jax.Array
@@ -34,111 +34,112 @@ class Fetch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
-    """The arrays in HBM, their buffers, and a semaphore per buffer."""
+class BlockCopies:
+    """The arrays in HBM, two buffers of each in VMEM, and a semaphore per buffer."""
 
-    cut: Cut
-    scalars: Scalars
+    grid: CachedGrid
+    scalars: CachedScalars
     sources: Mapping[str, Any]
     buffers: Mapping[str, Any]
     semaphores: Any  # [2, arrays]
 
-    def start(self, at: Fetch, slot: Any) -> None:
-        self._each(at, slot, lambda copy: copy.start())
+    def start(self, at: CachedBlock, slot: Any) -> None:
+        """Start to copy a block of all arrays into buffer ``slot``."""
+        self._for_each_copy(at, slot, lambda copy: copy.start())
 
-    def wait(self, at: Fetch, slot: Any) -> None:
-        self._each(at, slot, lambda copy: copy.wait())
+    def wait(self, at: CachedBlock, slot: Any) -> None:
+        """Wait for what `start` with the same arguments has started."""
+        self._for_each_copy(at, slot, lambda copy: copy.wait())
 
-    def _each(self, at: Fetch, slot: Any, act: Callable[[Any], None]) -> None:
+    def _for_each_copy(self, at: CachedBlock, slot: Any, act: Callable[[Any], None]) -> None:
+        grid = self.grid
+
         def copy(name, source, target):
             semaphore = self.semaphores.at[slot, list(self.sources).index(name)]
             act(pltpu.make_async_copy(source, target, semaphore))
 
+        paged = [name for name in self.sources if self._has_pages(name)]
         for name in self.sources:
-            if not self.pieced(name):
-                copy(name, self._whole(name, at), self.buffers[name].at[slot])
-        self._each_piece(at, slot, copy)
+            if name not in paged:
+                copy(name, self._select_block(name, at), self.buffers[name].at[slot])
 
-    def pieced(self, name: str) -> bool:
-        """Whether an array is copied piece by piece, out of the cache."""
-        return name in STORED or (name in SCALES and scales_in_place(self.cut))
+        start = at.block * grid.block_kv
+        used = self.scalars.ends[at.batch] - start
+        count = jnp.clip(cdiv(used, grid.copy_size), 0, grid.copies_per_block)
 
-    def _whole(self, name: str, at: Fetch) -> Any:
-        """A block of ``[B or 1, heads, S']`` or ``[B or 1, heads, tiles, rows, S']``."""
+        def copy_page(i, carry):
+            row, first = self._locate_page(at.batch, start + i * grid.copy_size)
+
+            def copy_slots(size):
+                for name in paged:
+                    copy(name, *self._select_slots(name, slot, i, row, first, size))
+
+            tail = grid.page_size % grid.copy_size
+            if tail:
+                is_whole = first + grid.copy_size <= grid.page_size
+                pl.when(is_whole)(lambda: copy_slots(grid.copy_size))
+                pl.when(jnp.logical_not(is_whole))(lambda: copy_slots(tail))
+            else:
+                copy_slots(grid.copy_size)
+            return carry
+
+        if grid.copies_per_block == 1:
+            pl.when(count > 0)(lambda: copy_page(0, None))
+        else:
+            lax.fori_loop(0, count, copy_page, None)
+
+    def _has_pages(self, name: str) -> bool:
+        return name in STORED or (name in SCALES and reads_scales_in_place(self.grid))
+
+    def _select_block(self, name: str, at: CachedBlock) -> Any:
+        """Return a block of ``[B or 1, heads, S']`` or ``[B or 1, heads, tiles, rows, S']``."""
         source = self.sources[name]
         row = at.batch if source.shape[0] > 1 else 0
-        lanes = pl.ds(pl.multiple_of(at.block * self.cut.block_kv, LANES), self.cut.block_kv)
+        slots = pl.ds(pl.multiple_of(at.block * self.grid.block_kv, LANES), self.grid.block_kv)
         if len(source.shape) == 3:
-            return source.at[row, :, lanes]
-        return source.at[row, :, at.tile, :, lanes]
+            return source.at[row, :, slots]
+        return source.at[row, :, at.tile, :, slots]
 
-    def _each_piece(self, at: Fetch, slot: Any, copy) -> None:
-        cut = self.cut
-        block_start = at.block * cut.block_kv
-        used = self.scalars.ends[at.batch] - block_start
-        count = jnp.clip(cdiv(used, cut.piece), 0, cut.pieces)
-        tail = cut.page % cut.piece
-
-        def of_piece(i, _):
-            row, first = self._locate(at.batch, block_start + i * cut.piece)
-
-            def of_size(size):
-                for name in self.sources:
-                    if self.pieced(name):
-                        copy(name, *self._piece(name, slot, i, row, first, size))
-
-            if tail:
-                whole = first + cut.piece <= cut.page
-                pl.when(whole)(lambda: of_size(cut.piece))
-                pl.when(jnp.logical_not(whole))(lambda: of_size(tail))
-            else:
-                of_size(cut.piece)
-            return _
-
-        if cut.pieces == 1:
-            pl.when(count > 0)(lambda: of_piece(0, None))
-        else:
-            lax.fori_loop(0, count, of_piece, None)
-
-    def _locate(self, batch, start) -> tuple[Any, Any]:
-        """Row of the arrays and slot in it where a piece begins."""
-        cut = self.cut
-        if not cut.paged:
+    def _locate_page(self, batch, start) -> tuple[Any, Any]:
+        """Return the row of the cache's arrays, and the slot in it, where a copy begins."""
+        grid = self.grid
+        if not grid.is_paged:
             return self.scalars.first_row[0] + batch, start
-        page = jnp.minimum(lax.div(start, jnp.int32(cut.page)), cut.pages - 1)
-        within = 0 if cut.page == cut.piece else lax.rem(start, jnp.int32(cut.page))
-        return self.scalars.table[batch * cut.pages + page], within
+        page_size = jnp.int32(grid.page_size)
+        page = jnp.minimum(lax.div(start, page_size), grid.pages_per_row - 1)
+        first = 0 if grid.page_size == grid.copy_size else lax.rem(start, page_size)
+        return self.scalars.block_table[batch * grid.pages_per_row + page], first
 
-    def _piece(self, name, slot, i, row, first, size) -> tuple[Any, Any]:
-        """``size`` slots from ``first`` of a row of the arrays, and where they go."""
-        cut, source, buffer = self.cut, self.sources[name], self.buffers[name]
+    def _select_slots(self, name, slot, i, row, first, size) -> tuple[Any, Any]:
+        """Return ``size`` slots from ``first`` of a row, and the target of copy ``i``."""
+        grid, source, buffer = self.grid, self.sources[name], self.buffers[name]
         if not isinstance(first, int):
-            first = pl.multiple_of(first, cut.piece)
+            first = pl.multiple_of(first, grid.copy_size)
         slots = pl.ds(first, size)
-        here = pl.ds(0, size)
-        if name in SCALES or name in cut.turned:
-            if cut.pieces > 1:
-                here = pl.ds(pl.multiple_of(i * cut.piece, LANES), size)
+        if name in SCALES or name in grid.slots_last:
+            target_slots = pl.ds(0, size)
+            if grid.copies_per_block > 1:
+                target_slots = pl.ds(pl.multiple_of(i * grid.copy_size, LANES), size)
             if name in SCALES:
-                return source.at[row, :, slots], buffer.at[slot, :, here]
-            return source.at[row, :, :, slots], buffer.at[slot, :, :, here]
+                return source.at[row, :, slots], buffer.at[slot, :, target_slots]
+            return source.at[row, :, :, slots], buffer.at[slot, :, :, target_slots]
         target = buffer.at[slot, :, i]
-        if size != cut.piece:
-            target = buffer.at[slot, :, i, here]
+        if size != grid.copy_size:
+            target = buffer.at[slot, :, i, pl.ds(0, size)]
         return source.at[row, :, slots], target
 
 
-def scales_in_place(cut: Cut) -> bool:
-    """Whether the kernel reads the scales where they are: in pieces of whole lanes."""
-    return cut.piece % LANES == 0 and cut.page % LANES == 0
+def reads_scales_in_place(grid: CachedGrid) -> bool:
+    """Whether scales are copied from where they are: in whole lanes."""
+    return grid.copy_size % LANES == 0 and grid.page_size % LANES == 0
 
 
-def buffer_shape(cut: Cut, name: str, array: jax.Array) -> tuple[int, ...]:
-    """Of both buffers of an array."""
-    if name in cut.turned:
-        return (2, cut.kv_heads, array.shape[2], cut.block_kv)
+def compute_buffer_shape(grid: CachedGrid, name: str, array: jax.Array) -> tuple[int, ...]:
+    """Return the shape of both buffers of an array."""
+    if name in grid.slots_last:
+        return (2, grid.kv_heads, array.shape[2], grid.block_kv)
     if name in STORED:
-        return (2, cut.kv_heads, cut.pieces, cut.piece, array.shape[-1])
+        return (2, grid.kv_heads, grid.copies_per_block, grid.copy_size, array.shape[-1])
     if array.ndim == 3:
-        return (2, array.shape[1], cut.block_kv)
-    return (2, array.shape[1], cut.rows, cut.block_kv)
+        return (2, array.shape[1], grid.block_kv)
+    return (2, array.shape[1], grid.rows, grid.block_kv)

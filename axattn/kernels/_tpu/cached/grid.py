@@ -1,19 +1,21 @@
-"""How a call over a cache is cut into steps of the grid, and what a kernel looks up as scalars.
+"""The grid of the kernel over a cache, and the scalars that it looks up.
 
-A step has a tile of queries of one row of the batch, all heads of it, and loops over the blocks of
-keys that the tile visits: the work ends with the length of the row, not with the cache. Where there
-are fewer rows than cores, a row's blocks are parted among steps, whose results are joined later.
+A step has one tile of queries of one batch row, all heads of it, and loops over the blocks of keys
+that the tile needs: the work ends with the length of the row, not with the cache. With fewer rows
+than cores, the keys of a row are split among steps, whose results are combined afterwards.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from axattn import _quantization
 from axattn._call import AttentionCall
 from axattn._stored import NEVER
 from axattn._typing import present
@@ -21,33 +23,48 @@ from axattn.kernels import _block_map, _masks
 from axattn.kernels._problem import Problem, cdiv, round_up
 from axattn.kernels._tpu.layout import LANES
 
+# Bytes of the scores of one matrix product.
+SCORE_BYTES = 2**19
 
-class Scalars(NamedTuple):
-    """One-dimensional, since scalar memory pads the last axis."""
+# Slots of one copy, at most, if the cache has no pages.
+MAX_COPY = 512
 
-    spans: jax.Array  # int32 [steps, 4]: first block, full ones from here, to here, blocks
-    # int32 [steps + cores]: the step with work after each; the first one of each core.
-    following: jax.Array
+
+@dataclasses.dataclass(frozen=True)
+class CachedBlockSizes:
+    """Query tokens of a tile and key slots of a block, and the bytes of VMEM that it may take."""
+
+    block_q: int
+    block_kv: int  # a multiple of 128
+    vmem_limit: int | None = None
+
+
+class CachedScalars(NamedTuple):
+    """Arrays that are prefetched to scalar memory; flat, as it pads the last axis."""
+
+    spans: jax.Array  # int32 [steps, 4]: first block, full from block, full to block, blocks
+    # int32 [steps + cores]: the step with work after each; then the first one of each core.
+    next_steps: jax.Array
     ends: jax.Array  # int32 [B]: slots up to the last one in use
-    table: jax.Array  # int32 [B, pages], or one number
+    block_table: jax.Array  # int32 [B, pages]; [1], unused, without pages
     first_row: jax.Array  # int32 [1]: of the cache's arrays
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Static facts; hashable."""
+class CachedGrid:
+    """Static sizes; hashable."""
 
     problem: Problem
-    stored: str  # dtype of the numbers in the cache
-    paged: bool
-    page: int  # slots of a row of the arrays
+    stored_dtype: str  # of the numbers in the cache
+    is_paged: bool
+    page_size: int  # slots of a row of the cache's arrays
     block_q: int
     block_kv: int
-    piece: int  # slots of one copy
-    together: int  # key/value heads of one matrix product
-    turned: frozenset[str]  # of "keys" and "values", those that lie [K, size, slots] in HBM
+    copy_size: int  # slots of one copy: a page, a part of one, or several
+    heads_per_product: int  # key/value heads of one matrix product
+    slots_last: frozenset[str]  # which of "keys" and "values" are [K, size, slots] in HBM
     cores: int
-    parts: int  # into which the blocks of a row are parted
+    num_splits: int  # of the keys of a batch row
 
     @property
     def kv_heads(self) -> int:
@@ -55,15 +72,16 @@ class Cut:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile: g * block_q + t is token t of a group's head g; then padding."""
-        return padded_rows(self.problem, self.block_q)
+        """Rows of a tile: g * block_q + t is token t of the group's head g; then padding."""
+        return count_padded_rows(self.problem, self.block_q)
 
     @property
     def row_lanes(self) -> int:
         return round_up(self.rows, LANES)
 
     @property
-    def tiles(self) -> int:
+    def num_tiles(self) -> int:
+        """Tiles of queries of one batch row."""
         return cdiv(self.problem.q_len, self.block_q)
 
     @property
@@ -71,102 +89,139 @@ class Cut:
         return cdiv(self.problem.kv_len, self.block_kv)
 
     @property
-    def pieces(self) -> int:
-        """Copies of one block."""
-        return self.block_kv // self.piece
+    def copies_per_block(self) -> int:
+        return self.block_kv // self.copy_size
 
     @property
-    def pages(self) -> int:
-        """Of one row of the batch."""
-        return self.problem.kv_len // self.page
+    def pages_per_row(self) -> int:
+        return self.problem.kv_len // self.page_size
 
     @property
-    def results(self) -> int:
-        """Rows of the batch, each as often as it has parts."""
-        return self.problem.batch * self.parts
+    def num_results(self) -> int:
+        """Rows of the batch, each as often as it has splits."""
+        return self.problem.batch * self.num_splits
 
     @property
-    def per_core(self) -> int:
-        return cdiv(self.results, self.cores)
+    def results_per_core(self) -> int:
+        return cdiv(self.num_results, self.cores)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.cores, self.per_core, self.tiles
+    def shape(self) -> tuple[int, int, int]:
+        return self.cores, self.results_per_core, self.num_tiles
 
-    def place(self, core, i, tile) -> tuple[Any, Any]:
-        """(result, tile) of a step of the grid; a step too many has the last ones again."""
-        result = core * self.per_core + i
-        surplus = result >= self.results
-        last = jnp.int32(self.results - 1), jnp.int32(self.tiles - 1)
-        return jnp.where(surplus, last[0], result), jnp.where(surplus, last[1], tile)
-
-
-def slots_are_lanes(size: int) -> bool:
-    """Whether a TPU lays out ``[..., slots, size]`` with the slots last, as XLA does to save space.
-
-    For a head size of 64, say, of which rows of 128 lanes would be half empty; where the slots are
-    a multiple of 128 and the size of 8. Asked for the other order, XLA would copy the cache.
-    """
-    return size % LANES != 0
+    def locate_tile(self, core, i, tile) -> tuple[Any, Any]:
+        """Return the result and the tile of a step; surplus steps point at the last one."""
+        result = core * self.results_per_core + i
+        is_surplus = result >= self.num_results
+        last = jnp.int32(self.num_results - 1), jnp.int32(self.num_tiles - 1)
+        return jnp.where(is_surplus, last[0], result), jnp.where(is_surplus, last[1], tile)
 
 
-def padded_rows(problem: Problem, block_q: int) -> int:
-    """Whole tiles of sublanes."""
+def make_cached_grid(call: AttentionCall, sizes: CachedBlockSizes, cores: int) -> CachedGrid:
+    """Return the grid of a call over a cache for so many ``cores``."""
+    problem, stored = Problem.of(call), present(call.stored)
+    is_paged = stored.block_table is not None
+    if sizes.block_kv % LANES:
+        raise ValueError(f"block_kv takes a multiple of {LANES}, got {sizes.block_kv}")
+    # Asked for splits of a fixed size, a row has the same bits in every batch.
+    is_whole = problem.batch >= cores or call.kv_split_size is not None
+    num_splits = 1 if is_whole else cdiv(cores, problem.batch)
+    return CachedGrid(
+        problem,
+        stored.dtype,
+        is_paged,
+        stored.page_size,
+        sizes.block_q,
+        sizes.block_kv,
+        math.gcd(sizes.block_kv, stored.page_size if is_paged else MAX_COPY),
+        _choose_heads_per_product(problem, sizes, _quantization.is_quantized(stored.dtype)),
+        find_slots_last(call),
+        min(cores, problem.batch * num_splits),
+        num_splits,
+    )
+
+
+def _choose_heads_per_product(problem: Problem, sizes: CachedBlockSizes, has_scales: bool) -> int:
+    """Return the key/value heads of one product: if rows are few, several fill a vector tile."""
+    rows, heads = count_padded_rows(problem, sizes.block_q), problem.num_kv_heads
+    for count in range(heads, 1, -1):
+        # Scales have heads on the sublanes, where a slice begins with a whole tile or is one row.
+        is_aligned = count == heads or count % 8 == 0 or not has_scales
+        bytes_of_scores = count * rows * sizes.block_kv * 4
+        if heads % count == 0 and is_aligned and bytes_of_scores <= SCORE_BYTES:
+            return count
+    return 1
+
+
+def count_padded_rows(problem: Problem, block_q: int) -> int:
+    """Return the rows of a tile in whole tiles of sublanes."""
     sublanes = 8 if problem.dtype == "float32" else 16
     return round_up(problem.group * block_q, sublanes)
 
 
-def scalars(call: AttentionCall, cut: Cut, limits: _masks.Bounds) -> Scalars:
-    """``call`` without key masks (`masks.fold_key_masks`), and the bounds of its rows."""
-    if cut.tiles == 1:
-        spans = _block_map.of_few_rows(call, limits, cut.block_kv)
+def find_slots_last(call: AttentionCall) -> frozenset[str]:
+    """Return which of "keys" and "values" a TPU lays out with the slots last, to save space.
+
+    With a head size of 64, say, rows of 128 lanes would be half empty. Asked for the other order,
+    XLA would copy the cache.
+    """
+    arrays = present(call.stored).arrays
+    pairs = ("keys", arrays.keys), ("values", arrays.values)
+    return frozenset(name for name, x in pairs if x is not None and x.shape[-1] % LANES)
+
+
+def make_scalars(call: AttentionCall, grid: CachedGrid, bounds: _masks.Bounds) -> CachedScalars:
+    """Return the scalars of a call without key masks (`_masks.fold_key_masks`)."""
+    if grid.num_tiles == 1:
+        spans = _block_map.of_few_rows(call, bounds, grid.block_kv)
     else:
-        plan = _block_map.of_queries(call, cut.block_q, cut.block_kv, longest_list=0)
+        plan = _block_map.of_queries(call, grid.block_q, grid.block_kv, longest_list=0)
         spans = plan.spans
-    batch = cut.problem.batch
-    spans = jnp.broadcast_to(spans, (batch, cut.tiles, 4))
+    batch = grid.problem.batch
+    spans = jnp.broadcast_to(spans, (batch, grid.num_tiles, 4))
     if call.kv_positions is None:
-        ends = jnp.clip(limits[1].max(1), 0, call.kv_len)
+        ends = jnp.clip(bounds[1].max(1), 0, call.kv_len)
     else:
         slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
         ends = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
-    spans = _parted(spans, cut.parts)
+    spans = _split_spans(spans, grid.num_splits)
     stored, table = present(call.stored), jnp.zeros(1, jnp.int32)
-    if cut.paged:
+    if grid.is_paged:
         # Entries that no slot in use needs may be garbage, and their pages may be copied.
         pages = stored.arrays.keys.shape[0]
         table = present(stored.block_table).astype(jnp.int32)
         table = jnp.clip(table, 0, pages - 1).reshape(-1)
-    return Scalars(
+    return CachedScalars(
         spans.reshape(-1),
-        _following(spans[..., 3].reshape(-1), cut),
+        _find_next_steps(spans[..., 3].reshape(-1), grid),
         jnp.broadcast_to(ends, (batch,)).astype(jnp.int32),
         table,
         jnp.asarray(stored.first_row, jnp.int32).reshape(1),
     )
 
 
-def _parted(spans: jax.Array, parts: int) -> jax.Array:
-    """Spans ``[B, tiles, 4]`` of a `visits.Plan` as those of Scalars, ``[B * parts, tiles, 4]``."""
+def _split_spans(spans: jax.Array, num_splits: int) -> jax.Array:
+    """Turn ``[B, tiles, 4]`` of `_block_map.Plan` into that of the scalars, with B * splits."""
     first, before, full, total = (spans[:, None, :, i] for i in range(4))
-    part = jnp.arange(parts, dtype=jnp.int32)[None, :, None]
-    start, stop = total * part // parts, total * (part + 1) // parts
+    split = jnp.arange(num_splits, dtype=jnp.int32)[None, :, None]
+    start, stop = total * split // num_splits, total * (split + 1) // num_splits
     count = stop - start
     full_from = jnp.clip(before - start, 0, count)
     full_to = jnp.clip(before + full - start, 0, count)
-    parted = jnp.stack(jnp.broadcast_arrays(first + start, full_from, full_to, count), -1)
-    return parted.reshape(-1, *spans.shape[1:])
+    parts = jnp.stack(jnp.broadcast_arrays(first + start, full_from, full_to, count), -1)
+    return parts.reshape(-1, *spans.shape[1:])
 
 
-def _following(totals: jax.Array, cut: Cut) -> jax.Array:
-    """For each step, and then for each core, the next step of the same core with work, or -1."""
+def _find_next_steps(totals: jax.Array, grid: CachedGrid) -> jax.Array:
+    """Return for each step, then for each core, the core's next step with work, or -1."""
     steps = totals.size
     index = jnp.arange(steps, dtype=jnp.int32)
-    here_or_later = lax.cummin(jnp.where(totals > 0, index, steps), reverse=True)
-    here_or_later = jnp.append(here_or_later, steps)
-    per_core = cut.per_core * cut.tiles
-    firsts = jnp.arange(cut.cores, dtype=jnp.int32) * per_core
-    asked = jnp.concatenate([index + 1, firsts])
-    behind = jnp.concatenate([(index // per_core + 1) * per_core, firsts + per_core])
-    found = here_or_later[jnp.minimum(asked, steps)]
-    return jnp.where((found < behind) & (found < steps), found, -1).astype(jnp.int32)
+    # The step itself or the first one after it that has work.
+    with_work = lax.cummin(jnp.where(totals > 0, index, steps), reverse=True)
+    with_work = jnp.append(with_work, steps)
+    per_core = grid.results_per_core * grid.num_tiles
+    firsts = jnp.arange(grid.cores, dtype=jnp.int32) * per_core
+    starts = jnp.concatenate([index + 1, firsts])
+    ends = jnp.concatenate([(index // per_core + 1) * per_core, firsts + per_core])
+    found = with_work[jnp.minimum(starts, steps)]
+    return jnp.where((found < ends) & (found < steps), found, -1).astype(jnp.int32)

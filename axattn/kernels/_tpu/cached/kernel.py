@@ -1,17 +1,16 @@
 """Attention over a cache: decode steps, latent ones, and prompts over what is stored.
 
-The cache stays where it is: a step reads the blocks of its row, through the block table where there
-is one, all key/value heads at a time, each once for all query heads of its group (Shazeer, arXiv
-1911.02150), and takes the softmax online (Milakov & Gimelshein, arXiv 1805.02867). While a block is
-computed on, the next one is on its way, also if it is another row's.
+The cache stays in place. A step reads the blocks of its row, through the block table if there is
+one, all key/value heads at a time, each once for all query heads of its group (Shazeer, arXiv
+1911.02150), and takes the softmax online (Milakov & Gimelshein, arXiv 1805.02867). While one block
+is computed, the next one is copied, even if it belongs to another row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,59 +20,61 @@ from jax.experimental.pallas import tpu as pltpu
 
 from axattn._call import AttentionCall
 from axattn._jax_compat import result_of
-from axattn._typing import present
 from axattn.kernels import _cost, _masks
 from axattn.kernels._scores import Scores, State, finished, precision_of, softmax
-from axattn.kernels._tpu.cached import codes as cached_codes
-from axattn.kernels._tpu.cached import copies as cached_copies
 from axattn.kernels._tpu.cached import operands
-from axattn.kernels._tpu.cached.block_sizes import CachedTiles, cut_of
-from axattn.kernels._tpu.cached.copies import Copies, Fetch
-from axattn.kernels._tpu.cached.grid import Cut, Scalars, scalars
-from axattn.kernels._tpu.cached.tile import Tile, columns, lanes
+from axattn.kernels._tpu.cached.copies import BlockCopies, CachedBlock, compute_buffer_shape
+from axattn.kernels._tpu.cached.dequantize import decode_numbers, may_be_nan
+from axattn.kernels._tpu.cached.grid import (
+    CachedBlockSizes,
+    CachedGrid,
+    CachedScalars,
+    make_cached_grid,
+    make_scalars,
+)
+from axattn.kernels._tpu.cached.tile import CachedTile, transpose_to_lanes, transpose_to_rows
 
 
-def attend(
-    call: AttentionCall, tiles: CachedTiles, *, cores: int = 1, interpret: Any = False
+def attend_over_cache(
+    call: AttentionCall, sizes: CachedBlockSizes, *, cores: int = 1, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, N, h]`` in the query's dtype, LSE float32 ``[B, T, N]``.
+    """Return the output ``[B, T, N, h]`` in the query's dtype and the float32 LSE ``[B, T, N]``.
 
-    ``cores``: how many share the work of one call, 2 on chips whose cores are one device.
+    ``cores`` share the work of one call: 2 on chips whose cores are one device.
     """
     call = _masks.fold_key_masks(call)
-    cut = cut_of(call, tiles, cores)
-    out, lse = _run(call, cut, tiles.vmem_limit, interpret)
-    out = operands.unpacked(cut, out)
-    lse = operands.unpacked(cut, jnp.swapaxes(lse, 3, 4)[..., 0])
-    return (out, lse) if cut.parts == 1 else _joined(call, cut, out, lse)
+    grid = make_cached_grid(call, sizes, cores)
+    out, lse = _call_kernel(call, grid, sizes.vmem_limit, interpret)
+    out = operands.restore_queries(grid, out)
+    lse = operands.restore_queries(grid, jnp.swapaxes(lse, 3, 4)[..., 0])
+    return (out, lse) if grid.num_splits == 1 else _combine_splits(call, grid, out, lse)
 
 
-def _run(call: AttentionCall, cut: Cut, vmem_limit, interpret) -> tuple[jax.Array, jax.Array]:
-    """``[results, K, tiles, rows, h]`` and ``[results, K, tiles, 1, row_lanes]``."""
-    problem = cut.problem
-    query = operands.queries(call, cut)
-    limits = _masks.bounds(call)
-    vectors = operands.row_vectors(call, cut, limits)
-    sources = operands.sources(call, cut)
-    in_place = pl.BlockSpec(memory_space=pl.ANY)
-    dtype = call.query.dtype if cut.parts == 1 else jnp.float32
-    shape = (cut.results, cut.kv_heads, cut.tiles)
+def _call_kernel(
+    call: AttentionCall, grid: CachedGrid, vmem_limit: int | None, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``[results, K, tiles, rows, h]`` and ``[results, K, tiles, 1, row_lanes]``."""
+    query = operands.lay_out_queries(call, grid)
+    bounds = _masks.bounds(call)
+    vectors = operands.make_row_vectors(call, grid, bounds)
+    sources = operands.make_sources(call, grid)
+    dtype = call.query.dtype if grid.num_splits == 1 else jnp.float32
+    shape = (grid.num_results, grid.kv_heads, grid.num_tiles)
     outputs = [
-        result_of(query, (*shape, cut.rows, problem.value_head_dim), dtype),
-        result_of(query, (*shape, 1, cut.row_lanes), jnp.float32),
+        result_of(query, (*shape, grid.rows, call.value_head_dim), dtype),
+        result_of(query, (*shape, 1, grid.row_lanes), jnp.float32),
     ]
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(Scalars._fields),
-        grid=cut.grid,
-        in_specs=[_spec(cut, x.shape) for x in (query, *vectors.values())]
-        + [in_place] * len(sources),
-        out_specs=[_spec(cut, x.shape) for x in outputs],
-        scratch_shapes=_scratch(cut, sources),
-    )
     return pl.pallas_call(
-        functools.partial(_kernel, cut, call.precision, tuple(vectors), tuple(sources)),
+        functools.partial(_run_step, grid, call.precision, tuple(vectors), tuple(sources)),
         out_shape=outputs,
-        grid_spec=grid,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(CachedScalars._fields),
+            grid=grid.shape,
+            in_specs=[_make_spec(grid, x.shape) for x in (query, *vectors.values())]
+            + [pl.BlockSpec(memory_space=pl.ANY)] * len(sources),
+            out_specs=[_make_spec(grid, x.shape) for x in outputs],
+            scratch_shapes=_declare_scratch(grid, sources),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_limit,
@@ -81,39 +82,41 @@ def _run(call: AttentionCall, cut: Cut, vmem_limit, interpret) -> tuple[jax.Arra
         cost_estimate=_cost.over_all_keys(call),
         interpret=interpret,
         name="axattn_cached",
-    )(*scalars(call, cut, limits), query, *vectors.values(), *sources.values())
+    )(*make_scalars(call, grid, bounds), query, *vectors.values(), *sources.values())
 
 
-def _spec(cut: Cut, shape: tuple[int, ...]) -> pl.BlockSpec:
-    """A tile of ``[results or B or 1, K or 1, tiles, ...]``, all heads."""
+def _make_spec(grid: CachedGrid, shape: tuple[int, ...]) -> pl.BlockSpec:
+    """Return the block of a tile of ``[results or B or 1, K or 1, tiles, ...]``, all heads."""
     rows = shape[0]
 
-    def index(core, i, tile, *_):
-        result, tile = cut.place(core, i, tile)
-        row = 0 if rows == 1 else result if rows == cut.results else result // cut.parts
+    def index_map(core, i, tile, *_):
+        result, tile = grid.locate_tile(core, i, tile)
+        if rows == 1:
+            return 0, 0, tile, 0, 0
+        row = result if rows == grid.num_results else result // grid.num_splits
         return row, 0, tile, 0, 0
 
-    return pl.BlockSpec((1, shape[1], 1, *shape[3:]), index)
+    return pl.BlockSpec((1, shape[1], 1, *shape[3:]), index_map)
 
 
-def _scratch(cut: Cut, sources: Mapping[str, jax.Array]) -> list[Any]:
+def _declare_scratch(grid: CachedGrid, sources: Mapping[str, jax.Array]) -> list[Any]:
     buffers = (
-        pltpu.VMEM(cached_copies.buffer_shape(cut, name, array), array.dtype)
+        pltpu.VMEM(compute_buffer_shape(grid, name, array), array.dtype)
         for name, array in sources.items()
     )
     return [
         *buffers,
         pltpu.SemaphoreType.DMA((2, len(sources))),
-        pltpu.SMEM((1,), jnp.int32),  # blocks copied so far: whose turn it is
-        pltpu.VMEM((cut.kv_heads, cut.rows, cut.problem.value_head_dim), jnp.float32),
-        pltpu.VMEM((cut.kv_heads, cut.rows, 2), jnp.float32),  # maximum and sum
+        pltpu.SMEM((1,), jnp.int32),  # blocks computed so far: which buffer is next
+        pltpu.VMEM((grid.kv_heads, grid.rows, grid.problem.value_head_dim), jnp.float32),
+        pltpu.VMEM((grid.kv_heads, grid.rows, 2), jnp.float32),  # maximum and sum
     ]
 
 
-def _joined(call: AttentionCall, cut: Cut, out, lse) -> tuple[jax.Array, jax.Array]:
-    """One result per row of the batch, from those of its parts."""
-    out = out.reshape(-1, cut.parts, *out.shape[1:])
-    lse = lse.reshape(-1, cut.parts, *lse.shape[1:])
+def _combine_splits(call: AttentionCall, grid: CachedGrid, out, lse) -> tuple[jax.Array, jax.Array]:
+    """Combine the splits of each batch row by their LSE."""
+    out = out.reshape(-1, grid.num_splits, *out.shape[1:])
+    lse = lse.reshape(-1, grid.num_splits, *lse.shape[1:])
     top = lse.max(1, keepdims=True)
     share = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
     total = share.sum(1)
@@ -124,190 +127,176 @@ def _joined(call: AttentionCall, cut: Cut, out, lse) -> tuple[jax.Array, jax.Arr
     return out.astype(call.query.dtype), lse
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """One step of the grid: its refs, and where it is."""
+# ---- the kernel -------------------------------------------------------------------------------
 
-    cut: Cut
-    precision: Any
-    scalars: Scalars
+
+class CachedRefs(NamedTuple):
+    """The refs of a step."""
+
+    scalars: CachedScalars
     query: Any
     vectors: Mapping[str, Any]
-    copies: Copies
+    out: Any
+    lse: Any
+    turns: Any  # [1]
     sums: Any  # [K, rows, h]
     state: Any  # [K, rows, 2]
-    step: Any
-    part: Any
-
-    def span(self, i: int) -> jax.Array:
-        return self.scalars.spans[self.step * 4 + i]
-
-    def fetch(self, step, n) -> Fetch:
-        """Block ``n`` of those that a step visits."""
-        cut = self.cut
-        batch = lax.div(step, jnp.int32(cut.tiles * cut.parts))
-        return Fetch(batch, lax.rem(step, jnp.int32(cut.tiles)), self.scalars.spans[step * 4] + n)
 
 
-def _kernel(cut: Cut, precision, vectors, sources, *arguments) -> None:
-    refs = iter(arguments)
+def _run_step(grid: CachedGrid, precision: Any, vectors, sources, *arguments) -> None:
+    """Give names to the refs and run the kernel."""
+    remaining = iter(arguments)
 
-    def named(names):
-        return {name: next(refs) for name in names}
+    def take(names):
+        return {name: next(remaining) for name in names}
 
-    looked_up, query = Scalars(**named(Scalars._fields)), next(refs)
-    vectors, hbm, out, lse = named(vectors), named(sources), next(refs), next(refs)
-    buffers, (semaphores, turns, sums, state) = named(sources), refs
-    copies = Copies(cut, looked_up, hbm, buffers, semaphores)
+    scalars, query = CachedScalars(**take(CachedScalars._fields)), next(remaining)
+    vectors, hbm, out, lse = take(vectors), take(sources), next(remaining), next(remaining)
+    buffers, (semaphores, turns, sums, state) = take(sources), remaining
+    copies = BlockCopies(grid, scalars, hbm, buffers, semaphores)
+    refs = CachedRefs(scalars, query, vectors, out, lse, turns, sums, state)
+    _attend_tile(grid, precision, refs, copies)
+
+
+def _attend_tile(grid: CachedGrid, precision: Any, refs: CachedRefs, copies: BlockCopies) -> None:
+    """Attend from a tile of queries to all its blocks; copy one block while computing another."""
     core, i, tile = (pl.program_id(axis) for axis in range(3))
-    result = core * cut.per_core + i
-    step = _Step(
-        cut,
-        precision,
-        looked_up,
-        query,
-        vectors,
-        copies,
-        sums,
-        state,
-        result * cut.tiles + tile,
-        lax.rem(result, jnp.int32(cut.parts)),
-    )
+    result = core * grid.results_per_core + i
+    step = result * grid.num_tiles + tile
+    split = lax.rem(result, jnp.int32(grid.num_splits))
+    spans, next_steps = refs.scalars.spans, refs.scalars.next_steps
+
+    def locate_block(of_step, n) -> CachedBlock:
+        """Return block ``n`` of a step."""
+        batch = lax.div(of_step, jnp.int32(grid.num_tiles * grid.num_splits))
+        tile = lax.rem(of_step, jnp.int32(grid.num_tiles))
+        return CachedBlock(batch, tile, spans[of_step * 4] + n)
 
     @pl.when((i == 0) & (tile == 0))
     def _():
-        turns[0] = 0
-        first = looked_up.following[cut.results * cut.tiles + core]
-        pl.when(first >= 0)(lambda: copies.start(step.fetch(first, 0), 0))
+        refs.turns[0] = 0
+        first = next_steps[grid.num_results * grid.num_tiles + core]
+        pl.when(first >= 0)(lambda: copies.start(locate_block(first, 0), 0))
 
-    @pl.when(result < cut.results)
+    @pl.when(result < grid.num_results)
     def _():
-        _start(step)
-        total, turn = step.span(3), turns[0]
-        lax.fori_loop(0, total, functools.partial(_visit, step, turn), None)
-        turns[0] = turn + total
-        _finish(step, out, lse)
+        _start_softmax(grid, refs, split)
+        total, turn = spans[step * 4 + 3], refs.turns[0]
+
+        def attend_to_block(n, _):
+            buffer = (turn + n) & 1
+
+            has_more = n + 1 < total
+            next_step = jnp.where(has_more, step, next_steps[step])
+            next_block = locate_block(jnp.maximum(next_step, 0), jnp.where(has_more, n + 1, 0))
+            pl.when(next_step >= 0)(lambda: copies.start(next_block, 1 - buffer))
+
+            at = locate_block(step, n)
+            copies.wait(at, buffer)
+            add = functools.partial(_add_block, grid, precision, refs, copies, at, buffer)
+            is_full = (n >= spans[step * 4 + 1]) & (n < spans[step * 4 + 2])
+            pl.when(is_full)(lambda: add(partial=False))
+            pl.when(jnp.logical_not(is_full))(lambda: add(partial=True))
+
+        lax.fori_loop(0, total, attend_to_block, None)
+        refs.turns[0] = turn + total
+
+        @_run_on_heads(grid)
+        def _(head):
+            heads = pl.ds(head, grid.heads_per_product)
+            factor, lse = finished(State(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2]))
+            refs.out[0, heads, 0] = (refs.sums[heads] * factor).astype(refs.out.dtype)
+            refs.lse[0, heads, 0, :, pl.ds(0, grid.rows)] = transpose_to_lanes(lse)
 
 
-def _start(step: _Step) -> None:
-    step.sums[...] = jnp.zeros_like(step.sums)
-    shape = step.state.shape[:2]
-    top, total = jnp.full((*shape, 1), -jnp.inf, jnp.float32), jnp.zeros((*shape, 1), jnp.float32)
-    if "sinks" in step.vectors:
-        # A sink is a key with its own logit and no value: the softmax (of one part) starts with it.
-        sinks = columns(step.vectors["sinks"][0, :, 0], step.cut.rows)
-        if step.cut.parts > 1:
-            sinks = jnp.where(step.part == 0, sinks, -jnp.inf)
+def _start_softmax(grid: CachedGrid, refs: CachedRefs, split) -> None:
+    refs.sums[...] = jnp.zeros_like(refs.sums)
+    shape = (*refs.state.shape[:2], 1)
+    top, total = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if "sinks" in refs.vectors:
+        # A sink is a key with its own logit and no value: the softmax (of one split) starts there.
+        sinks = transpose_to_rows(refs.vectors["sinks"][0, :, 0], grid.rows)
+        if grid.num_splits > 1:
+            sinks = jnp.where(split == 0, sinks, -jnp.inf)
         top = jnp.broadcast_to(sinks, top.shape)
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-    step.state[:, :, 0:1] = top
-    step.state[:, :, 1:2] = total
+    refs.state[:, :, 0:1] = top
+    refs.state[:, :, 1:2] = total
 
 
-def _visit(step: _Step, turn, n, _) -> None:
-    """The next block is sent for, this one waited for and computed on."""
-    copies, slot = step.copies, (turn + n) & 1
-    total = step.span(3)
-    more = n + 1 < total
-    following = jnp.where(more, step.step, step.scalars.following[step.step])
-    to_come = step.fetch(jnp.maximum(following, 0), jnp.where(more, n + 1, 0))
-    pl.when(following >= 0)(lambda: copies.start(to_come, 1 - slot))
-    here = step.fetch(step.step, n)
-    copies.wait(here, slot)
-    full = (n >= step.span(1)) & (n < step.span(2))
-    pl.when(full)(lambda: _compute(step, here, slot, partial=False))
-    pl.when(jnp.logical_not(full))(lambda: _compute(step, here, slot, partial=True))
+def _add_block(
+    grid: CachedGrid,
+    precision: Any,
+    refs: CachedRefs,
+    copies: BlockCopies,
+    at: CachedBlock,
+    buffer: Any,
+    *,
+    partial: bool,
+) -> None:
+    """Add a block of keys, which is in VMEM, to the output."""
+
+    def load(name, head):
+        codes = copies.buffers[name][buffer, pl.ds(head, grid.heads_per_product)]
+        return decode_numbers(codes, grid.stored_dtype, grid.problem.dtype)
+
+    @_run_on_heads(grid)
+    def _(head):
+        heads = pl.ds(head, grid.heads_per_product)
+        start, end = at.block * grid.block_kv, refs.scalars.ends[at.batch]
+        tile = CachedTile(grid, refs.vectors, copies.buffers, buffer, start, head)
+        block = Scores(grid.problem, tile)
+
+        keys = load("keys", head)
+        key_axis = 1 if "keys" in grid.slots_last else 2
+        dots = _multiply(refs.query[0, heads, 0], keys, key_axis, precision)
+        if tile.has("key_scales"):
+            dots = dots * tile.of_keys("key_scales")
+        scores, _ = block.scores(dots)
+        if partial:
+            allowed = block.allowed()
+            scores = jnp.where(allowed, scores, -jnp.inf)
+        state = State(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2])
+        weights, decay, state = softmax(scores, state, 2)
+        refs.state[heads, :, 0:1], refs.state[heads, :, 1:2] = state
+
+        # Latent attention has its values in the first features of the keys.
+        name, scales = ("values", "value_scales") if tile.has("values") else ("keys", "key_scales")
+        slot_axis, size = 2 if name in grid.slots_last else 1, grid.problem.value_head_dim
+        if name == "values":
+            values = load("values", head)
+        else:
+            values = keys[:, :size] if slot_axis == 2 else keys[:, :, :size]
+        if partial and may_be_nan(grid.stored_dtype):
+            used = tile.find_used_slots(end, slot_axis)
+            values = jnp.where(used, values, jnp.zeros((), values.dtype))
+        if tile.has(scales):
+            weights = weights * tile.of_keys(scales)
+            if partial:  # the scale of an unused slot may be NaN
+                weights = jnp.where(allowed, weights, 0.0)
+        product = _multiply(weights.astype(values.dtype), values, slot_axis, precision)
+        refs.sums[heads] = refs.sums[heads] * decay + product
 
 
-def _compute(step: _Step, here: Fetch, slot, *, partial: bool) -> None:
-    cut = step.cut
-
-    def of_heads(i, _):
-        head = i * cut.together
-        start = here.block * cut.block_kv
-        tile = Tile(cut, step.vectors, step.copies.buffers, slot, start, head)
-        _update(step, tile, step.scalars.ends[here.batch], partial=partial)
-        return _
-
-    count = cut.kv_heads // cut.together
-    if count == 1:
-        of_heads(0, None)
-    else:
-        lax.fori_loop(0, count, of_heads, None)
-
-
-def _update(step: _Step, tile: Tile, end, *, partial: bool) -> None:
-    """The online softmax of some heads, and their weighted values."""
-    block = Scores(step.cut.problem, tile)
-    heads = pl.ds(tile.head, step.cut.together)
-    keys = _numbers(step, tile, "keys")
-    features = 1 if "keys" in step.cut.turned else 2
-    dots = _product(step.query[0, heads, 0], keys, features, step.precision)
-    if tile.has("key_scales"):
-        dots = dots * tile.of_keys("key_scales")
-    scores, _ = block.scores(dots)
-    allowed = None
-    if partial:
-        allowed = block.allowed()
-        scores = jnp.where(allowed, scores, -jnp.inf)
-    state = State(step.state[heads, :, 0:1], step.state[heads, :, 1:2])
-    weights, decay, state = softmax(scores, state, 2)
-    step.state[heads, :, 0:1], step.state[heads, :, 1:2] = state
-    values, slots, scales = _values(step, tile, keys, end, partial=partial)
-    if scales is not None:
-        weights = weights * scales
-        if partial:  # a scale may be NaN where no token is
-            weights = jnp.where(present(allowed), weights, 0.0)
-    summed = _product(weights.astype(values.dtype), values, slots, step.precision)
-    step.sums[heads] = step.sums[heads] * decay + summed
-
-
-def _values(step: _Step, tile: Tile, keys, end, *, partial: bool):
-    """Values ``[heads, keys, h]`` or ``[heads, h, keys]``, zero where they could be NaN.
-
-    With the axis of the keys, and scales or None.
-    """
-    cut = step.cut
-    name, scales = ("values", "value_scales") if tile.has("values") else ("keys", "key_scales")
-    slots = 2 if name in cut.turned else 1
-    if name == "values":
-        values = _numbers(step, tile, "values")
-    elif slots == 2:
-        values = keys[:, : cut.problem.value_head_dim]
-    else:
-        values = keys[:, :, : cut.problem.value_head_dim]
-    if partial and cached_codes.may_be_nan(cut.stored):
-        used = tile.used(end, slots)
-        values = jnp.where(used, values, jnp.zeros((), values.dtype))
-    return values, slots, tile.of_keys(scales) if tile.has(scales) else None
-
-
-def _numbers(step: _Step, tile: Tile, name: str) -> jax.Array:
-    cut = step.cut
-    codes = tile.buffers[name][tile.slot, pl.ds(tile.head, cut.together)]
-    return cached_codes.numbers(codes, cut.stored, cut.problem.dtype)
-
-
-def _product(a: jax.Array, b: jax.Array, axis: int, precision: Any) -> jax.Array:
-    """Per head, a's last axis with ``axis`` of b, in float32."""
-    precision = precision_of(a, precision)
+def _multiply(a: jax.Array, b: jax.Array, axis: int, precision: Any) -> jax.Array:
+    """Return the float32 product of each head over a's last axis and ``axis`` of b."""
     return lax.dot_general(
         a,
         b,
         (((2,), (axis,)), ((0,), (0,))),
-        precision=precision,
+        precision=precision_of(a, precision),
         preferred_element_type=jnp.float32,
     )
 
 
-def _finish(step: _Step, out, lse) -> None:
-    cut = step.cut
+def _run_on_heads(grid: CachedGrid):
+    """Decorate ``compute(head)`` to run it now, for the first head of each matrix product."""
 
-    def of_heads(i, _):
-        heads = pl.ds(i * cut.together, cut.together)
-        share, logs = finished(State(step.state[heads, :, 0:1], step.state[heads, :, 1:2]))
-        out[0, heads, 0] = (step.sums[heads] * share).astype(out.dtype)
-        lse[0, heads, 0, :, pl.ds(0, cut.rows)] = lanes(logs)
-        return _
+    def run(compute) -> None:
+        count = grid.kv_heads // grid.heads_per_product
+        if count == 1:
+            compute(0)
+            return
+        lax.fori_loop(0, count, lambda i, _: compute(i * grid.heads_per_product), None)
 
-    lax.fori_loop(0, cut.kv_heads // cut.together, of_heads, None)
+    return run

@@ -1,7 +1,7 @@
-"""From an AttentionCall over a cache to what its kernel reads.
+"""From an AttentionCall over a cache to the arrays of its kernel.
 
-The cache's arrays are left where and as they are. Queries, which are few, are laid out as the
-rows of tiles. Vectors over rows are lanes, ``[B or 1, K or 1, tiles, 1, rows]``.
+The cache's arrays stay as they are in HBM. The few queries are stored like the rows of tiles, and
+vectors over rows in lanes, ``[B or 1, K or 1, tiles, 1, row_lanes]``.
 """
 
 from __future__ import annotations
@@ -18,86 +18,92 @@ from axattn.kernels import _masks
 from axattn.kernels._padding import padded
 from axattn.kernels._problem import LOG2E
 from axattn.kernels._tpu.cached import copies
-from axattn.kernels._tpu.cached.grid import Cut
+from axattn.kernels._tpu.cached.grid import CachedGrid
 from axattn.kernels._tpu.layout import LANES, join_tiles, split_into_tiles
 
 
-def queries(call: AttentionCall, cut: Cut) -> jax.Array:
-    """``[B, K, tiles, rows, H]`` in the dtype of the products."""
+def lay_out_queries(call: AttentionCall, grid: CachedGrid) -> jax.Array:
+    """Return the query as ``[B, K, tiles, rows, H]``, in the dtype of the products."""
     query = jnp.moveaxis(call.query.astype(call.product_dtype), 2, 1)
-    return _rows_of(query, cut)
+    return _split_into_rows(query, grid)
 
 
-def row_vectors(call: AttentionCall, cut: Cut, limits: _masks.Bounds) -> dict[str, jax.Array]:
-    """``[B or 1, K or 1, tiles, 1, row_lanes]`` each.
+def make_row_vectors(
+    call: AttentionCall, grid: CachedGrid, bounds: _masks.Bounds
+) -> dict[str, jax.Array]:
+    """Return vectors over rows, ``[B or 1, K or 1, tiles, 1, row_lanes]`` each.
 
     low, high              int32: each row attends to positions in [low, high)
     q_positions, q_segments   int32
     row_bias, row_shift, slopes, sinks   float32
     """
-    low, high = limits
-    found = {"high": _vector(high[:, None], cut, -NEVER)}
+    low, high = bounds
+    vectors = {"high": _lay_out_over_rows(high[:, None], grid, -NEVER)}
     if low is not None:
-        found["low"] = _vector(low[:, None], cut)
+        vectors["low"] = _lay_out_over_rows(low[:, None], grid)
     for part in call.mask.parts:
         if isinstance(part, Segments):
-            found["q_segments"] = _vector(part.q_ids[:, None], cut)
+            vectors["q_segments"] = _lay_out_over_rows(part.q_ids[:, None], grid)
     if call.alibi_slopes is not None:
         positions = call.spans()[0].positions
-        found["q_positions"] = _vector(positions[:, None], cut)
-        found["slopes"] = _vector(call.alibi_slopes.astype(jnp.float32)[:, :, None], cut)
+        vectors["q_positions"] = _lay_out_over_rows(positions[:, None], grid)
+        slopes = call.alibi_slopes.astype(jnp.float32)[:, :, None]
+        vectors["slopes"] = _lay_out_over_rows(slopes, grid)
     if call.sinks is not None:
         sinks = call.sinks.astype(jnp.float32)[None, :, None] * LOG2E
-        found["sinks"] = _vector(sinks, cut)
-    if _bias_kind(call) == "rows":
-        found["row_bias"] = _vector(present(call.bias)[..., 0].astype(jnp.float32), cut)
+        vectors["sinks"] = _lay_out_over_rows(sinks, grid)
+    if _classify_bias(call) == "rows":
+        bias = present(call.bias)[..., 0].astype(jnp.float32)
+        vectors["row_bias"] = _lay_out_over_rows(bias, grid)
     shift = present(call.stored).center_dots(call.query, jnp.float32)
     if shift is not None:
-        found["row_shift"] = _vector(shift.reshape(call.batch, call.num_heads, call.q_len), cut)
-    return found
+        shift = shift.reshape(call.batch, call.num_heads, call.q_len)
+        vectors["row_shift"] = _lay_out_over_rows(shift, grid)
+    return vectors
 
 
-def sources(call: AttentionCall, cut: Cut) -> dict[str, jax.Array]:
-    """What is copied block by block.
+def make_sources(call: AttentionCall, grid: CachedGrid) -> dict[str, jax.Array]:
+    """Return the arrays that the kernel copies block by block.
 
     keys, values           the cache's arrays, [R, K, C, size] or [R, K, size, C]
-    key_scales, value_scales   float32 [R, K, C], or [B, K, S'] where no pieces can be copied
+    key_scales, value_scales   float32 [R, K, C], or [B, K, S'] if they are no whole lanes
     kv_positions, kv_segments, key_bias   [B or 1, 1, S']
     bias, allowed          [B or 1, K or 1, tiles, rows, S']
     """
     stored = present(call.stored)
     arrays = {k: v for k, v in stored.arrays._asdict().items() if v is not None}
-    for name in cut.turned & set(arrays):
-        arrays[name] = jnp.swapaxes(arrays[name], 2, 3)  # as it lies: no copy
-    if not copies.scales_in_place(cut):
+    for name in sorted(grid.slots_last):
+        arrays[name] = jnp.swapaxes(arrays[name], 2, 3)  # as they are in HBM: no copy
+    if not copies.reads_scales_in_place(grid):
         for name in copies.SCALES:
             if name in arrays:
-                arrays[name] = _padded_keys(_row_by_row(stored, arrays[name]), cut)
+                arrays[name] = _pad_keys(_gather_scales(stored, arrays[name]), grid)
     if call.kv_positions is not None:
-        arrays["kv_positions"] = _padded_keys(call.kv_positions[:, None], cut, NEVER)
+        arrays["kv_positions"] = _pad_keys(call.kv_positions[:, None], grid, NEVER)
     for part in call.mask.parts:
         if isinstance(part, Segments):
-            arrays["kv_segments"] = _keys(part.kv_ids[:, None], cut)
-    kind = _bias_kind(call)
+            arrays["kv_segments"] = _lay_out_over_keys(part.kv_ids[:, None], grid)
+    kind = _classify_bias(call)
     if kind == "keys":
-        arrays["key_bias"] = _keys(present(call.bias)[:, :, 0].astype(jnp.float32), cut)
+        bias = present(call.bias)[:, :, 0].astype(jnp.float32)
+        arrays["key_bias"] = _lay_out_over_keys(bias, grid)
     elif kind == "both":
-        arrays["bias"] = _tiles(present(call.bias).astype(jnp.float32), cut)
+        arrays["bias"] = _lay_out_tiles(present(call.bias).astype(jnp.float32), grid)
     allowed = _masks.dense_mask(call)
     if allowed is not None:
-        # Bytes in whole tiles, or words.
-        dtype = jnp.int8 if cut.rows % 32 == 0 else jnp.int32
-        arrays["allowed"] = _tiles(allowed.astype(dtype), cut)
+        # Bytes if rows are whole memory tiles of bytes, else words.
+        dtype = jnp.int8 if grid.rows % 32 == 0 else jnp.int32
+        arrays["allowed"] = _lay_out_tiles(allowed.astype(dtype), grid)
     return arrays
 
 
-def unpacked(cut: Cut, rows: jax.Array) -> jax.Array:
-    """``[results, K, tiles, rows, ...]`` as ``[results, T, N, ...]``."""
-    return join_tiles(rows[:, :, :, : cut.problem.group * cut.block_q], cut)
+def restore_queries(grid: CachedGrid, rows: jax.Array) -> jax.Array:
+    """Return ``[results, K, tiles, rows, ...]`` as ``[results, T, N, ...]``."""
+    return join_tiles(rows[:, :, :, : grid.problem.group * grid.block_q], grid)
 
 
-def _row_by_row(stored: Stored, scales: jax.Array) -> jax.Array:
-    """Scales of a cache as ``[B, K, S]``: of pages and rows that are no whole lanes, a copy."""
+def _gather_scales(stored: Stored, scales: jax.Array) -> jax.Array:
+    """Copy the scales of a cache to ``[B, K, S]``."""
     if stored.block_table is None:
         return lax.dynamic_slice_in_dim(scales, stored.first_row, stored.batch, 0)
     pages, heads, size = scales.shape
@@ -109,8 +115,8 @@ def _row_by_row(stored: Stored, scales: jax.Array) -> jax.Array:
     return jnp.moveaxis(found, 2, 1).reshape(stored.batch, heads, stored.kv_len)
 
 
-def _bias_kind(call: AttentionCall) -> str | None:
-    """What a bias is over: "rows", "keys" (the same for all heads) or "both"."""
+def _classify_bias(call: AttentionCall) -> str | None:
+    """Return what a bias varies over: "rows", "keys" (the same for all heads) or "both"."""
     if call.bias is None:
         return None
     if call.bias.shape[3] == 1:
@@ -118,28 +124,28 @@ def _bias_kind(call: AttentionCall) -> str | None:
     return "keys" if call.bias.shape[1:3] == (1, 1) else "both"
 
 
-def _rows_of(array: jax.Array, cut: Cut, fill: float = 0) -> jax.Array:
-    """``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``; ``fill`` in the padding."""
-    return padded(split_into_tiles(array, cut, fill), cut.rows, fill, axis=3)
+def _split_into_rows(array: jax.Array, grid: CachedGrid, fill: float = 0) -> jax.Array:
+    """Return ``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``, with padding."""
+    return padded(split_into_tiles(array, grid, fill), grid.rows, fill, axis=3)
 
 
-def _vector(vector: jax.Array, cut: Cut, fill: int = 0) -> jax.Array:
-    """A vector ``[B or 1, N or 1, T or 1]`` over rows."""
-    vector = jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.q_len))
-    rows = _rows_of(vector[..., None], cut, fill).swapaxes(3, 4)
-    return padded(rows, cut.row_lanes, fill, axis=4)
+def _lay_out_over_rows(vector: jax.Array, grid: CachedGrid, fill: int = 0) -> jax.Array:
+    """Return ``[B or 1, N or 1, T or 1]`` as ``[B or 1, K or 1, tiles, 1, row_lanes]``."""
+    vector = jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.q_len))
+    rows = _split_into_rows(vector[..., None], grid, fill).swapaxes(3, 4)
+    return padded(rows, grid.row_lanes, fill, axis=4)
 
 
-def _padded_keys(vector: jax.Array, cut: Cut, fill: int = 0) -> jax.Array:
-    return padded(vector, cut.num_kv * cut.block_kv, fill, axis=vector.ndim - 1)
+def _pad_keys(vector: jax.Array, grid: CachedGrid, fill: int = 0) -> jax.Array:
+    return padded(vector, grid.num_kv * grid.block_kv, fill, axis=vector.ndim - 1)
 
 
-def _keys(vector: jax.Array, cut: Cut) -> jax.Array:
-    """A vector ``[B or 1, heads, S or 1]`` over keys, ``[B or 1, heads, S']``."""
-    return _padded_keys(jnp.broadcast_to(vector, (*vector.shape[:2], cut.problem.kv_len)), cut)
+def _lay_out_over_keys(vector: jax.Array, grid: CachedGrid) -> jax.Array:
+    """Return ``[B or 1, heads, S or 1]`` as ``[B or 1, heads, S']``."""
+    return _pad_keys(jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.kv_len)), grid)
 
 
-def _tiles(array: jax.Array, cut: Cut) -> jax.Array:
-    """``[B or 1, N or 1, T or 1, S or 1]`` as ``[B or 1, K or 1, tiles, rows, S']``."""
-    shape = (*array.shape[:2], cut.problem.q_len, cut.problem.kv_len)
-    return _padded_keys(_rows_of(jnp.broadcast_to(array, shape), cut), cut)
+def _lay_out_tiles(array: jax.Array, grid: CachedGrid) -> jax.Array:
+    """Return ``[B or 1, N or 1, T or 1, S or 1]`` as ``[B or 1, K or 1, tiles, rows, S']``."""
+    shape = (*array.shape[:2], grid.problem.q_len, grid.problem.kv_len)
+    return _pad_keys(_split_into_rows(jnp.broadcast_to(array, shape), grid), grid)
