@@ -31,11 +31,12 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
     for direction in DIRECTIONS:
         passes = _passes(call, chip, direction)
         seconds, flops, moved = 0.0, 0.0, 0.0
-        for kind, blocks in passes:
-            found = block_sizes.estimate_time(call, chip, kind, *blocks)
+        for kernel, blocks in passes:
+            found = block_sizes.estimate_time(call, chip, kernel, *blocks)
             seconds += found.total / chip.cores
             moved += found.memory * chip.hbm_bandwidth
-            flops += length**2 / 2 * heads * 2 * size * (kind.head + kind.value)
+            products = kernel.work.key_products + kernel.work.value_products
+            flops += length**2 / 2 * heads * 2 * size * products
         useful = length**2 / 2 * heads * 2 * size * (2 if direction == "fwd" else 5)
         peak, bandwidth = chip.bf16_flops * chip.cores, chip.hbm_bandwidth * chip.cores
         arrays = 2 if direction == "fwd" else 4
@@ -60,7 +61,7 @@ def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> 
 
 
 def _passes(call, chip, direction: str) -> list:
-    """(kind, blocks) of each kernel."""
+    """(kernel, blocks) of each pass."""
     if direction == "fwd":
         found = block_sizes.choose_forward_block_sizes(call, chip)
         return [(block_sizes.FORWARD, (found.block_q, found.block_kv))]

@@ -25,12 +25,22 @@ from axattn._typing import present
 from axattn.kernels import _backward_inputs, _masks
 from axattn.kernels._scores import Scores, contract
 from axattn.kernels._tpu.flash import cost, operands
+from axattn.kernels._tpu.flash.blocks import (
+    KernelMemory,
+    VmemBlock,
+    declare_inputs,
+    declare_key_result,
+    declare_query_result,
+    make_query_block,
+    make_row_block,
+)
 from axattn.kernels._tpu.flash.call import call_kernel
 from axattn.kernels._tpu.flash.grid import (
     GridScalars,
     TpuBackwardBlockSizes,
     TpuBlockSizes,
     TpuFlashGrid,
+    TpuFlashTiling,
     plan_grid,
 )
 from axattn.kernels._tpu.flash.tile import (
@@ -61,22 +71,13 @@ def backward(
 
 def _compute_fused(call: AttentionCall, given, sizes: TpuBlockSizes, interpret):
     grid, scalars, inputs = _make_inputs(call, given, sizes, "q")
-    dtype = present(call.key).dtype
-    outputs = {"dquery": operands.declare_query_result(grid, call.head_dim, call.query.dtype)}
-    scratch = _declare_rows(call, grid) | _declare_query_sums(grid)
-    for name, size in _name_key_grads(call):
-        outputs[name] = operands.declare_key_result(grid, size, dtype, whole=True)
-        keys = grid.num_kv * grid.block_kv
-        scratch[f"{name}_sums"] = pltpu.VMEM((grid.kv_heads, keys, size), jnp.float32)
-        scratch[f"{name}_block"] = pltpu.VMEM((grid.kv_heads, grid.block_kv, size), dtype)
     dquery, dkey, dvalue = call_kernel(
         functools.partial(_fused_kernel, grid, call.precision),
         grid,
         scalars,
         inputs,
-        outputs,
-        scratch=scratch,
-        cost=cost.estimate_fused(call, grid),
+        declare_fused(call, grid),
+        cost=cost.estimate_cost(call, grid, cost.FUSED),
         num_sequential=2,
         vmem_limit=sizes.vmem_limit,
         interpret=interpret,
@@ -92,9 +93,8 @@ def _compute_query_grad(call: AttentionCall, given, sizes: TpuBlockSizes, interp
         grid,
         scalars,
         inputs,
-        {"dquery": operands.declare_query_result(grid, call.head_dim, call.query.dtype)},
-        scratch=_declare_rows(call, grid) | _declare_query_sums(grid),
-        cost=cost.estimate_query_grad(call, grid),
+        declare_query_grad(call, grid),
+        cost=cost.estimate_cost(call, grid, cost.QUERY_GRAD),
         num_sequential=1,
         vmem_limit=sizes.vmem_limit,
         interpret=interpret,
@@ -104,19 +104,13 @@ def _compute_query_grad(call: AttentionCall, given, sizes: TpuBlockSizes, interp
 
 def _compute_key_grad(call: AttentionCall, given, sizes: TpuBlockSizes, interpret):
     grid, scalars, inputs = _make_inputs(call, given, sizes, "kv")
-    outputs, scratch = {}, _declare_rows(call, grid)
-    for name, size in _name_key_grads(call):
-        dtype = present(call.key).dtype
-        outputs[name] = operands.declare_key_result(grid, size, dtype, whole=False)
-        scratch[f"{name}_sums"] = pltpu.VMEM((grid.kv_heads, grid.block_kv, size), jnp.float32)
     dkey, dvalue = call_kernel(
         functools.partial(_key_grad_kernel, grid, call.precision),
         grid,
         scalars,
         inputs,
-        outputs,
-        scratch=scratch,
-        cost=cost.estimate_key_grad(call, grid),
+        declare_key_grad(call, grid),
+        cost=cost.estimate_cost(call, grid, cost.KEY_GRAD),
         num_sequential=1,
         vmem_limit=sizes.vmem_limit,
         interpret=interpret,
@@ -136,21 +130,54 @@ def _make_inputs(call: AttentionCall, given, sizes: TpuBlockSizes, major: str):
     return grid, scalars, inputs
 
 
-def _declare_rows(call: AttentionCall, grid: TpuFlashGrid) -> dict[str, Any]:
-    shape = (grid.kv_heads, grid.rows)
+# ---- what the kernels have in VMEM ------------------------------------------------------------
+
+
+def declare_fused(call: AttentionCall, tiling: TpuFlashTiling) -> KernelMemory:
+    """Declare `declare_query_grad`, and float32 sums over all queries for all keys and values."""
+    inputs, outputs, scratch = declare_query_grad(call, tiling)
+    outputs, scratch, dtype = dict(outputs), dict(scratch), present(call.key).dtype
+    for name, size in (("dkey", call.head_dim), ("dvalue", call.value_head_dim)):
+        outputs[name] = declare_key_result(tiling, size, dtype, whole=True)
+        keys = tiling.num_kv * tiling.block_kv
+        scratch[f"{name}_sums"] = pltpu.VMEM((tiling.kv_heads, keys, size), jnp.float32)
+        scratch[f"{name}_block"] = pltpu.VMEM((tiling.kv_heads, tiling.block_kv, size), dtype)
+    return KernelMemory(inputs, outputs, scratch)
+
+
+def declare_query_grad(call: AttentionCall, tiling: TpuFlashTiling) -> KernelMemory:
+    """Declare the packed rows, and float32 sums for a block of queries."""
+    scratch = _declare_rows(call, tiling)
+    sums = (tiling.kv_heads, call.head_dim, tiling.rows)
+    scratch["dquery_sums"] = pltpu.VMEM(sums, jnp.float32)
+    outputs = {"dquery": declare_query_result(tiling, call.head_dim, call.query.dtype)}
+    return KernelMemory(_declare_inputs(call, tiling), outputs, scratch)
+
+
+def declare_key_grad(call: AttentionCall, tiling: TpuFlashTiling) -> KernelMemory:
+    """Declare the packed rows, and float32 sums for a block of keys and values."""
+    outputs, scratch = {}, _declare_rows(call, tiling)
+    for name, size in (("dkey", call.head_dim), ("dvalue", call.value_head_dim)):
+        outputs[name] = declare_key_result(tiling, size, present(call.key).dtype)
+        sums = (tiling.kv_heads, tiling.block_kv, size)
+        scratch[f"{name}_sums"] = pltpu.VMEM(sums, jnp.float32)
+    return KernelMemory(_declare_inputs(call, tiling), outputs, scratch)
+
+
+def _declare_inputs(call: AttentionCall, tiling: TpuFlashTiling) -> dict[str, VmemBlock]:
+    inputs = declare_inputs(call, tiling)
+    inputs["dout"] = make_query_block(tiling, call.value_head_dim, call.query.dtype)
+    inputs["lse2"] = make_row_block(tiling, jnp.float32, call.num_heads)
+    inputs["delta"] = make_row_block(tiling, jnp.float32, call.num_heads)
+    return inputs
+
+
+def _declare_rows(call: AttentionCall, tiling: TpuFlashTiling) -> dict[str, Any]:
+    shape = (tiling.kv_heads, tiling.rows)
     return {
         "rows": pltpu.VMEM((*shape, call.head_dim), call.query.dtype),
         "drows": pltpu.VMEM((*shape, call.value_head_dim), call.query.dtype),
     }
-
-
-def _declare_query_sums(grid: TpuFlashGrid) -> dict[str, Any]:
-    shape = (grid.kv_heads, grid.problem.head_dim, grid.rows)
-    return {"dquery_sums": pltpu.VMEM(shape, jnp.float32)}
-
-
-def _name_key_grads(call: AttentionCall) -> tuple[tuple[str, int], ...]:
-    return ("dkey", call.head_dim), ("dvalue", call.value_head_dim)
 
 
 # ---- the kernels ------------------------------------------------------------------------------

@@ -19,8 +19,21 @@ from axattn._call import AttentionCall
 from axattn.kernels import _masks
 from axattn.kernels._scores import Scores, State, contract, finished, softmax
 from axattn.kernels._tpu.flash import cost, operands
+from axattn.kernels._tpu.flash.blocks import (
+    KernelMemory,
+    declare_inputs,
+    declare_lse,
+    declare_query_result,
+    make_row_block,
+)
 from axattn.kernels._tpu.flash.call import call_kernel
-from axattn.kernels._tpu.flash.grid import GridScalars, TpuBlockSizes, TpuFlashGrid, plan_grid
+from axattn.kernels._tpu.flash.grid import (
+    GridScalars,
+    TpuBlockSizes,
+    TpuFlashGrid,
+    TpuFlashTiling,
+    plan_grid,
+)
 from axattn.kernels._tpu.flash.tile import (
     FlashTile,
     pack_queries,
@@ -36,7 +49,6 @@ def forward(
     """Return the output ``[B, T, N, h]`` in the query's dtype and the float32 LSE ``[B, T, N]``."""
     call = _masks.fold_key_masks(call)
     grid, scalars = plan_grid(call, sizes, "q")
-    problem = grid.problem
     inputs = operands.make_inputs(call, grid)
     if call.sinks is not None:
         inputs["sinks"] = operands.lay_out_sinks(grid, call.sinks)
@@ -45,22 +57,32 @@ def forward(
         grid,
         scalars,
         inputs,
-        {
-            "out": operands.declare_query_result(grid, problem.value_head_dim, call.query.dtype),
-            "lse": operands.declare_lse(grid),
-        },
-        scratch={
-            "rows": pltpu.VMEM((grid.kv_heads, grid.rows, problem.head_dim), call.query.dtype),
-            "sums": pltpu.VMEM((grid.kv_heads, problem.value_head_dim, grid.rows), jnp.float32),
-            "top": pltpu.VMEM((grid.kv_heads, 1, grid.rows), jnp.float32),
-            "total": pltpu.VMEM((grid.kv_heads, 1, grid.rows), jnp.float32),
-        },
-        cost=cost.estimate_forward(call, grid),
+        declare_forward(call, grid),
+        cost=cost.estimate_cost(call, grid, cost.FORWARD),
         num_sequential=1,
         vmem_limit=sizes.vmem_limit,
         interpret=interpret,
     )
     return operands.restore_queries(grid, out), operands.restore_rows(grid, lse)
+
+
+def declare_forward(call: AttentionCall, tiling: TpuFlashTiling) -> KernelMemory:
+    """Declare what the kernel has in VMEM."""
+    inputs = declare_inputs(call, tiling)
+    if call.sinks is not None:
+        inputs["sinks"] = make_row_block(tiling, jnp.float32, call.num_heads)
+    outputs = {
+        "out": declare_query_result(tiling, call.value_head_dim, call.query.dtype),
+        "lse": declare_lse(tiling),
+    }
+    heads, rows = tiling.kv_heads, tiling.rows
+    scratch = {
+        "rows": pltpu.VMEM((heads, rows, call.head_dim), call.query.dtype),
+        "sums": pltpu.VMEM((heads, call.value_head_dim, rows), jnp.float32),
+        "top": pltpu.VMEM((heads, 1, rows), jnp.float32),
+        "total": pltpu.VMEM((heads, 1, rows), jnp.float32),
+    }
+    return KernelMemory(inputs, outputs, scratch)
 
 
 def _forward_kernel(
