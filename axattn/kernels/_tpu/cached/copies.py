@@ -130,7 +130,7 @@ class BlockCopies:
 
 
 def reads_scales_in_place(grid: CachedGrid) -> bool:
-    """Whether scales are copied from where they are: in whole lanes."""
+    """Say whether scales are copied from where they are: in whole lanes."""
     return grid.copy_size % LANES == 0 and grid.page_size % LANES == 0
 
 

@@ -33,7 +33,7 @@ def decode_numbers(codes: jax.Array, stored_dtype: str, dtype: Any) -> jax.Array
 
 
 def may_be_nan(stored_dtype: str) -> bool:
-    """Whether an unused slot may be NaN after decoding."""
+    """Say whether an unused slot may be NaN after decoding."""
     return not _quantization.is_quantized(stored_dtype)
 
 

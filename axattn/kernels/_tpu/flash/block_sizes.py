@@ -130,7 +130,7 @@ def list_candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
 def fits(
     call: AttentionCall, chip: TpuChip, kernel: FlashKernel, block_q: int, block_kv: int
 ) -> bool:
-    """Whether VMEM has room for such blocks, and the compiler does not take too long."""
+    """Say whether VMEM has room for such blocks, and the compiler does not take too long."""
     most = int(chip.vmem_bytes * LIMIT) * FILLED
     scores = kernel.work.live_scores * call.group * block_q * block_kv
     return scores <= MAX_SCORES and estimate_vmem_bytes(call, kernel, block_q, block_kv) <= most
