@@ -6,13 +6,14 @@ token t of query head g.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from axattn import _quantization
 from axattn.kernels._padding import padded
-from axattn.kernels._problem import Problem, cdiv
+from axattn.kernels._problem import Problem, cdiv, round_up
 
 LANES = 128
 SUBLANES = 8
@@ -58,3 +59,10 @@ def transpose_to_column(row: jax.Array) -> jax.Array:
     """
     *lead, _, size = row.shape
     return jnp.swapaxes(jnp.broadcast_to(row, (*lead, SUBLANES, size)), -1, -2)[..., :1]
+
+
+def count_vmem_bytes(array: Any) -> int:
+    """Return the bytes of an array, or of its shape, in whole memory tiles of VMEM."""
+    *lead, sublanes, lanes = array.shape
+    shape = (*lead, round_up(sublanes, SUBLANES), round_up(lanes, LANES))
+    return _quantization.count_bytes(jax.ShapeDtypeStruct(shape, array.dtype))

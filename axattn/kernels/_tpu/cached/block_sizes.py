@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from axattn import _quantization
 from axattn._call import AttentionCall
 from axattn._typing import present
-from axattn.kernels import _masks
 from axattn.kernels._problem import round_up
+from axattn.kernels._tpu.cached.blocks import CachedMemory, declare_memory
+from axattn.kernels._tpu.cached.copies import SCALES
 from axattn.kernels._tpu.cached.grid import (
     CachedBlockSizes,
     CachedGrid,
     find_slots_last,
     make_cached_grid,
 )
-from axattn.kernels._tpu.layout import LANES
+from axattn.kernels._tpu.layout import LANES, count_vmem_bytes
 
 # Up to this many tokens are one tile, if they do not have too many rows.
 DECODE_TOKENS = 16
@@ -99,20 +101,30 @@ def _count_slot_bytes(call: AttentionCall, grid: CachedGrid) -> int:
 
 
 def estimate_vmem_bytes(call: AttentionCall, grid: CachedGrid) -> int:
-    """Estimate the bytes of VMEM that the kernel needs."""
-    size, value_size = (round_up(x, LANES) for x in (call.head_dim, call.value_head_dim))
-    width = jnp.dtype(grid.problem.dtype).itemsize
-    rows = grid.kv_heads * grid.rows
-    kept = rows * (2 * size * width + 2 * value_size * call.query.dtype.itemsize)
-    kept += rows * (value_size * 4 + LANES * 4)
-    copied = 2 * grid.block_kv * _count_slot_bytes(call, grid)
-    if call.bias is not None and call.bias.shape[2] != 1:
-        heads = 1 if call.bias.shape[1] == 1 else grid.kv_heads
-        copied += 2 * heads * grid.rows * grid.block_kv * 4
-    if _masks.has_dense_mask(call):
-        copied += 2 * grid.kv_heads * grid.rows * grid.block_kv * 4
-    # Scores, weights and the operands that codes become, of one product.
-    scores = 5 * grid.heads_per_product * grid.rows * grid.block_kv * 4
-    converted = width + 4 if _quantization.is_quantized(grid.stored_dtype) else width
-    operands = grid.heads_per_product * grid.block_kv * (size + value_size) * converted
-    return kept + copied + scores + operands
+    """Return the bytes of what the kernel declares, and an estimate of the rest."""
+    memory = declare_memory(call, grid)
+    return memory.count_vmem_bytes() + _estimate_live_bytes(call, grid, memory)
+
+
+def _estimate_live_bytes(call: AttentionCall, grid: CachedGrid, memory: CachedMemory) -> int:
+    """Estimate the values of one product that the compiler keeps in VMEM."""
+    tile = grid.rows * grid.block_kv * 4
+    # The numbers that codes become.
+    itemsize = jnp.dtype(grid.problem.dtype).itemsize
+    if _quantization.is_quantized(grid.stored_dtype):
+        itemsize += 4
+    sizes = round_up(call.head_dim, LANES) + round_up(call.value_head_dim, LANES)
+    total = grid.heads_per_product * grid.block_kv * sizes * itemsize
+    # Blocks with the slots last, turned to rows of whole lanes.
+    for name in grid.slots_last:
+        buffer = memory.buffers[name]
+        rows = (*buffer.shape[:2], grid.block_kv, buffer.shape[2])
+        turned = count_vmem_bytes(jax.ShapeDtypeStruct(rows, buffer.dtype))
+        total += turned - count_vmem_bytes(buffer)
+    # A mask as 32-bit numbers, for each head.
+    if "allowed" in memory.buffers:
+        total += 2 * grid.kv_heads * tile - count_vmem_bytes(memory.buffers["allowed"])
+    # Scores, weights, and vectors over rows and keys, those that are declared among them.
+    scales = [array for array in memory.buffers if array in SCALES]
+    vectors = 5 * grid.heads_per_product * tile + 8 * len(scales) * grid.kv_heads * grid.block_kv
+    return total + max(0, vectors - memory.count_vector_bytes())

@@ -132,14 +132,3 @@ class BlockCopies:
 def reads_scales_in_place(grid: CachedGrid) -> bool:
     """Say whether scales are copied from where they are: in whole lanes."""
     return grid.copy_size % LANES == 0 and grid.page_size % LANES == 0
-
-
-def compute_buffer_shape(grid: CachedGrid, name: str, array: jax.Array) -> tuple[int, ...]:
-    """Return the shape of both buffers of an array."""
-    if name in grid.slots_last:
-        return (2, grid.kv_heads, array.shape[2], grid.block_kv)
-    if name in STORED:
-        return (2, grid.kv_heads, grid.copies_per_block, grid.copy_size, array.shape[-1])
-    if array.ndim == 3:
-        return (2, array.shape[1], grid.block_kv)
-    return (2, array.shape[1], grid.rows, grid.block_kv)

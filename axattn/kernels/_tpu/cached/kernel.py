@@ -23,7 +23,8 @@ from axattn._jax_compat import result_of
 from axattn.kernels import _cost, _masks
 from axattn.kernels._scores import Scores, State, finished, precision_of, softmax
 from axattn.kernels._tpu.cached import operands
-from axattn.kernels._tpu.cached.copies import BlockCopies, CachedBlock, compute_buffer_shape
+from axattn.kernels._tpu.cached.blocks import declare_memory
+from axattn.kernels._tpu.cached.copies import BlockCopies, CachedBlock
 from axattn.kernels._tpu.cached.dequantize import decode_numbers, may_be_nan
 from axattn.kernels._tpu.cached.grid import (
     CachedBlockSizes,
@@ -56,24 +57,35 @@ def _call_kernel(
     """Return ``[results, K, tiles, rows, h]`` and ``[results, K, tiles, 1, row_lanes]``."""
     query = operands.lay_out_queries(call, grid)
     bounds = _masks.bounds(call)
-    vectors = operands.make_row_vectors(call, grid, bounds)
+    inputs = {"query": query} | operands.make_row_vectors(call, grid, bounds)
     sources = operands.make_sources(call, grid)
-    dtype = call.query.dtype if grid.num_splits == 1 else jnp.float32
+    memory = declare_memory(call, grid)
+    assert _list_dtypes(inputs) == _list_dtypes(memory.inputs)
+    assert _list_dtypes(sources) == _list_dtypes(memory.buffers)
     shape = (grid.num_results, grid.kv_heads, grid.num_tiles)
     outputs = [
-        result_of(query, (*shape, grid.rows, call.value_head_dim), dtype),
-        result_of(query, (*shape, 1, grid.row_lanes), jnp.float32),
+        result_of(query, (*shape, *block.shape[3:]), block.dtype)
+        for block in memory.outputs.values()
     ]
+    vectors = tuple(memory.inputs)[1:]
     return pl.pallas_call(
-        functools.partial(_run_step, grid, call.precision, tuple(vectors), tuple(sources)),
+        functools.partial(_run_step, grid, call.precision, vectors, tuple(sources)),
         out_shape=outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(CachedScalars._fields),
             grid=grid.shape,
-            in_specs=[_make_spec(grid, x.shape) for x in (query, *vectors.values())]
+            in_specs=[_make_spec(grid, memory.inputs[name], x) for name, x in inputs.items()]
             + [pl.BlockSpec(memory_space=pl.ANY)] * len(sources),
-            out_specs=[_make_spec(grid, x.shape) for x in outputs],
-            scratch_shapes=_declare_scratch(grid, sources),
+            out_specs=[
+                _make_spec(grid, block, x)
+                for block, x in zip(memory.outputs.values(), outputs, strict=True)
+            ],
+            scratch_shapes=[
+                *memory.buffers.values(),
+                pltpu.SemaphoreType.DMA((2, len(sources))),
+                pltpu.SMEM((1,), jnp.int32),  # blocks computed so far: which buffer is next
+                *memory.scratch.values(),
+            ],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -82,12 +94,16 @@ def _call_kernel(
         cost_estimate=_cost.over_all_keys(call),
         interpret=interpret,
         name="axattn_cached",
-    )(*make_scalars(call, grid, bounds), query, *vectors.values(), *sources.values())
+    )(*make_scalars(call, grid, bounds), *inputs.values(), *sources.values())
 
 
-def _make_spec(grid: CachedGrid, shape: tuple[int, ...]) -> pl.BlockSpec:
+def _list_dtypes(arrays: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, jnp.dtype(array.dtype)) for name, array in arrays.items()]
+
+
+def _make_spec(grid: CachedGrid, block: jax.ShapeDtypeStruct, array: Any) -> pl.BlockSpec:
     """Return the block of a tile of ``[results or B or 1, K or 1, tiles, ...]``, all heads."""
-    rows = shape[0]
+    rows = array.shape[0]
 
     def index_map(core, i, tile, *_):
         result, tile = grid.locate_tile(core, i, tile)
@@ -96,21 +112,7 @@ def _make_spec(grid: CachedGrid, shape: tuple[int, ...]) -> pl.BlockSpec:
         row = result if rows == grid.num_results else result // grid.num_splits
         return row, 0, tile, 0, 0
 
-    return pl.BlockSpec((1, shape[1], 1, *shape[3:]), index_map)
-
-
-def _declare_scratch(grid: CachedGrid, sources: Mapping[str, jax.Array]) -> list[Any]:
-    buffers = (
-        pltpu.VMEM(compute_buffer_shape(grid, name, array), array.dtype)
-        for name, array in sources.items()
-    )
-    return [
-        *buffers,
-        pltpu.SemaphoreType.DMA((2, len(sources))),
-        pltpu.SMEM((1,), jnp.int32),  # blocks computed so far: which buffer is next
-        pltpu.VMEM((grid.kv_heads, grid.rows, grid.problem.value_head_dim), jnp.float32),
-        pltpu.VMEM((grid.kv_heads, grid.rows, 2), jnp.float32),  # maximum and sum
-    ]
+    return pl.BlockSpec(block.shape, index_map)
 
 
 def _combine_splits(call: AttentionCall, grid: CachedGrid, out, lse) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ from axattn.kernels import _masks
 from axattn.kernels._padding import padded
 from axattn.kernels._problem import LOG2E
 from axattn.kernels._tpu.cached import copies
+from axattn.kernels._tpu.cached.blocks import choose_mask_dtype, classify_bias
 from axattn.kernels._tpu.cached.grid import CachedGrid
 from axattn.kernels._tpu.layout import LANES, join_tiles, split_into_tiles
 
@@ -52,7 +53,7 @@ def make_row_vectors(
     if call.sinks is not None:
         sinks = call.sinks.astype(jnp.float32)[None, :, None] * LOG2E
         vectors["sinks"] = _lay_out_over_rows(sinks, grid)
-    if _classify_bias(call) == "rows":
+    if classify_bias(call) == "rows":
         bias = present(call.bias)[..., 0].astype(jnp.float32)
         vectors["row_bias"] = _lay_out_over_rows(bias, grid)
     shift = present(call.stored).center_dots(call.query, jnp.float32)
@@ -83,7 +84,7 @@ def make_sources(call: AttentionCall, grid: CachedGrid) -> dict[str, jax.Array]:
     for part in call.mask.parts:
         if isinstance(part, Segments):
             arrays["kv_segments"] = _lay_out_over_keys(part.kv_ids[:, None], grid)
-    kind = _classify_bias(call)
+    kind = classify_bias(call)
     if kind == "keys":
         bias = present(call.bias)[:, :, 0].astype(jnp.float32)
         arrays["key_bias"] = _lay_out_over_keys(bias, grid)
@@ -91,9 +92,7 @@ def make_sources(call: AttentionCall, grid: CachedGrid) -> dict[str, jax.Array]:
         arrays["bias"] = _lay_out_tiles(present(call.bias).astype(jnp.float32), grid)
     allowed = _masks.dense_mask(call)
     if allowed is not None:
-        # Bytes if rows are whole memory tiles of bytes, else words.
-        dtype = jnp.int8 if grid.rows % 32 == 0 else jnp.int32
-        arrays["allowed"] = _lay_out_tiles(allowed.astype(dtype), grid)
+        arrays["allowed"] = _lay_out_tiles(allowed.astype(choose_mask_dtype(grid)), grid)
     return arrays
 
 
@@ -113,15 +112,6 @@ def _gather_scales(stored: Stored, scales: jax.Array) -> jax.Array:
     found = scales.at[stored.block_table].get(mode="clip")
     found = found.reshape(stored.batch, -1, heads, size)
     return jnp.moveaxis(found, 2, 1).reshape(stored.batch, heads, stored.kv_len)
-
-
-def _classify_bias(call: AttentionCall) -> str | None:
-    """Return what a bias varies over: "rows", "keys" (the same for all heads) or "both"."""
-    if call.bias is None:
-        return None
-    if call.bias.shape[3] == 1:
-        return "rows"
-    return "keys" if call.bias.shape[1:3] == (1, 1) else "both"
 
 
 def _split_into_rows(array: jax.Array, grid: CachedGrid, fill: float = 0) -> jax.Array:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +18,8 @@ from axattn._call import AttentionCall
 from axattn._mask_parts import Dense, Segments, Window
 from axattn._typing import present
 from axattn.kernels._masks import key_mask, row_mask
-from axattn.kernels._problem import round_up
 from axattn.kernels._tpu.flash.grid import GridScalars, TpuFlashGrid, TpuFlashTiling
-from axattn.kernels._tpu.layout import LANES, SUBLANES
+from axattn.kernels._tpu.layout import count_vmem_bytes
 
 # Names the axis of an array that has all batch rows, or one for all of them.
 BATCH_OR_ONE = "batch or one"
@@ -72,14 +70,7 @@ class KernelMemory(NamedTuple):
         if only_vectors:
             blocks = [block for block in blocks if block.shape[-2] == 1]
             scratch = [ref for ref in scratch if ref.shape[-2] == 1]
-        return 2 * sum(map(_count_bytes, blocks)) + sum(map(_count_bytes, scratch))
-
-
-def _count_bytes(array: Any) -> int:
-    """Return the bytes of an array in VMEM, in whole memory tiles."""
-    *lead, sublanes, lanes = array.shape
-    padded = math.prod(lead) * round_up(sublanes, SUBLANES) * round_up(lanes, LANES)
-    return padded * jnp.dtype(array.dtype).itemsize
+        return 2 * sum(map(count_vmem_bytes, blocks)) + sum(map(count_vmem_bytes, scratch))
 
 
 # ---- blocks -----------------------------------------------------------------------------------
