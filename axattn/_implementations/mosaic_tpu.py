@@ -57,7 +57,7 @@ def _find_cache_refusal(call: AttentionCall) -> str | None:
         return None
     from axattn.kernels._tpu.cached import block_sizes
 
-    return block_sizes.find_refusal(call)
+    return block_sizes.find_cache_refusal(call)
 
 
 def is_device_known() -> bool:

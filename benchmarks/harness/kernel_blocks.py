@@ -1,4 +1,4 @@
-"""Into which blocks an implementation cuts a call on a chip that need not be here."""
+"""The block sizes of a call on a chip that need not be here."""
 
 from __future__ import annotations
 

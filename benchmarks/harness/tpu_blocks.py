@@ -17,13 +17,13 @@ from benchmarks.harness.kernel_blocks import tpu_chip
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Blocks that are tried.
+    """Block sizes that are tried.
 
     Attributes:
-      vmem_bytes: of them, an estimate from above.
+      vmem_bytes: what the kernel then needs, estimated from above.
       seconds: of the call on one chip by the model that chooses; a guess, not a measurement.
-      fits: whether they may be taken.
-      taken: whether they are the ones that are.
+      fits: whether they may be chosen.
+      taken: whether they are chosen.
     """
 
     block_q: int

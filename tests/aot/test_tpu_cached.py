@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from axattn.cache import DenseCache, PagedCache, RingCache
-from axattn.kernels._tpu.cached.block_sizes import choose_block_sizes, find_refusal
+from axattn.kernels._tpu.cached.block_sizes import choose_block_sizes, find_cache_refusal
 from axattn.kernels._tpu.cached.kernel import attend_over_cache
 from tests.aot.compilers import analyze, releases_have_all
 from tests.kernels.calls import call_of_cache
@@ -57,7 +57,7 @@ def compiled(target, cache, query, arrays=None, **options):
 
     def program(cache, query, arrays):
         call = call_of_cache(cache, query, **options, **(arrays or {}))
-        assert find_refusal(call) is None
+        assert find_cache_refusal(call) is None
         sizes = choose_block_sizes(call, VMEM[target] * 2**20)
         return attend_over_cache(call, sizes, cores=CORES[target])
 
@@ -80,7 +80,7 @@ MODELS = [(heads, list(VMEM)[i % len(VMEM)], 8) for i, heads in enumerate(HEADS)
 def test_models(heads, target, tokens):
     """A step, and a speculative one."""
     cache, query = structs("dense", heads, tokens)
-    # What is there besides the cache is the query, laid out in tiles, and the output.
+    # Besides the cache there are only the query, in tiles, and the output.
     assert compiled(target, cache, query).temp_bytes < cache.nbytes // 2
 
 

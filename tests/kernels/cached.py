@@ -8,7 +8,7 @@ import numpy as np
 
 from axattn import Mask
 from axattn.cache import PagedCache
-from axattn.kernels._tpu.cached.block_sizes import find_refusal
+from axattn.kernels._tpu.cached.block_sizes import find_cache_refusal
 from axattn.kernels._tpu.cached.grid import CachedBlockSizes
 from axattn.kernels._tpu.cached.kernel import attend_over_cache
 from tests import caches
@@ -71,7 +71,7 @@ def attend(family, cache, query, *, sizes=None, cores=1, interpret=True, **optio
         if family == HOPPER:
             return cache.attend(query, implementation=family, return_residual=True, **options)
         call = call_of_cache(cache, query, **options)
-        assert find_refusal(call) is None
+        assert find_cache_refusal(call) is None
         own = sizes or CachedBlockSizes(min(query.shape[1], 8), 128)
         return attend_over_cache(call, own, cores=cores, interpret=interpret)
 

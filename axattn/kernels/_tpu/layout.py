@@ -55,7 +55,7 @@ def join_tiles(rows: jax.Array, tiling: QueryTiling) -> jax.Array:
 def transpose_to_column(row: jax.Array) -> jax.Array:
     """Return ``[..., 1, n]`` as ``[..., n, 1]``.
 
-    Mosaic transposes whole tiles of memory: eight equal rows are turned and one column is kept.
+    Mosaic transposes whole memory tiles: eight equal rows become columns, and one is kept.
     """
     *lead, _, size = row.shape
     return jnp.swapaxes(jnp.broadcast_to(row, (*lead, SUBLANES, size)), -1, -2)[..., :1]

@@ -20,7 +20,7 @@ def chip_of(kind):
 
 
 def small(N, K, T=2048, B=1, **options):
-    """A call whose arrays are small: heads and lengths are what counts."""
+    """Make a call with small arrays: only heads and lengths count."""
     return make_call(B, T, T, N, K, 8, is_causal=True, **options)
 
 
@@ -62,7 +62,7 @@ def test_one_pass_where_every_core_has_a_share():
 
 
 def test_two_blocks_of_keys_are_in_flight():
-    """One is used while the next one comes; and 128 rows have three tiles of float32 scores."""
+    """Two buffers of keys, and three tiles of float32 scores for 128 rows."""
     longer, shorter = (
         block_sizes.estimate_vmem_bytes(small(8, 1), block_sizes.FORWARD, 16, n) for n in (256, 128)
     )

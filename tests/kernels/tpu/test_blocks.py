@@ -102,12 +102,12 @@ def test_heads_of_a_step_where_heads_are_first(length, heads, kv_heads, together
     ],
 )
 def test_a_window_bounds_the_steps(options, bound):
-    """At least as many as any tile visits, and for windows not many more."""
+    """At least as many as any tile needs, and for windows not many more."""
     call = make_call(1, 640, 640, 4, 2, 64, **options)
     for major in ("q", "kv"):
         own, scalars = grid.plan_grid(call, TpuBlockSizes(32, 32), major)
-        visited = np.asarray(scalars.spans).reshape(-1, 4)[:, 3]
-        assert own.num_steps == bound >= visited.max()
+        needed = np.asarray(scalars.spans).reshape(-1, 4)[:, 3]
+        assert own.num_steps == bound >= needed.max()
 
 
 @pytest.mark.ci

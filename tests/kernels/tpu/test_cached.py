@@ -1,4 +1,7 @@
-"""The kernel over caches on TPUs: cores, tiles, positions and codes, beside `tests.kernels.test_caches`."""
+"""The kernel over caches on TPUs: cores, block sizes, positions and codes.
+
+What both families of kernels do is in `tests.kernels.test_caches`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import pytest
 from axattn import _jax_compat
 from axattn.cache import DenseCache, PagedCache
 from axattn.kernels._tpu.cached import block_sizes, grid
-from axattn.kernels._tpu.cached.block_sizes import find_refusal
+from axattn.kernels._tpu.cached.block_sizes import find_cache_refusal
 from axattn.kernels._tpu.cached.dequantize import decode_numbers
 from axattn.kernels._tpu.cached.grid import CachedBlockSizes
 from axattn.kernels._tpu.cached.kernel import attend_over_cache
@@ -36,9 +39,9 @@ def queries(tokens, heads, head_dim=H, **options):
 def test_slots_that_would_be_copied_are_refused():
     cache = filled("dense", head_dim=64, value_dim=64)
     call = call_of_cache(cache, queries(1, 6, 64))
-    assert "slots of a row in a multiple of 128" in find_refusal(call)
+    assert "slots of a row in a multiple of 128" in find_cache_refusal(call)
     call = call_of_cache(PagedCache.create(B, 8, 4, 2, K, H), queries(1, 6))
-    assert "slots of a page in a multiple of 8, got 4" in find_refusal(call)
+    assert "slots of a page in a multiple of 8, got 4" in find_cache_refusal(call)
 
 
 @pytest.mark.ci
@@ -52,7 +55,7 @@ def test_many_rows_of_groups_of_eight():
     "page, dtype, size", [(8, "int8", H), (128, "bfloat16", H), (128, "int8", 64)]
 )
 def test_pages(page, dtype, size):
-    """Smaller than tiles of memory are, and as long as lanes."""
+    """Smaller than memory tiles, and as long as lanes."""
     attend_and_check(paged(page, dtype, head_dim=size), queries(2, 6, size))
 
 

@@ -37,7 +37,7 @@ BLOCKS = (2048, 1024, 512, 256, 128)
 MOST_PAGES = 2**17
 
 
-def find_refusal(call: AttentionCall) -> str | None:
+def find_cache_refusal(call: AttentionCall) -> str | None:
     """Return why the kernel does not take this cache, or None."""
     stored = present(call.stored)
     if stored.dtype not in ("bfloat16", "float32", *_quantization.LIMITS):
@@ -103,10 +103,10 @@ def _count_slot_bytes(call: AttentionCall, grid: CachedGrid) -> int:
 def estimate_vmem_bytes(call: AttentionCall, grid: CachedGrid) -> int:
     """Return the bytes of what the kernel declares, and an estimate of the rest."""
     memory = declare_memory(call, grid)
-    return memory.count_vmem_bytes() + _estimate_live_bytes(call, grid, memory)
+    return memory.count_vmem_bytes() + _estimate_product_bytes(call, grid, memory)
 
 
-def _estimate_live_bytes(call: AttentionCall, grid: CachedGrid, memory: CachedMemory) -> int:
+def _estimate_product_bytes(call: AttentionCall, grid: CachedGrid, memory: CachedMemory) -> int:
     """Estimate the values of one product that the compiler keeps in VMEM."""
     tile = grid.rows * grid.block_kv * 4
     # The numbers that codes become.
@@ -115,12 +115,12 @@ def _estimate_live_bytes(call: AttentionCall, grid: CachedGrid, memory: CachedMe
         itemsize += 4
     sizes = round_up(call.head_dim, LANES) + round_up(call.value_head_dim, LANES)
     total = grid.heads_per_product * grid.block_kv * sizes * itemsize
-    # Blocks with the slots last, turned to rows of whole lanes.
+    # Blocks with the slots last, transposed to rows of whole lanes.
     for name in grid.slots_last:
         buffer = memory.buffers[name]
         rows = (*buffer.shape[:2], grid.block_kv, buffer.shape[2])
-        turned = count_vmem_bytes(jax.ShapeDtypeStruct(rows, buffer.dtype))
-        total += turned - count_vmem_bytes(buffer)
+        transposed = count_vmem_bytes(jax.ShapeDtypeStruct(rows, buffer.dtype))
+        total += transposed - count_vmem_bytes(buffer)
     # A mask as 32-bit numbers, for each head.
     if "allowed" in memory.buffers:
         total += 2 * grid.kv_heads * tile - count_vmem_bytes(memory.buffers["allowed"])

@@ -14,9 +14,9 @@ from axattn import _quantization
 def decode_numbers(codes: jax.Array, stored_dtype: str, dtype: Any) -> jax.Array:
     """Return codes ``[heads, copies, slots, size]`` as ``[heads, copies * slots, size]``.
 
-    Codes ``[heads, size, slots]`` keep their shape. ``stored_dtype`` is that of the numbers, whose
-    bytes the array may hold as integers; ``dtype`` is that of the result. Bytes that are not a
-    number become one: unused slots must not be NaN after decoding.
+    Codes ``[heads, size, slots]`` keep their shape. ``stored_dtype`` is the dtype of the numbers;
+    the array may hold their bytes as integers. ``dtype`` is that of the result. Quantized bytes
+    that are NaN become numbers, since unused slots may hold any bytes.
     """
     if stored_dtype == "float8_e4m3fn":
         codes = _decode_float8(codes)

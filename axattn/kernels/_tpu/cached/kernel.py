@@ -41,7 +41,7 @@ def attend_over_cache(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output ``[B, T, N, h]`` in the query's dtype and the float32 LSE ``[B, T, N]``.
 
-    ``cores`` share the work of one call: 2 on chips whose cores are one device.
+    ``cores`` share the work of one call: 2 on chips with two cores in one device.
     """
     call = _masks.fold_key_masks(call)
     grid = make_cached_grid(call, sizes, cores)
@@ -182,7 +182,7 @@ def _attend_tile(grid: CachedGrid, precision: Any, refs: CachedRefs, copies: Blo
 
     @pl.when(result < grid.num_results)
     def _():
-        _start_softmax(grid, refs, split)
+        _start_cached_softmax(grid, refs, split)
         total, turn = spans[step * 4 + 3], refs.turns[0]
 
         def attend_to_block(n, _):
@@ -211,7 +211,7 @@ def _attend_tile(grid: CachedGrid, precision: Any, refs: CachedRefs, copies: Blo
             refs.lse[0, heads, 0, :, pl.ds(0, grid.rows)] = transpose_to_lanes(lse)
 
 
-def _start_softmax(grid: CachedGrid, refs: CachedRefs, split) -> None:
+def _start_cached_softmax(grid: CachedGrid, refs: CachedRefs, split) -> None:
     refs.sums[...] = jnp.zeros_like(refs.sums)
     shape = (*refs.state.shape[:2], 1)
     top, total = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)

@@ -107,7 +107,7 @@ def _gather_scales(stored: Stored, scales: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(scales, stored.first_row, stored.batch, 0)
     pages, heads, size = scales.shape
     if size < LANES // 2:
-        # All heads of a page together fill the lanes better.
+        # As one axis, the heads and slots of a page fill the lanes better.
         scales = scales.reshape(pages, heads * size)
     found = scales.at[stored.block_table].get(mode="clip")
     found = found.reshape(stored.batch, -1, heads, size)

@@ -244,8 +244,8 @@ def _query_grad_kernel(
         @run_on_heads(grid)
         def _(head):
             tile = FlashTile(grid, refs, at, head, scalars.dropout)
-            key_slots = keys if with_keys else None
-            _add_gradients(tile, precision, partial=partial, to_keys=key_slots, to_queries=True)
+            slots = keys if with_keys else None
+            _add_tile_gradients(tile, precision, partial=partial, to_keys=slots, to_queries=True)
 
     @pl.when(step == grid.num_steps - 1)
     def _():
@@ -272,7 +272,7 @@ def _key_grad_kernel(
         @run_on_heads(grid)
         def _(head):
             tile = FlashTile(grid, refs, at, head, scalars.dropout)
-            _add_gradients(tile, precision, partial=partial, to_keys=keys, to_queries=False)
+            _add_tile_gradients(tile, precision, partial=partial, to_keys=keys, to_queries=False)
 
     @pl.when(step == grid.num_steps - 1)
     def _():
@@ -285,7 +285,7 @@ def _pack_rows(grid: TpuFlashGrid, refs: Mapping[str, Any], q: jax.Array) -> Non
         refs[rows][...] = pack_queries(grid, zero_missing_queries(grid, refs[name][0], q))
 
 
-def _add_gradients(
+def _add_tile_gradients(
     tile: FlashTile, precision: Any, *, partial: bool, to_keys: Any, to_queries: bool
 ) -> None:
     """Add one tile to the gradients; four of the five products need no transpose.

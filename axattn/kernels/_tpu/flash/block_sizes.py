@@ -48,7 +48,7 @@ MAX_SCORES = 3 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class FlashKernel:
-    """A kernel whose block sizes are chosen.
+    """A kernel, and the values that the choice of its block sizes counts.
 
     The pairs say how many arrays of the key head size, and of the value head size, the compiler
     keeps in VMEM besides what is declared. They are guesses, from above.

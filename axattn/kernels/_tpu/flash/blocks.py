@@ -38,7 +38,7 @@ class VmemBlock:
     axes: tuple[str | None, ...]
 
     def make_spec(self, grid: TpuFlashGrid, array: Any) -> pl.BlockSpec:
-        """Return the block of this array, whose batch may be 1."""
+        """Return the spec for this array; its batch may be 1."""
         batch: dict[Any, str | None] = {BATCH_OR_ONE: "batch" if array.shape[0] > 1 else None}
         axes = [batch.get(axis, axis) for axis in self.axes]
 
