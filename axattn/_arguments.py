@@ -14,7 +14,7 @@ from jax import lax
 from axattn._call import AttentionCall
 from axattn._dropout import dropout_key
 from axattn._dtypes import accumulator
-from axattn._masks import Mask, flatten_lead, int32_array
+from axattn._masks import Mask, flatten_lead, int32_array, normalize_mask
 from axattn._options import AttentionOptions
 from axattn._stored import Stored
 
@@ -350,7 +350,7 @@ def _mask(
             options.query_segment_ids, options.key_value_segment_ids, q_len, kv_len
         )
     # A [T, S] mask inside Mask.dense has no lead; only the head dimension is left to check.
-    total = total.normalized(lead, q_len, kv_len)
+    total = normalize_mask(total, lead, q_len, kv_len)
     for part in total.parts:
         array = getattr(part, "array", None)
         if array is not None and array.shape[1] not in (1, heads):

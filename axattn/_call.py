@@ -13,7 +13,7 @@ from axattn import _quantization
 from axattn._dtypes import accumulator
 from axattn._jax_compat import is_known
 from axattn._mask_parts import Layout, Span
-from axattn._masks import Mask, positions_or_default
+from axattn._masks import Mask, positions_or_default, take_mask_row
 from axattn._stored import Stored
 from axattn._typing import present
 
@@ -181,7 +181,7 @@ class AttentionCall:
             value=take(self.value),
             stored=None if self.stored is None else self.stored.row(b),
             bias=take(self.bias),
-            mask=self.mask.row(b),
+            mask=take_mask_row(self.mask, b),
             alibi_slopes=take(self.alibi_slopes),
             q_positions=take(self.q_positions),
             kv_positions=take(self.kv_positions),

@@ -2,7 +2,7 @@
 
 A :class:`Mask` is a conjunction of parts. Every part can answer two questions:
 
-* elementwise, for the tile of scores at (query slots, key slots) -- :meth:`Mask.tile`;
+* elementwise, for the tile of scores at (query slots, key slots) -- `compute_mask_tile`;
 * for whole blocks: is (query block, key block) empty, full or partial -- :meth:`Mask.block_map`,
   which is what lets an implementation skip work.
 
@@ -242,44 +242,6 @@ class Mask(_serialization.SerializableValue):
 
     # ---- answers ------------------------------------------------------------------------------
 
-    def tile(self, q: Slots, kv: Slots) -> jax.Array | None:
-        """Compute the mask of one tile of scores.
-
-        Args:
-          q: the ``axattn._mask_parts.Span`` of its query slots.
-          kv: that of its key slots.
-
-        Returns:
-          bool, broadcastable to ``[B, N, q.size, kv.size]``; None where everything is allowed.
-        """
-        ok = None
-        for part in self.parts:
-            allowed = part.allowed(q, kv)
-            ok = allowed if ok is None else ok & allowed
-        return ok
-
-    def block_rows(self, layout: Layout):
-        """Return a function from a query block to its row of block states.
-
-        Args:
-          layout: the ``axattn._mask_parts.Layout`` of a call, cut into blocks.
-
-        Returns:
-          A function of an int, whose row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,
-          ``FULL``: O(S / block) memory, so that nothing of size (T / block) x (S / block) lives on
-          the device.
-        """
-        rows = [part.block_rows(layout) for part in self.parts]
-
-        def row(i):
-            some = every = jnp.ones((1, layout.num_kv), bool)
-            for part_row in rows:
-                part_some, part_every = part_row(i)
-                some, every = some & part_some, every & part_every
-            return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
-
-        return row
-
     def block_map(
         self,
         q_len: int,
@@ -323,8 +285,10 @@ class Mask(_serialization.SerializableValue):
             checked_positions("q_positions", q_positions, q_len),
             checked_positions("kv_positions", kv_positions, kv_len),
         )
-        mask = self.normalized(None, q_len, kv_len)
-        rows = jax.vmap(mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
+        mask = normalize_mask(self, None, q_len, kv_len)
+        rows = jax.vmap(make_block_row_states(mask, layout))(
+            jnp.arange(layout.num_q, dtype=jnp.int32)
+        )
         return jnp.moveaxis(rows, 0, 1)
 
     def materialize(
@@ -358,61 +322,103 @@ class Mask(_serialization.SerializableValue):
         """
         q = Span(0, q_len, checked_positions("q_positions", q_positions, q_len))
         kv = Span(0, kv_len, checked_positions("kv_positions", kv_positions, kv_len))
-        ok = self.normalized(None, q_len, kv_len).tile(q, kv)
+        ok = compute_mask_tile(normalize_mask(self, None, q_len, kv_len), q, kv)
         if ok is None:
             ok = jnp.ones((1, 1, 1, 1), bool)
         return jnp.broadcast_to(ok, (*ok.shape[:2], q_len, kv_len))
 
-    # ---- batches ------------------------------------------------------------------------------
-
-    def normalized(self, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
-        """Return the mask with every array in canonical form: one batch dimension of B or 1.
-
-        Args:
-          lead: the call's leading dimensions; None: not known, take the arrays' own.
-          q_len: T, query slots.
-          kv_len: S, key slots.
-
-        Raises:
-          ValueError: an array that does not broadcast to the call.
-        """
-        return Mask(tuple(_normalize_part(part, lead, q_len, kv_len) for part in self.parts))
-
-    def row(self, b: int | jax.Array) -> Mask:
-        """Return batch row ``b`` of a normalized mask, as a mask for a batch of one.
-
-        Args:
-          b: int, or an int array ``[]``; clipped to the rows that there are.
-        """
-
-        def take(part):
-            changes = {}
-            for name in part.batched_arrays():
-                value = getattr(part, name)
-                if value is not None and jnp.ndim(value) > 0 and jnp.shape(value)[0] != 1:
-                    changes[name] = lax.dynamic_slice_in_dim(value, b, 1, 0)
-            return dataclasses.replace(part, **changes)
-
-        return Mask(tuple(take(part) for part in self.parts))
-
-    @property
-    def varies_by_row(self) -> bool:
-        """Whether a normalized mask differs between the rows of the batch."""
-        return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(self))
-
-    def kv_lengths(self) -> Any:
-        """Return how many leading key slots are real: int, int32 ``[B]``, or None for all.
-
-        Slots behind it may hold anything, NaN included: implementations must not let them through.
-        """
-        return _least(part.kv for part in self.parts if isinstance(part, Lengths))
-
-    def q_lengths(self) -> Any:
-        """Return how many leading query slots are real, likewise."""
-        return _least(part.q for part in self.parts if isinstance(part, Lengths))
-
 
 _serialization.register(Mask, ("parts",))
+
+
+def compute_mask_tile(mask: Mask, q: Slots, kv: Slots) -> jax.Array | None:
+    """Compute the mask of one tile of scores.
+
+    Args:
+      q: the ``axattn._mask_parts.Span`` of its query slots.
+      kv: that of its key slots.
+
+    Returns:
+      bool, broadcastable to ``[B, N, q.size, kv.size]``; None where everything is allowed.
+    """
+    ok = None
+    for part in mask.parts:
+        allowed = part.allowed(q, kv)
+        ok = allowed if ok is None else ok & allowed
+    return ok
+
+
+def make_block_row_states(mask: Mask, layout: Layout):
+    """Return a function from a query block to its row of block states.
+
+    Args:
+      layout: the ``axattn._mask_parts.Layout`` of a call, cut into blocks.
+
+    Returns:
+      A function of an int, whose row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,
+      ``FULL``: O(S / block) memory, so that nothing of size (T / block) x (S / block) lives on
+      the device.
+    """
+    rows = [part.block_rows(layout) for part in mask.parts]
+
+    def row(i):
+        some = every = jnp.ones((1, layout.num_kv), bool)
+        for part_row in rows:
+            part_some, part_every = part_row(i)
+            some, every = some & part_some, every & part_every
+        return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
+
+    return row
+
+
+def normalize_mask(mask: Mask, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Mask:
+    """Return the mask with every array in canonical form: one batch dimension of B or 1.
+
+    Args:
+      lead: the call's leading dimensions; None: not known, take the arrays' own.
+      q_len: T, query slots.
+      kv_len: S, key slots.
+
+    Raises:
+      ValueError: an array that does not broadcast to the call.
+    """
+    return Mask(tuple(_normalize_part(part, lead, q_len, kv_len) for part in mask.parts))
+
+
+def take_mask_row(mask: Mask, b: int | jax.Array) -> Mask:
+    """Return batch row ``b`` of a normalized mask, as a mask for a batch of one.
+
+    Args:
+      b: int, or an int array ``[]``; clipped to the rows that there are.
+    """
+
+    def take(part):
+        changes = {}
+        for name in part.batched_arrays():
+            value = getattr(part, name)
+            if value is not None and jnp.ndim(value) > 0 and jnp.shape(value)[0] != 1:
+                changes[name] = lax.dynamic_slice_in_dim(value, b, 1, 0)
+        return dataclasses.replace(part, **changes)
+
+    return Mask(tuple(take(part) for part in mask.parts))
+
+
+def varies_by_row(mask: Mask) -> bool:
+    """Say whether a normalized mask differs between the rows of the batch."""
+    return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(mask))
+
+
+def find_kv_lengths(mask: Mask) -> Any:
+    """Return how many leading key slots are real: int, int32 ``[B]``, or None for all.
+
+    Slots behind it may hold anything, NaN included: implementations must not let them through.
+    """
+    return _least(part.kv for part in mask.parts if isinstance(part, Lengths))
+
+
+def find_q_lengths(mask: Mask) -> Any:
+    """Return how many leading query slots are real, likewise."""
+    return _least(part.q for part in mask.parts if isinstance(part, Lengths))
 
 
 def _same(a: Any, b: Any) -> bool:

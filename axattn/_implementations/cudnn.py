@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Causal, Dense, Lengths, Window
+from axattn._masks import compute_mask_tile
 from axattn._typing import present
 
 
@@ -127,7 +128,7 @@ def _find_rows_with_keys(call: AttentionCall, options: dict, mask) -> jax.Array 
     """Find the rows ``[B, T, N or 1, 1]`` with keys; cuDNN leaves the others undefined."""
     if mask is not None:
         q, kv = call.spans()
-        tile = present(call.mask.tile(q, kv))
+        tile = present(compute_mask_tile(call.mask, q, kv))
         rows = jnp.broadcast_to(tile, (*mask.shape[:2], call.q_len, call.kv_len)).any(-1)
         return rows.transpose(0, 2, 1)[..., None]
     if "query_seq_lengths" in options:

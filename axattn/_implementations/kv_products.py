@@ -15,7 +15,7 @@ from axattn._call import DECODE_ROWS, AttentionCall
 from axattn._implementations.products import FoldedProducts, GroupedProducts, compute_weighted_mean
 from axattn._jax_compat import is_known
 from axattn._mask_parts import Span
-from axattn._masks import zero_unused
+from axattn._masks import find_kv_lengths, zero_unused
 from axattn._stored import NEVER
 from axattn._typing import present
 
@@ -65,7 +65,7 @@ class _ArrayProducts:
 def take_kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
     """Slice slots ``kv`` of keys or values; ``clean`` zeroes those at and after the length."""
     rows = kv.take(array, 1)
-    return zero_unused(rows, kv.slots, call.mask.kv_lengths()) if clean else rows
+    return zero_unused(rows, kv.slots, find_kv_lengths(call.mask)) if clean else rows
 
 
 class _CacheProducts:
@@ -128,7 +128,7 @@ class _CacheProducts:
     def _find_used_slots(self, kv: Span) -> jax.Array | None:
         """Find the slots that hold a token, bool ``[B or 1, s]``, or None for all."""
         used = None
-        length = self.call.mask.kv_lengths()
+        length = find_kv_lengths(self.call.mask)
         if length is not None:
             length = jnp.asarray(length)
             used = kv.slots[None] < (length[:, None] if length.ndim else length)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._implementations import mosaic_gpu
 from axattn._jax_compat import is_known
+from axattn._masks import find_kv_lengths
 from axattn._typing import present
 
 # CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
@@ -57,7 +58,7 @@ def choose_implementation(
     if reasons["mosaic_tpu"] is None and long:
         # A TPU is here, likewise. (For decode over arrays the kernel would copy each head.)
         return "mosaic_tpu" if platform == "tpu" else "xla_chunked"
-    if call.mask.kv_lengths() is not None and _exceeds(call.kv_len, RAGGED_FROM_KEYS - 1):
+    if find_kv_lengths(call.mask) is not None and _exceeds(call.kv_len, RAGGED_FROM_KEYS - 1):
         return "xla_chunked"
     if call.is_decode_step:
         # On CPU the chunked path skips empty blocks, while for the einsum XLA copies a cache that

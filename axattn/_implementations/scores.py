@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Span
+from axattn._masks import compute_mask_tile
 
 
 def split_heads(array: jax.Array, call: AttentionCall) -> jax.Array:
@@ -59,5 +60,5 @@ def compute_scores(call: AttentionCall, dots: jax.Array, q: Span, kv: Span) -> j
 
 def compute_mask(call: AttentionCall, q: Span, kv: Span) -> jax.Array | None:
     """Compute the mask, broadcastable to ``[B, K, G, q, kv]``, or None for all True."""
-    allowed = call.mask.tile(q, kv)
+    allowed = compute_mask_tile(call.mask, q, kv)
     return None if allowed is None else split_heads(allowed, call)

@@ -18,7 +18,7 @@ from axattn._call import AttentionCall
 from axattn._dropout import keep_tile
 from axattn._implementations.kv_products import make_kv_products
 from axattn._implementations.scores import compute_mask, compute_scores, split_heads
-from axattn._masks import zero_unused
+from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
@@ -53,8 +53,8 @@ def zero_unused_inputs(call: AttentionCall) -> AttentionCall:
     q, kv = call.spans()
     key = call.key
     if key is not None:
-        key = zero_unused(key, kv.slots, call.mask.kv_lengths())
-    query = zero_unused(call.query, q.slots, call.mask.q_lengths())
+        key = zero_unused(key, kv.slots, find_kv_lengths(call.mask))
+    query = zero_unused(call.query, q.slots, find_q_lengths(call.mask))
     return dataclasses.replace(call, query=query, key=key)
 
 

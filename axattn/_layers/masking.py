@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from axattn._masks import Mask
+from axattn._masks import Mask, normalize_mask
 from axattn._typing import Array, Bool
 from axattn.cache._checks import is_concrete
 
@@ -53,7 +53,7 @@ def materialize_mask(
 
     Positions are ``[T]`` and ``[S]``, or ``[B, T]`` and ``[B, S]`` with the batch flattened.
     """
-    mask = mask.normalized(batch, q_len, kv_len)
+    mask = normalize_mask(mask, batch, q_len, kv_len)
     array = mask.materialize(q_len, kv_len, q_positions=q_positions, kv_positions=kv_positions)
     if array.shape[0] == 1:
         return jnp.broadcast_to(array[0], (*batch, *array.shape[1:]))

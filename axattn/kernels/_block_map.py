@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import EMPTY, FULL, PARTIAL, Dense, Segments
+from axattn._masks import make_block_row_states
 from axattn._stored import NEVER
 from axattn.kernels._masks import Bounds
 
@@ -85,7 +86,9 @@ def _spans(*numbers: jax.Array) -> jax.Array:
 
 def _states(call: AttentionCall, block_q: int, block_kv: int) -> jax.Array:
     layout = call.layout(block_q, block_kv)
-    rows = jax.vmap(call.mask.block_rows(layout))(jnp.arange(layout.num_q, dtype=jnp.int32))
+    rows = jax.vmap(make_block_row_states(call.mask, layout))(
+        jnp.arange(layout.num_q, dtype=jnp.int32)
+    )
     states = jnp.moveaxis(rows, 0, 1)
     if call.kv_positions is not None:
         # Masked keys have far positions. Parts of the mask may not know that.

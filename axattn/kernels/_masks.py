@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window
+from axattn._masks import find_kv_lengths
 from axattn._stored import NEVER
 
 # Each query row attends to positions in [low, high); int32 ``[B or 1, T]`` both.
@@ -33,7 +34,7 @@ def fold_key_masks(call: AttentionCall) -> AttentionCall:
     for part in folded:
         used = jnp.broadcast_to(part.array[:, 0, 0], (len(part.array), call.kv_len))
         positions = jnp.where(used, positions, NEVER)
-    length = call.mask.kv_lengths()
+    length = find_kv_lengths(call.mask)
     if length is not None:
         positions = jnp.where(kv.slots[None] < _column(length), positions, NEVER)
     parts = tuple(part for part in call.mask.parts if part not in folded)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn._mask_parts import EMPTY, FULL, PARTIAL
-from axattn._masks import Mask, checked_positions
+from axattn._masks import Mask, checked_positions, compute_mask_tile, normalize_mask, take_mask_row
 from axattn.plotting import _axes, _style
 from axattn.plotting._library import import_pyplot
 
@@ -96,7 +96,7 @@ def plot_mask(
     title = (" & ".join(kinds) or "everything") if title is None else title
     if blocks is not None:
         _check_block_count(q_len, kv_len, *blocks)
-    mask = mask.normalized(None, q_len, kv_len).row(row)
+    mask = take_mask_row(normalize_mask(mask, None, q_len, kv_len), row)
     q_positions, kv_positions = _select_row(q_positions, row), _select_row(kv_positions, row)
     cells = [
         _choose_cell_size(length, block)
@@ -232,7 +232,7 @@ def _compute_shares(mask: Mask, queries: _SlotSample, keys: _SlotSample, head: i
     total = len(queries.slots) // queries.per_cell
     for start in range(0, total, per_strip):
         strip = queries.select_cells(start, min(per_strip, total - start))
-        allowed = mask.tile(strip, keys)
+        allowed = compute_mask_tile(mask, strip, keys)
         tile = np.ones((1, 1, 1, 1), bool) if allowed is None else np.asarray(allowed)
         tile = tile[0, head if tile.shape[1] > 1 else 0]
         tile = tile & strip.real[:, None] & keys.real

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
+from axattn._masks import compute_mask_tile
 from axattn.kernels import _masks
 from tests.kernels.calls import make_call
 
@@ -60,7 +61,7 @@ def test_bounds_of_rows_and_positions_of_keys_are_the_mask(name):
 def test_rows_without_keys_are_expected_where_there_may_be_some(name):
     call = make_call(2, 20, 20, 2, 1, 64, **OPTIONS[name])
     q, kv = call.spans()
-    seen = call.mask.tile(q, kv)
+    seen = compute_mask_tile(call.mask, q, kv)
     seen = np.ones((1, 1, 20, 20), bool) if seen is None else np.asarray(seen)
     seen = np.broadcast_to(seen, (*seen.shape[:2], 20, 20))
     if call.bias is not None:

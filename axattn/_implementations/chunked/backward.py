@@ -22,6 +22,7 @@ from axattn._implementations.kv_products import take_kv_rows
 from axattn._implementations.products import GroupedProducts
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._mask_parts import Span
+from axattn._masks import make_block_row_states
 from axattn._typing import present
 
 
@@ -125,7 +126,7 @@ def _backward_rows(
     call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
 ):
     grid = ChunkGrid.from_call(call, blocks)
-    block_row = call.mask.block_rows(grid.layout)
+    block_row = make_block_row_states(call.mask, grid.layout)
     dtype = call.accumulator_dtype
     axes = varying_axes(*jax.tree.leaves((call, given)))
     heads_first = (call.batch, call.num_kv_heads, call.kv_len)

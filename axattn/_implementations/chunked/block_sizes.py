@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._jax_compat import is_known, smaller_size
 from axattn._mask_parts import EMPTY, FULL
+from axattn._masks import varies_by_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def choose_chunk_sizes(call: AttentionCall, platform: str) -> ChunkSizes:
     # each computes its own. Decode steps stay together: products of few rows are slow.
     rows = is_known(lambda: call.batch > 1, otherwise=True)
     many = is_known(lambda: smaller_size(call.q_len, q) * call.group >= 128, otherwise=True)
-    by_row = rows and many and (cpu or call.mask.varies_by_row)
+    by_row = rows and many and (cpu or varies_by_row(call.mask))
     if cached and cpu and rows:
         # Head-major keys are fast one row at a time, and each row ends at its own length.
         by_row = True

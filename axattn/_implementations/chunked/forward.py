@@ -20,6 +20,7 @@ from axattn._implementations.kv_products import KVProducts, make_kv_products
 from axattn._implementations.scores import split_heads
 from axattn._jax_compat import vary_over, varying_axes
 from axattn._mask_parts import Span
+from axattn._masks import make_block_row_states
 from axattn._typing import present
 
 
@@ -52,7 +53,7 @@ def _forward_rows(
     call: AttentionCall, blocks: ChunkSizes, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     grid = ChunkGrid.from_call(call, blocks)
-    block_row = call.mask.block_rows(grid.layout)
+    block_row = make_block_row_states(call.mask, grid.layout)
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
     axes = varying_axes(*jax.tree.leaves(call))
     results = vary_over(

@@ -19,7 +19,7 @@ from axattn._implementations.chunked.block_sizes import ChunkSizes, list_chunks
 from axattn._implementations.scores import cap_scores, compute_bias, compute_mask
 from axattn._jax_compat import is_known
 from axattn._mask_parts import PARTIAL, Layout, Span
-from axattn._masks import zero_unused
+from axattn._masks import find_q_lengths, zero_unused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ChunkGrid:
     def take_query_rows(self, array: jax.Array, q: Span, *, clean: bool = False) -> jax.Array:
         """Slice slots ``q`` of ``[B, T, N, ...]``; ``clean`` zeroes those from the length on."""
         rows = lax.dynamic_slice_in_dim(array, q.start, q.size, 1)
-        return zero_unused(rows, q.slots, self.call.mask.q_lengths()) if clean else rows
+        return zero_unused(rows, q.slots, find_q_lengths(self.call.mask)) if clean else rows
 
     def compute_mask(
         self, i: int | jax.Array, j: int | jax.Array, q: Span, kv: Span, *, fresh_rows: bool

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn import _quantization as quantization
 from axattn._call import AttentionCall
+from axattn._masks import find_kv_lengths
 from axattn._typing import present
 from axattn.kernels._hopper.pipeline import Pipeline
 from axattn.kernels._hopper.primitives import (
@@ -71,7 +72,7 @@ class KVLoader:
 
     @classmethod
     def from_call(cls, call: AttentionCall) -> KVLoader:
-        has_unused = call.mask.kv_lengths() is not None or call.kv_positions is not None
+        has_unused = find_kv_lengths(call.mask) is not None or call.kv_positions is not None
         if call.stored is None:
             key = present(call.key)
             batch, slots, heads, _ = key.shape
@@ -105,8 +106,8 @@ class KVLoader:
     def select_arrays(self, call: AttentionCall) -> dict[str, jax.Array]:
         """Return what the kernels read, by name; slots of arrays are rounded up to 8."""
         found: dict[str, jax.Array] = {}
-        if call.mask.kv_lengths() is not None:
-            lengths = jnp.asarray(call.mask.kv_lengths(), jnp.int32)
+        if find_kv_lengths(call.mask) is not None:
+            lengths = jnp.asarray(find_kv_lengths(call.mask), jnp.int32)
             found["kv_lengths"] = jnp.broadcast_to(lengths, (call.batch,))
         if self.kind == "arrays":
             missing = -self.page_size % ROW_GROUP

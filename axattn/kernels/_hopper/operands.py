@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Segments
-from axattn._masks import zero_unused
+from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
 from axattn._stored import NEVER
 from axattn._typing import present
 from axattn.kernels._hopper.kv_loader import KVLoader
@@ -132,12 +132,14 @@ def _make_bias_arrays(call: AttentionCall, rows: int, keys: int) -> dict[str, ja
 def pad_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
     """Return ``[B, T, N, size]`` with ``length`` rows, of which unused ones are zero."""
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, call.mask.q_lengths()), length)
+    return padded(zero_unused(array, slots, find_q_lengths(call.mask)), length)
 
 
 def _pad_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, call.mask.kv_lengths()), round_up_length(call.kv_len))
+    return padded(
+        zero_unused(array, slots, find_kv_lengths(call.mask)), round_up_length(call.kv_len)
+    )
 
 
 def align_rows(array: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Segments
-from axattn._masks import zero_unused
+from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
 from axattn._stored import NEVER
 from axattn._typing import present
 from axattn.kernels import _masks
@@ -95,12 +95,12 @@ def restore_queries(grid: TpuFlashGrid, result: jax.Array) -> jax.Array:
 
 def zero_unused_queries(call: AttentionCall, array: jax.Array) -> jax.Array:
     """Return ``[B, T, N, size]`` with zeros after the queries' lengths."""
-    return zero_unused(array, jnp.arange(call.q_len, dtype=jnp.int32), call.mask.q_lengths())
+    return zero_unused(array, jnp.arange(call.q_len, dtype=jnp.int32), find_q_lengths(call.mask))
 
 
 def _lay_out_keys(call: AttentionCall, grid: TpuFlashGrid, array: jax.Array) -> jax.Array:
     """Copy ``[B, S, K, size]`` heads first, in whole blocks, with zeros in unused slots."""
-    clean = zero_unused(array, jnp.arange(call.kv_len, dtype=jnp.int32), call.mask.kv_lengths())
+    clean = zero_unused(array, jnp.arange(call.kv_len, dtype=jnp.int32), find_kv_lengths(call.mask))
     if clean.shape[2] == 1:
         by_head = clean.reshape(clean.shape[0], 1, clean.shape[1], clean.shape[3])
     else:
