@@ -12,27 +12,27 @@ import numpy as np
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._dropout import dropout_key
-from axattn._dtypes import accumulator
-from axattn._masks import Mask, flatten_lead, int32_array, normalize_mask
+from axattn._dropout import make_dropout_key
+from axattn._dtypes import choose_accumulator
+from axattn._masks import Mask, check_int32, flatten_lead, normalize_mask
 from axattn._options import AttentionOptions
-from axattn._stored import Stored
+from axattn._stored import KVView
 
 
 def normalize(
     query: Any, key: Any, value: Any, options: AttentionOptions
 ) -> tuple[AttentionCall, tuple[int, ...]]:
     """Return the call of arrays, and its leading dimensions ``(...)`` as the user gave them."""
-    query, key, value = _arrays(query, key, value)
+    query, key, value = _check_arrays(query, key, value)
     lead, kv_len = query.shape[:-3], key.shape[-3]
     query, key, value = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value))
-    return _call(query, key, value, None, options, lead, kv_len), lead
+    return _make_call(query, key, value, None, options, lead, kv_len), lead
 
 
-def normalize_over_cache(query: Any, stored: Stored, options: AttentionOptions) -> AttentionCall:
+def normalize_over_cache(query: Any, stored: KVView, options: AttentionOptions) -> AttentionCall:
     """Return the call of a query over what a cache stores."""
-    query = _query_of_stored(query, stored)
-    return _call(query, None, None, stored, options, query.shape[:1], stored.kv_len)
+    query = _check_cache_query(query, stored)
+    return _make_call(query, None, None, stored, options, query.shape[:1], stored.kv_len)
 
 
 def trace_shapes(function: Callable[..., None], arguments: Mapping[str, Any]) -> None:
@@ -48,44 +48,44 @@ def trace_shapes(function: Callable[..., None], arguments: Mapping[str, Any]) ->
     jax.eval_shape(lambda structs: function(**{**arguments, **structs}), structs)
 
 
-def _call(
+def _make_call(
     query: jax.Array,
     key: jax.Array | None,
     value: jax.Array | None,
-    stored: Stored | None,
+    stored: KVView | None,
     options: AttentionOptions,
     lead: tuple[int, ...],
     kv_len: int,
 ) -> AttentionCall:
     batch, q_len, heads, head_dim = query.shape
-    scale, traced_scale = _scale(options.scale, head_dim)
-    rate, drop_key = _dropout(options.dropout_rate, options.dropout_rng)
-    q_positions, kv_positions = _positions(options, lead, q_len, kv_len)
+    scale, traced_scale = _split_scale(options.scale, head_dim)
+    rate, drop_key = _check_dropout(options.dropout_rate, options.dropout_rng)
+    q_positions, kv_positions = _make_positions(options, lead, q_len, kv_len)
     return AttentionCall(
         query=query,
         key=key,
         value=value,
         stored=stored,
-        bias=_bias(options.bias, lead, heads, q_len, kv_len),
-        mask=_mask(options, lead, (batch, heads, q_len, kv_len)),
-        sinks=_per_head("sinks", options.sinks, heads),
+        bias=_check_bias(options.bias, lead, heads, q_len, kv_len),
+        mask=_make_mask(options, lead, (batch, heads, q_len, kv_len)),
+        sinks=_check_per_head("sinks", options.sinks, heads),
         traced_scale=traced_scale,
-        alibi_slopes=_slopes(options.alibi_slopes, lead, heads),
+        alibi_slopes=_check_slopes(options.alibi_slopes, lead, heads),
         q_positions=q_positions,
         kv_positions=kv_positions,
         dropout_key=drop_key,
         scale=scale,
-        logits_soft_cap=_soft_cap(options.logits_soft_cap),
+        logits_soft_cap=_check_soft_cap(options.logits_soft_cap),
         dropout_rate=rate,
-        broadcast_dropout=_flag("broadcast_dropout", options.broadcast_dropout),
-        precision=_precision(options.precision),
-        return_residual=_flag("return_residual", options.return_residual),
-        kv_split_size=_split_size(options.kv_split_size),
-        heads_first=_flag("is_projected", options.is_projected),
+        broadcast_dropout=_check_flag("broadcast_dropout", options.broadcast_dropout),
+        precision=_check_precision(options.precision),
+        return_residual=_check_flag("return_residual", options.return_residual),
+        kv_split_size=_check_split_size(options.kv_split_size),
+        heads_first=_check_flag("is_projected", options.is_projected),
     )
 
 
-def _split_size(size: Any) -> int | None:
+def _check_split_size(size: Any) -> int | None:
     if size is None:
         return None
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
@@ -93,14 +93,14 @@ def _split_size(size: Any) -> int | None:
     return int(size)
 
 
-def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _check_arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     arrays = []
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
         ("value", value, "[..., S, K, h]"),
     ):
-        x = _as_array(name, x, letters)
+        x = _check_array(name, x, letters)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} takes a floating-point array {letters}, got dtype {x.dtype}")
         if x.ndim < 3:
@@ -135,8 +135,8 @@ def _arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax
     return query, key, value
 
 
-def _query_of_stored(query: Any, stored: Stored) -> jax.Array:
-    query = _as_array("query", query, "[B, T, N, H]")
+def _check_cache_query(query: Any, stored: KVView) -> jax.Array:
+    query = _check_array("query", query, "[B, T, N, H]")
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise TypeError(f"query takes a floating-point array [B, T, N, H], got dtype {query.dtype}")
     batch, head_dim, kv_heads = stored.batch, stored.head_dim, stored.num_kv_heads
@@ -153,14 +153,14 @@ def _query_of_stored(query: Any, stored: Stored) -> jax.Array:
     return query
 
 
-def _as_array(name: str, x: Any, takes: str) -> jax.Array:
+def _check_array(name: str, x: Any, takes: str) -> jax.Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} takes an array {takes}, got {type(x).__name__}") from error
 
 
-def _scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
+def _split_scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
     """Split the scale into a number known while tracing and a traced one, which has a gradient."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim), None
@@ -171,13 +171,13 @@ def _scale(scale: Any, head_dim: int) -> tuple[float, jax.Array | None]:
         if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
             raise ValueError(f"scale takes a finite number, got {scale!r}")
         return 1.0, scale.astype(jnp.float32)
-    number = _number("scale", scale)
+    number = _check_number("scale", scale)
     if not math.isfinite(number):
         raise ValueError(f"scale takes a finite number, got {scale!r}")
     return number, None
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     if isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{name} takes a number, got {value!r}")
     try:
@@ -186,34 +186,34 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} takes a number, got {value!r}") from error
 
 
-def _static_number(name: str, value: Any) -> float:
+def _check_static_number(name: str, value: Any) -> float:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} takes a number known while tracing, got a traced array {value}")
-    return _number(name, value)
+    return _check_number(name, value)
 
 
-def _soft_cap(cap: Any) -> float | None:
+def _check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
-    number = _static_number("logits_soft_cap", cap)
+    number = _check_static_number("logits_soft_cap", cap)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"logits_soft_cap takes a finite number > 0 or None, got {cap!r}")
     return number
 
 
-def _flag(name: str, value: Any) -> bool:
+def _check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} takes True or False, got {value!r}")
     return bool(value)
 
 
-def _precision(precision: Any) -> Any:
+def _check_precision(precision: Any) -> Any:
     if precision is None or isinstance(
         precision, (lax.Precision, lax.DotAlgorithm, lax.DotAlgorithmPreset)
     ):
         return precision
     if isinstance(precision, (tuple, list)) and len(precision) == 2:
-        return tuple(_precision(side) for side in precision)
+        return tuple(_check_precision(side) for side in precision)
     try:
         return lax.Precision(precision)
     except (ValueError, TypeError) as error:
@@ -224,8 +224,8 @@ def _precision(precision: Any) -> Any:
         ) from error
 
 
-def _dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:
-    number = _static_number("dropout_rate", rate)
+def _check_dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:
+    number = _check_static_number("dropout_rate", rate)
     if not 0.0 <= number < 1.0:
         raise ValueError(f"dropout_rate takes a number in [0, 1), got {rate!r}")
     if number == 0.0:
@@ -235,24 +235,24 @@ def _dropout(rate: Any, rng: Any) -> tuple[float, jax.Array | None]:
             f"dropout_rng takes a JAX random key when dropout_rate is {rate}, got None"
         )
     try:
-        return number, dropout_key(rng)
+        return number, make_dropout_key(rng)
     except (TypeError, ValueError) as error:
         raise TypeError(f"dropout_rng takes one JAX random key, got {rng!r}") from error
 
 
-def _per_head(name: str, values: Any, heads: int) -> jax.Array | None:
+def _check_per_head(name: str, values: Any, heads: int) -> jax.Array | None:
     if values is None:
         return None
-    values = _wide_floats(name, values, "[N]")
+    values = _widen_floats(name, values, "[N]")
     if values.shape != (heads,):
         raise ValueError(f"{name} takes [N] = [{heads}], got shape {values.shape}")
     return values
 
 
-def _slopes(values: Any, lead: tuple[int, ...], heads: int) -> jax.Array | None:
+def _check_slopes(values: Any, lead: tuple[int, ...], heads: int) -> jax.Array | None:
     if values is None:
         return None
-    values = _wide_floats("alibi_slopes", values, "[N] or [..., N]")
+    values = _widen_floats("alibi_slopes", values, "[N] or [..., N]")
     if values.ndim < 1 or values.shape[-1] != heads:
         raise ValueError(
             f"alibi_slopes takes [N] = [{heads}] or [..., N], got shape {values.shape}"
@@ -260,27 +260,27 @@ def _slopes(values: Any, lead: tuple[int, ...], heads: int) -> jax.Array | None:
     return lax.stop_gradient(flatten_lead("alibi_slopes", values, lead, 1, (heads,)))
 
 
-def _wide_floats(name: str, values: Any, takes: str) -> jax.Array:
-    values = _as_array(name, values, takes)
+def _widen_floats(name: str, values: Any, takes: str) -> jax.Array:
+    values = _check_array(name, values, takes)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"{name} takes floating-point values {takes}, got dtype {values.dtype}")
-    return values.astype(accumulator(values.dtype))
+    return values.astype(choose_accumulator(values.dtype))
 
 
-def _bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:
+def _check_bias(bias: Any, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int) -> Any:
     if bias is None:
         return None
-    bias = _as_array("bias", bias, "that broadcasts to [..., N, T, S]")
+    bias = _check_array("bias", bias, "that broadcasts to [..., N, T, S]")
     if jnp.issubdtype(bias.dtype, jnp.integer):
         bias = bias.astype(jnp.float32)  # as jax.nn does
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
             f"bias takes floating-point values, got dtype {bias.dtype}; a boolean array is a mask"
         )
-    return _scores_shaped("bias", bias, lead, heads, q_len, kv_len)
+    return _check_scores_shape("bias", bias, lead, heads, q_len, kv_len)
 
 
-def _scores_shaped(
+def _check_scores_shape(
     name: str, array: jax.Array, lead: tuple[int, ...], heads: int, q_len: int, kv_len: int
 ) -> jax.Array:
     given = array.shape
@@ -295,32 +295,32 @@ def _scores_shaped(
     return flatten_lead(name, array, lead, 3, (None, None, None))
 
 
-def _positions(
+def _make_positions(
     options: AttentionOptions, lead: tuple[int, ...], q_len: int, kv_len: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
     if options.q_offset is None:
-        queries = _positions_of_slots("q_positions", options.q_positions, lead, q_len)
+        queries = _check_positions("q_positions", options.q_positions, lead, q_len)
     elif options.q_positions is not None:
         raise ValueError("q_offset and q_positions say the same thing: give one of them, got both")
     else:
-        offset = int32_array("q_offset", options.q_offset, "an int or an int array [...]")
+        offset = check_int32("q_offset", options.q_offset, "an int or an int array [...]")
         offset = flatten_lead("q_offset", offset, lead, 0, ())
         queries = offset[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
-    return queries, _positions_of_slots("kv_positions", options.kv_positions, lead, kv_len)
+    return queries, _check_positions("kv_positions", options.kv_positions, lead, kv_len)
 
 
-def _positions_of_slots(
+def _check_positions(
     name: str, positions: Any, lead: tuple[int, ...], length: int
 ) -> jax.Array | None:
     if positions is None:
         return None
-    positions = int32_array(name, positions, f"int [..., {length}]")
+    positions = check_int32(name, positions, f"int [..., {length}]")
     if positions.ndim < 1:
         raise ValueError(f"{name} takes int [..., {length}], got shape {positions.shape}")
     return flatten_lead(name, positions, lead, 1, (length,))
 
 
-def _mask(
+def _make_mask(
     options: AttentionOptions, lead: tuple[int, ...], shape: tuple[int, int, int, int]
 ) -> Mask:
     _, heads, q_len, kv_len = shape
@@ -328,25 +328,25 @@ def _mask(
     if isinstance(mask, Mask):
         total = mask
     elif mask is not None:
-        mask = _as_array("mask", mask, "that broadcasts to [..., N, T, S]")
+        mask = _check_array("mask", mask, "that broadcasts to [..., N, T, S]")
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"mask takes a boolean array (True = attend) or an axattn.Mask, got dtype "
                 f"{mask.dtype}; an additive mask is a bias"
             )
-        _scores_shaped("mask", mask, lead, heads, q_len, kv_len)  # only for its check
+        _check_scores_shape("mask", mask, lead, heads, q_len, kv_len)  # only for its check
         total = Mask.dense(mask)
-    if _flag("is_causal", options.is_causal):
+    if _check_flag("is_causal", options.is_causal):
         total = total & Mask.causal()
     if options.local_window_size is not None:
-        total = total & Mask.window(*_window(options.local_window_size))
+        total = total & Mask.window(*_check_window(options.local_window_size))
     if options.query_seq_lengths is not None or options.key_value_seq_lengths is not None:
         total = total & Mask.lengths(
-            _lengths("query_seq_lengths", options.query_seq_lengths, lead),
-            _lengths("key_value_seq_lengths", options.key_value_seq_lengths, lead),
+            _check_lengths("query_seq_lengths", options.query_seq_lengths, lead),
+            _check_lengths("key_value_seq_lengths", options.key_value_seq_lengths, lead),
         )
     if options.query_segment_ids is not None or options.key_value_segment_ids is not None:
-        total = total & _segments(
+        total = total & _make_segments(
             options.query_segment_ids, options.key_value_segment_ids, q_len, kv_len
         )
     # A [T, S] mask inside Mask.dense has no lead; only the head dimension is left to check.
@@ -361,7 +361,7 @@ def _mask(
     return total
 
 
-def _window(window: Any) -> tuple[int | None, int | None]:
+def _check_window(window: Any) -> tuple[int | None, int | None]:
     pair = (window, window) if not isinstance(window, (tuple, list)) else tuple(window)
     sides = [side for side in pair if side is not None]
     if len(pair) != 2 or any(
@@ -376,10 +376,10 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     return pair
 
 
-def _lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
+def _check_lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
     if lengths is None:
         return None
-    lengths = int32_array(name, lengths, "int32 lengths, one per batch row")
+    lengths = check_int32(name, lengths, "int32 lengths, one per batch row")
     if lengths.ndim == 0:
         return lengths
     if lengths.shape != lead and lengths.size != 1:
@@ -389,10 +389,10 @@ def _lengths(name: str, lengths: Any, lead: tuple[int, ...]) -> Any:
     return lengths
 
 
-def _segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
+def _make_segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
     if q_ids is None:
         raise ValueError("query_segment_ids takes int [..., T] when key_value_segment_ids is given")
-    q_ids = int32_array("query_segment_ids", q_ids, f"int [..., {q_len}]")
+    q_ids = check_int32("query_segment_ids", q_ids, f"int [..., {q_len}]")
     if kv_ids is None:
         if q_len != kv_len:
             raise ValueError(
@@ -400,7 +400,7 @@ def _segments(q_ids: Any, kv_ids: Any, q_len: int, kv_len: int) -> Mask:
                 f"S = {kv_len}, got None"
             )
         kv_ids = q_ids
-    kv_ids = int32_array("key_value_segment_ids", kv_ids, f"int [..., {kv_len}]")
+    kv_ids = check_int32("key_value_segment_ids", kv_ids, f"int [..., {kv_len}]")
     for name, ids, length in (
         ("query_segment_ids", q_ids, q_len),
         ("key_value_segment_ids", kv_ids, kv_len),

@@ -12,11 +12,11 @@ from axattn import _jax_compat
 from axattn._arguments import normalize, normalize_over_cache, trace_shapes
 from axattn._call import AttentionCall
 from axattn._implementations import registry
-from axattn._jax_compat import explicit_sharding
+from axattn._jax_compat import find_explicit_sharding
 from axattn._masks import Mask
 from axattn._options import AttentionOptions
 from axattn._sharded import explicit
-from axattn._stored import Stored
+from axattn._stored import KVView
 from axattn._typing import Array, ArrayLike, Implementation, Precision, present
 from axattn.aot import _targets
 
@@ -269,7 +269,7 @@ def dot_product_attention(
 
 
 def attend_stored(
-    query: ArrayLike, stored: Stored, options: AttentionOptions
+    query: ArrayLike, stored: KVView, options: AttentionOptions
 ) -> Array | tuple[Array, Array]:
     """Compute attention over what a cache stores: the entry for caches.
 
@@ -292,13 +292,15 @@ def attend_stored(
 def _dispatch(
     call: AttentionCall, implementation: Implementation | Sequence[Implementation] | None
 ) -> tuple[Array, Any]:
-    if explicit_sharding(call.query) is None:
-        return _attend(call, plan=registry.make_plan(call, implementation))
+    if find_explicit_sharding(call.query) is None:
+        return _run_compiled(call, plan=registry.make_plan(call, implementation))
     return explicit.attend_explicit(call, registry.check_names(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _attend(call: AttentionCall, plan: registry.ImplementationPlan) -> tuple[Array, Array | None]:
+def _run_compiled(
+    call: AttentionCall, plan: registry.ImplementationPlan
+) -> tuple[Array, Array | None]:
     # Compiled as one unit even when called eagerly: its loops would compile at each call else.
     return registry.run_plan(call, plan)
 
@@ -398,7 +400,7 @@ def explain_call(
         explanation.update(registry.find_refusals(call))
         explanation.by_platform = registry.choose_per_platform(registry.make_plan(call, None))
 
-    explanation.platform = _jax_compat.lowering_platform(jax.default_backend())
+    explanation.platform = _jax_compat.name_lowering_platform(jax.default_backend())
     if target is None:
         trace_shapes(explain, arguments)
         return explanation

@@ -10,11 +10,11 @@ import jax
 from jax import lax
 
 from axattn import _quantization
-from axattn._dtypes import accumulator
+from axattn._dtypes import choose_accumulator
 from axattn._jax_compat import is_known
-from axattn._mask_parts import Layout, Span
-from axattn._masks import Mask, positions_or_default, take_mask_row
-from axattn._stored import Stored
+from axattn._mask_parts import BlockLayout, Span
+from axattn._masks import Mask, fill_positions, take_mask_row
+from axattn._stored import KVView
 from axattn._typing import present
 
 # Up to this many query rows (T * N) a call is a decode step.
@@ -60,7 +60,7 @@ class AttentionCall:
     query: jax.Array  # [B, T, N, H]
     key: jax.Array | None  # [B, S, K, H]
     value: jax.Array | None  # [B, S, K, h]
-    stored: Stored | None = None  # a cache, instead of key and value
+    stored: KVView | None = None  # a cache, instead of key and value
     bias: jax.Array | None = None  # [B or 1, N or 1, T or 1, S or 1]
     mask: Mask = Mask()  # normalized
     sinks: jax.Array | None = None  # float32 [N]
@@ -146,7 +146,7 @@ class AttentionCall:
     @property
     def accumulator_dtype(self) -> Any:
         """float32 for every input; float64 only for float64 inputs."""
-        return accumulator(self.query.dtype)
+        return choose_accumulator(self.query.dtype)
 
     def spans(self) -> tuple[Span, Span]:
         """Return all query slots and all key slots, with their positions."""
@@ -156,14 +156,14 @@ class AttentionCall:
             Span(0, self.kv_len, layout.kv_positions),
         )
 
-    def layout(self, block_q: int, block_kv: int) -> Layout:
-        return Layout(
+    def layout(self, block_q: int, block_kv: int) -> BlockLayout:
+        return BlockLayout(
             self.q_len,
             self.kv_len,
             block_q,
             block_kv,
-            positions_or_default(self.q_positions, self.q_len),
-            positions_or_default(self.kv_positions, self.kv_len),
+            fill_positions(self.q_positions, self.q_len),
+            fill_positions(self.kv_positions, self.kv_len),
         )
 
     def row(self, b: int | jax.Array) -> AttentionCall:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from axattn._dtypes import accumulator
+from axattn._dtypes import choose_accumulator
 
 __all__ = ["mha_to_gqa", "mha_to_mqa", "stack_layers", "unstack_layers"]
 
@@ -286,5 +286,5 @@ def _pool_heads(leaf, num_kv_heads: int, where: str):
         )
     xp = np if isinstance(leaf, np.ndarray) else jnp
     grouped = leaf.reshape(*lead, num_kv_heads, heads // num_kv_heads, head_dim)
-    mean = xp.mean(grouped.astype(accumulator(leaf.dtype)), axis=-2)
+    mean = xp.mean(grouped.astype(choose_accumulator(leaf.dtype)), axis=-2)
     return mean.astype(leaf.dtype)

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._jax_compat import threefry_2x32
+from axattn._jax_compat import compute_threefry_2x32
 from axattn._mask_parts import Span
 from axattn._typing import present
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def dropout_key(rng: jax.Array) -> jax.Array:
+def make_dropout_key(rng: jax.Array) -> jax.Array:
     """Make the uint32 ``[2]`` key of the counters from any JAX key (typed or raw)."""
     # fold_in keeps these bits apart from what the user draws with the same key.
     return jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32)
 
 
-def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
+def compute_keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
     """Find the scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
     if call.broadcast_dropout:
         rows = q.slots.astype(jnp.uint32)[None, None, None, :]
@@ -36,13 +36,13 @@ def keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
         rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
         rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
     columns = kv.slots.astype(jnp.uint32)[None, None, None, None]
-    bits = threefry_2x32(present(call.dropout_key), rows[..., None], columns)
+    bits = compute_threefry_2x32(present(call.dropout_key), rows[..., None], columns)
     # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
     threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
     return bits >= jnp.uint32(threshold)
 
 
-def threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
+def compute_threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
     """Compute the first word at counter (x0, x1) in the arithmetic that kernels have.
 
     Kernels have no primitive of JAX for it; int32 wraps around as uint32 does.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
-def accumulator(dtype: Any) -> Any:
+def choose_accumulator(dtype: Any) -> Any:
     """Return the dtype for sums over ``dtype``: float64 for float64, else float32.
 
     Raises:
@@ -20,7 +20,7 @@ def accumulator(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def common(a: Any, b: Any) -> Any:
+def promote_floats(a: Any, b: Any) -> Any:
     """Return the narrowest dtype that holds all numbers of both."""
     if jnp.dtype(a) == jnp.dtype(b):
         return jnp.dtype(a)

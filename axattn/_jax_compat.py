@@ -21,7 +21,7 @@ from jax import lax
 from axattn._typing import present
 
 
-def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+def compute_threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     """Compute the first word of Threefry-2x32-20 at counter ``(high, low)``; uint32, broadcast.
 
     ``jax.random`` gives no access to single counters, but dropout by blocks needs the bits of one
@@ -32,7 +32,7 @@ def threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     return jex_random.threefry2x32_p.bind(key0, key1, high, low)[0]
 
 
-def with_auto_axes(function, arrays, specs):
+def allow_auto_axes(function, arrays, specs):
     """Let the partitioner handle those mesh axes in ``function`` that are Explicit for ``arrays``.
 
     In JAX's Explicit sharding mode (the default of ``jax.make_mesh``) every operation must say how
@@ -57,7 +57,7 @@ def with_auto_axes(function, arrays, specs):
     return call
 
 
-def explicit_sharding(array) -> tuple[object, tuple] | None:
+def find_explicit_sharding(array) -> tuple[object, tuple] | None:
     """Return the mesh and PartitionSpec in the type of ``array``; None without Explicit axes."""
     sharding = jax.typeof(array).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
@@ -66,7 +66,7 @@ def explicit_sharding(array) -> tuple[object, tuple] | None:
     return sharding.mesh, spec + (None,) * (len(jax.typeof(array).shape) - len(spec))
 
 
-def resharded(tree, specs, mesh):
+def reshard(tree, specs, mesh):
     """Reshard ``tree`` to ``specs``, where mesh axes are Explicit and JAX would not do it."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return tree
@@ -77,7 +77,7 @@ def resharded(tree, specs, mesh):
     return jax.tree.map(move, tree, specs)
 
 
-def placed(tree, specs, mesh):
+def place_on_mesh(tree, specs, mesh):
     """Put those arrays of ``tree`` that are not traced on the devices of ``mesh``."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return tree
@@ -92,15 +92,15 @@ def placed(tree, specs, mesh):
     return jax.tree.map(put, tree, specs)
 
 
-def platform_of_mesh(mesh) -> str | None:
+def find_mesh_platform(mesh) -> str | None:
     """Return the platform that programs over ``mesh`` are lowered for; None if not known."""
     abstract = mesh if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.abstract_mesh
     if abstract.abstract_device is None:
         return None
-    return lowering_platform(abstract.abstract_device.platform)
+    return name_lowering_platform(abstract.abstract_device.platform)
 
 
-def lowering_platform(backend: str) -> str:
+def name_lowering_platform(backend: str) -> str:
     """Return the name by which JAX lowers for a backend: "cuda" or "rocm" for "gpu"."""
     if backend != "gpu":
         return backend
@@ -108,7 +108,7 @@ def lowering_platform(backend: str) -> str:
     return "rocm" if rocm else "cuda"
 
 
-def automatic_axes(array) -> tuple[str, ...]:
+def find_auto_axes(array) -> tuple[str, ...]:
     """Return the axes of more than one device that the partitioner may use for ``array``."""
     meshes = [jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()]
     mesh = next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
@@ -117,7 +117,7 @@ def automatic_axes(array) -> tuple[str, ...]:
     return tuple(name for name in auto if mesh.shape[name] > 1)
 
 
-def varying_axes(*arrays: jax.Array) -> frozenset:
+def find_varying_axes(*arrays: jax.Array) -> frozenset:
     """Return the manual mesh axes (of a ``shard_map``) over which any of the arrays varies."""
     axes: frozenset = frozenset()
     for array in arrays:
@@ -126,7 +126,7 @@ def varying_axes(*arrays: jax.Array) -> frozenset:
     return axes
 
 
-def result_of(array: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def make_result_shape(array: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     """Return the shape of a kernel's result, which varies over the same mesh axes as ``array``."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
@@ -135,7 +135,7 @@ def vary_over(tree, axes: frozenset):
     """Mark every array of ``tree`` as varying over ``axes``: loop carries have to agree on it."""
 
     def mark(array):
-        missing = tuple(sorted(axes - varying_axes(array), key=str))
+        missing = tuple(sorted(axes - find_varying_axes(array), key=str))
         return lax.pcast(array, missing, to="varying") if missing else array
 
     return jax.tree.map(mark, tree) if axes else tree
@@ -169,21 +169,21 @@ def is_known(compare: Callable[[], bool], *, otherwise: bool) -> bool:
         return otherwise
 
 
-def smaller_size(a: int, b: int) -> int:
+def take_smaller_size(a: int, b: int) -> int:
     """Return ``min(a, b)`` of sizes, which may be symbolic (`jax.export.symbolic_shape`)."""
     import jax.core
 
     return jax.core.min_dim(a, b)
 
 
-def debug_check(ok: jax.Array, message: str) -> None:
+def check_in_debug(ok: jax.Array, message: str) -> None:
     """Raise an error where ``ok`` is False under ``checkify.checkify``; do nothing without it.
 
     It is ``checkify.debug_check`` with an effect that `jax.export` can store.
     """
     from jax._src import checkify
 
-    error = debug_error()(checkify.get_traceback(), message)
+    error = make_debug_error()(checkify.get_traceback(), message)
     effect = error.get_effect_type()
     payload, metadata = jax.tree.flatten(error)
     # Newer versions number the checks of a program themselves.
@@ -196,8 +196,8 @@ def debug_check(ok: jax.Array, message: str) -> None:
 
 
 @functools.cache
-def debug_error() -> type:
-    """Make the error of `debug_check`. Programs with one can be read after the first call.
+def make_debug_error() -> type:
+    """Make the error of `check_in_debug`. Programs with one can be read after the first call.
 
     `jax.export` stores an effect by the name of its type, so effects with arguments, as checkify
     has them, cannot be exported.
@@ -228,7 +228,7 @@ def apply_primitive(primitive, *args, **params):
     return dispatch.apply_primitive(primitive, *args, **params)
 
 
-def lowering_platforms(ctx) -> tuple[str, ...]:
+def list_lowering_platforms(ctx) -> tuple[str, ...]:
     """Return the platforms that a lowering rule is asked for."""
     from jax._src.interpreters import mlir as jax_mlir
 
@@ -242,26 +242,26 @@ def lower_per_platform(ctx, name: str, rules: dict[str, Any], *values):
     return jax_mlir.lower_per_platform(ctx, name, rules, None, frozenset(), *values)
 
 
-def lowering_device(backend, platform: str):
+def find_lowering_device(backend, platform: str):
     """Return the device that is lowered for, if the context lacks it."""
     there = jax.sharding.get_abstract_mesh().abstract_device
-    if there is not None and _is_of(there.platform, platform):
+    if there is not None and _is_of_platform(there.platform, platform):
         return None
     device = None
-    if backend is not None and _is_of(backend.platform, platform):
+    if backend is not None and _is_of_platform(backend.platform, platform):
         device = backend.devices()[0]
     if platform == "cuda" and device is not None:
-        return _abstract_device(
+        return _make_abstract_device(
             device.device_kind, device.core_count, "gpu", device.compute_capability
         )
     if platform == "tpu":
         # Pallas asks for the kind of TPU. Code for the oldest kind runs on all.
         kind, cores = (LEAST_TPU, 1) if device is None else (device.device_kind, device.num_cores)
-        return _abstract_device(kind, cores, "tpu", None)
+        return _make_abstract_device(kind, cores, "tpu", None)
     return None
 
 
-def _is_of(name: str, platform: str) -> bool:
+def _is_of_platform(name: str, platform: str) -> bool:
     """Say whether a device or backend is of the platform; both kinds of GPUs are "gpu", too."""
     return name == platform or (name == "gpu" and platform in ("cuda", "rocm"))
 
@@ -269,7 +269,7 @@ def _is_of(name: str, platform: str) -> bool:
 # --- ahead-of-time compilation for absent devices (axattn.aot) ---
 
 
-def cpu_device() -> jax.Device:
+def find_cpu_device() -> jax.Device:
     """Return the first CPU device. RuntimeError where JAX_PLATFORMS leaves the CPU out."""
     return jax.devices("cpu")[0]
 
@@ -289,7 +289,9 @@ def has_nvidia_gpu() -> bool:
 
 
 @functools.cache
-def aot_tpu_devices(topology: str, options: tuple[tuple[str, str], ...]) -> tuple[jax.Device, ...]:
+def make_aot_tpu_devices(
+    topology: str, options: tuple[tuple[str, str], ...]
+) -> tuple[jax.Device, ...]:
     """Return libtpu's devices of a topology such as ``"v5p:2x2x1"``; the same every time."""
     from jax.experimental import topologies
 
@@ -300,7 +302,7 @@ def aot_tpu_devices(topology: str, options: tuple[tuple[str, str], ...]) -> tupl
     )
 
 
-def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
+def make_aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
     """Return the first device of a CUDA topology; ``config`` is a GpuTargetConfigProto as text."""
     from jax.experimental import topologies
 
@@ -322,7 +324,7 @@ def aot_cuda_device(name: str, topology: str, config: str) -> jax.Device:
         return describe().devices[0]
 
 
-def optimized_hlo(compiled: jax.stages.Compiled):
+def read_optimized_hlo(compiled: jax.stages.Compiled):
     """Return the compiled program as a jaxlib HloModule.
 
     Raises:
@@ -331,25 +333,25 @@ def optimized_hlo(compiled: jax.stages.Compiled):
     return present(compiled.runtime_executable()).hlo_modules()[0]
 
 
-def hlo_cost_analysis(module) -> dict[str, float] | None:
+def analyze_hlo_cost(module) -> dict[str, float] | None:
     """Return XLA's platform-independent cost analysis of a module; None without a CPU backend."""
     from jaxlib import _jax
 
     try:
-        client = cpu_device().client
+        client = find_cpu_device().client
     except RuntimeError:
         return None
     return _jax.hlo_module_cost_analysis(client, module)
 
 
-def hlo_module_from_proto(proto: bytes):
+def make_hlo_module(proto: bytes):
     """Make an HloModule from a serialized HloModuleProto."""
     from jaxlib import _hlo  # type: ignore[attr-defined]  # an extension without stubs
 
     return _hlo.HloModule.from_serialized_hlo_module_proto(proto)
 
 
-def compiler_cost_analysis(compiled: jax.stages.Compiled) -> dict[str, float] | None:
+def read_compiler_cost(compiled: jax.stages.Compiled) -> dict[str, float] | None:
     """Return the compiler's own cost analysis; None where it has none (CUDA)."""
     try:
         return compiled.cost_analysis()
@@ -358,7 +360,7 @@ def compiler_cost_analysis(compiled: jax.stages.Compiled) -> dict[str, float] | 
 
 
 @functools.cache
-def _abstract_device_with_capability() -> type:
+def _make_abstract_device_with_capability() -> type:
     from jax.sharding import AbstractDevice
 
     # Mosaic GPU reads `compute_capability` off the device and takes 9.0 where there is none.
@@ -375,17 +377,17 @@ def use_abstract_device(kind: str, num_cores: int, platform: str, capability: st
     there = jax.sharding.get_abstract_mesh()
     if not there.empty and getattr(there.abstract_device, "device_kind", None) == kind:
         return contextlib.nullcontext()
-    device = _abstract_device(kind, num_cores, platform, capability)
+    device = _make_abstract_device(kind, num_cores, platform, capability)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def _abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
+def _make_abstract_device(kind: str, num_cores: int, platform: str, capability: str | None):
     if capability is None:
         return jax.sharding.AbstractDevice(kind, num_cores, platform)
-    return _abstract_device_with_capability()(kind, num_cores, platform, capability)
+    return _make_abstract_device_with_capability()(kind, num_cores, platform, capability)
 
 
-def einsum_by(dot_general, *, precision=None):
+def compute_einsum(dot_general, *, precision=None):
     """Compute ``jnp.einsum`` with another ``dot_general``, as Flax's ``einsum_dot_general`` asks.
 
     That argument of ``jnp.einsum`` has an underscore; Flax passes it, too.
@@ -393,7 +395,7 @@ def einsum_by(dot_general, *, precision=None):
     return functools.partial(jnp.einsum, precision=precision, _dot_general=dot_general)
 
 
-def traced_device(platform: str | None = None) -> str | None:
+def find_traced_device(platform: str | None = None) -> str | None:
     """Return the kind of the device that is traced for, if it is of ``platform``.
 
     It is the device of the context (`use_abstract_device`), else the first accelerator of this
@@ -407,7 +409,7 @@ def traced_device(platform: str | None = None) -> str | None:
     return device.device_kind if platform in (None, device.platform) else None
 
 
-def gpu_capability() -> str | None:
+def find_gpu_capability() -> str | None:
     """Return the compute capability ("9.0") of the GPU that is traced for; None if not known.
 
     It is the device of the context (`use_abstract_device`), else the first one of this process.
@@ -424,7 +426,7 @@ def gpu_capability() -> str | None:
     return getattr(jax.devices()[0], "compute_capability", None)
 
 
-def gpu_cores() -> int:
+def count_gpu_cores() -> int:
     """Return the multiprocessors of the GPU that is traced for; an H200's where it does not say."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -432,7 +434,7 @@ def gpu_cores() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def cuda_runtime_version() -> int | None:
+def read_cuda_runtime_version() -> int | None:
     """Return the CUDA runtime of this process, 12090 for 12.9, or None without one."""
     try:
         from jax._src.lib import cuda_versions
@@ -441,12 +443,12 @@ def cuda_runtime_version() -> int | None:
     return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
 
-def gpu_kernel_cost(estimate) -> dict[str, Any]:
+def make_gpu_kernel_cost(estimate) -> dict[str, Any]:
     """Return the arguments that give a Mosaic GPU kernel its cost estimate; none before 0.12."""
     return {"cost_estimate": estimate} if jax.__version_info__ >= (0, 12) else {}
 
 
-def gpu_interpreter():
+def make_gpu_interpreter():
     """Return parameters that run a Mosaic GPU kernel on the CPU and detect its races."""
     from jax.experimental.pallas import mosaic_gpu
 
@@ -473,7 +475,7 @@ class TpuChip(NamedTuple):
     hbm_bandwidth: float  # bytes/s
 
 
-def tpu_chip() -> TpuChip | None:
+def find_tpu_chip() -> TpuChip | None:
     """Return the TPU of the context (`use_abstract_device`), else of this process, or None."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -502,14 +504,14 @@ def tpu_chip() -> TpuChip | None:
     )
 
 
-def tpu_interpreter(cores: int):
+def make_tpu_interpreter(cores: int):
     """Return parameters that run a TPU kernel on the CPU as on `cores` cores and detect races."""
     from jax.experimental.pallas import tpu as pltpu
 
     return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
 
 
-def tpu_races_found() -> bool:
+def has_tpu_races() -> bool:
     """Say whether that interpreter has seen a race in what it ran last."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

@@ -50,7 +50,7 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """The blocks of one call; positions are int32 ``[B or 1, T]`` and ``[B or 1, S]``."""
 
     q_len: int
@@ -70,13 +70,13 @@ class Layout:
 
     def q_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return min and max of ``values [B or 1, T]`` per query block, ``[B or 1, num_q]``."""
-        return _range_per_block(values, self.block_q)
+        return _find_block_ranges(values, self.block_q)
 
     def kv_range(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _range_per_block(values, self.block_kv)
+        return _find_block_ranges(values, self.block_kv)
 
 
-def _range_per_block(values: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def _find_block_ranges(values: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     rows, length = values.shape
     count = -(-length // block)
     # Padding by the last value changes neither extreme.
@@ -85,12 +85,12 @@ def _range_per_block(values: jax.Array, block: int) -> tuple[jax.Array, jax.Arra
     return values.min(-1), values.max(-1)
 
 
-def _column(per_row: Any) -> Any:
+def _as_column(per_row: Any) -> Any:
     """Shape a scalar, or ``[B]`` as ``[B, 1]``, to compare with ``[B or 1, n]``."""
     return per_row if jnp.ndim(per_row) == 0 else jnp.asarray(per_row)[:, None]
 
 
-def _at(array: jax.Array, i: int | jax.Array) -> jax.Array:
+def _take_column(array: jax.Array, i: int | jax.Array) -> jax.Array:
     """Take column ``i`` of ``[B or 1, n]``, kept as ``[B or 1, 1]``."""
     return lax.dynamic_slice_in_dim(array, i, 1, axis=1)
 
@@ -103,7 +103,7 @@ class Static(int):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class MaskPart:
     """One conjunct of a mask. As a pytree, ``Static`` fields are structure, others children."""
 
     def __init_subclass__(cls) -> None:
@@ -111,29 +111,29 @@ class Part:
 
         def flatten(part):
             values = [getattr(part, name) for name in names]
-            static = tuple(v if isinstance(v, Static) else _Leaf for v in values)
-            return [v for v, s in zip(values, static, strict=True) if s is _Leaf], static
+            static = tuple(v if isinstance(v, Static) else _LeafMarker for v in values)
+            return [v for v, s in zip(values, static, strict=True) if s is _LeafMarker], static
 
         def unflatten(static, leaves):
             leaves = iter(leaves)
             part = object.__new__(cls)
             for name, value in zip(names, static, strict=True):
-                object.__setattr__(part, name, next(leaves) if value is _Leaf else value)
+                object.__setattr__(part, name, next(leaves) if value is _LeafMarker else value)
             return part
 
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
         _serialization.register(
             cls,
             names,
-            encode=lambda static: [None if v is _Leaf else int(v) for v in static],
-            decode=lambda plain: tuple(_Leaf if v is None else Static(v) for v in plain),
+            encode=lambda static: [None if v is _LeafMarker else int(v) for v in static],
+            decode=lambda plain: tuple(_LeafMarker if v is None else Static(v) for v in plain),
         )
 
     def allowed(self, q: Slots, kv: Slots) -> jax.Array:
         """Compute the mask of a tile, bool, broadcastable to ``[B, N, q.size, kv.size]``."""
         raise NotImplementedError
 
-    def block_rows(self, layout: Layout):
+    def block_rows(self, layout: BlockLayout):
         """Return a function from a query block to ``(some, every)``, bool ``[B or 1, num_kv]``.
 
         ``some`` False: no pair of the block is allowed. ``every`` True: all pairs are. Where
@@ -146,44 +146,47 @@ class Part:
         raise NotImplementedError
 
 
-class _Leaf:
+class _LeafMarker:
     """Stands for an array in a part's static structure."""
 
 
-def _pairwise(q: jax.Array, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair_axes(q: jax.Array, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Shape ``[B, q]`` and ``[B, kv]`` as ``[B, 1, q, 1]`` and ``[B, 1, 1, kv]``."""
     return q[:, None, :, None], kv[:, None, None, :]
 
 
-def _tile_scalar(per_row: Any) -> Any:
+def _as_tile_scalar(per_row: Any) -> Any:
     return per_row if jnp.ndim(per_row) == 0 else jnp.asarray(per_row)[:, None, None, None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Causal(Part):
+class Causal(MaskPart):
     offset: Any  # int, or int32 [B]
 
     def allowed(self, q, kv):
-        qp, kp = _pairwise(q.positions, kv.positions)
-        return qp + _tile_scalar(self.offset) >= kp
+        qp, kp = _pair_axes(q.positions, kv.positions)
+        return qp + _as_tile_scalar(self.offset) >= kp
 
     def block_rows(self, layout):
         q_min, q_max = layout.q_range(layout.q_positions)
         k_min, k_max = layout.kv_range(layout.kv_positions)
-        offset = _column(self.offset)
-        return lambda i: (_at(q_max, i) + offset >= k_min, _at(q_min, i) + offset >= k_max)
+        offset = _as_column(self.offset)
+        return lambda i: (
+            _take_column(q_max, i) + offset >= k_min,
+            _take_column(q_min, i) + offset >= k_max,
+        )
 
     def batched_arrays(self):
         return {"offset": 0}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Window(Part):
+class Window(MaskPart):
     left: int | None
     right: int | None
 
     def allowed(self, q, kv):
-        qp, kp = _pairwise(q.positions, kv.positions)
+        qp, kp = _pair_axes(q.positions, kv.positions)
         ok = None
         if self.left is not None:
             ok = kp >= qp - self.left
@@ -200,11 +203,11 @@ class Window(Part):
             some = jnp.ones_like(k_min, bool)
             every = some
             if self.left is not None:
-                some &= k_max >= _at(q_min, i) - self.left
-                every &= k_min >= _at(q_max, i) - self.left
+                some &= k_max >= _take_column(q_min, i) - self.left
+                every &= k_min >= _take_column(q_max, i) - self.left
             if self.right is not None:
-                some = some & (k_min <= _at(q_max, i) + self.right)
-                every = every & (k_max <= _at(q_min, i) + self.right)
+                some = some & (k_min <= _take_column(q_max, i) + self.right)
+                every = every & (k_max <= _take_column(q_min, i) + self.right)
             return some, every
 
         return row
@@ -214,20 +217,20 @@ class Window(Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prefix(Part):
+class Prefix(MaskPart):
     length: Any  # int, or int32 [B]
 
     def allowed(self, q, kv):
-        qp, kp = _pairwise(q.positions, kv.positions)
-        return (kp < _tile_scalar(self.length)) | (qp >= kp)
+        qp, kp = _pair_axes(q.positions, kv.positions)
+        return (kp < _as_tile_scalar(self.length)) | (qp >= kp)
 
     def block_rows(self, layout):
         q_min, q_max = layout.q_range(layout.q_positions)
         k_min, k_max = layout.kv_range(layout.kv_positions)
-        n = _column(self.length)
+        n = _as_column(self.length)
         return lambda i: (
-            (k_min < n) | (_at(q_max, i) >= k_min),
-            (k_max < n) | (_at(q_min, i) >= k_max),
+            (k_min < n) | (_take_column(q_max, i) >= k_min),
+            (k_max < n) | (_take_column(q_min, i) >= k_max),
         )
 
     def batched_arrays(self):
@@ -235,17 +238,17 @@ class Prefix(Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Lengths(Part):
+class Lengths(MaskPart):
     q: Any  # None, int, or int32 [B]
     kv: Any  # None, int, or int32 [B]
 
     def allowed(self, q, kv):
         ok = jnp.ones((1, 1, 1, 1), bool)
-        q_slots, kv_slots = _pairwise(q.slots[None], kv.slots[None])
+        q_slots, kv_slots = _pair_axes(q.slots[None], kv.slots[None])
         if self.q is not None:
-            ok = ok & (q_slots < _tile_scalar(self.q))
+            ok = ok & (q_slots < _as_tile_scalar(self.q))
         if self.kv is not None:
-            ok = ok & (kv_slots < _tile_scalar(self.kv))
+            ok = ok & (kv_slots < _as_tile_scalar(self.kv))
         return ok
 
     def block_rows(self, layout):
@@ -258,11 +261,11 @@ class Lengths(Part):
             if self.q is not None:
                 q_first = i * layout.block_q
                 q_last = jnp.minimum(q_first + layout.block_q, layout.q_len) - 1
-                some = some & (q_first < _column(self.q))
-                every = every & (q_last < _column(self.q))
+                some = some & (q_first < _as_column(self.q))
+                every = every & (q_last < _as_column(self.q))
             if self.kv is not None:
-                some = some & (kv_first < _column(self.kv))
-                every = every & (kv_last < _column(self.kv))
+                some = some & (kv_first < _as_column(self.kv))
+                every = every & (kv_last < _as_column(self.kv))
             return some, every
 
         return row
@@ -272,12 +275,12 @@ class Lengths(Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Segments(Part):
+class Segments(MaskPart):
     q_ids: jax.Array  # int32 [B or 1, T]
     kv_ids: jax.Array  # int32 [B or 1, S]
 
     def allowed(self, q, kv):
-        q_ids, kv_ids = _pairwise(q.take(self.q_ids, 1), kv.take(self.kv_ids, 1))
+        q_ids, kv_ids = _pair_axes(q.take(self.q_ids, 1), kv.take(self.kv_ids, 1))
         return q_ids == kv_ids
 
     def block_rows(self, layout):
@@ -291,7 +294,7 @@ class Segments(Part):
         )
 
         def row(i):
-            lo, hi = _at(q_min, i), _at(q_max, i)
+            lo, hi = _take_column(q_min, i), _take_column(q_max, i)
             some = (lo <= k_max) & (hi >= k_min)
             every = (lo == hi) & (k_min == k_max) & (lo == k_min)
             return some, every
@@ -303,7 +306,7 @@ class Segments(Part):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dense(Part):
+class Dense(MaskPart):
     array: jax.Array  # bool [B or 1, N or 1, T or 1, S or 1]
 
     def allowed(self, q, kv):
@@ -326,8 +329,8 @@ class Dense(Part):
                 shape = (batch, layout.num_kv)
                 return jnp.broadcast_to(some, shape), jnp.broadcast_to(every, shape)
             return (
-                _range_per_block(some, layout.block_kv)[1],
-                _range_per_block(every, layout.block_kv)[0],
+                _find_block_ranges(some, layout.block_kv)[1],
+                _find_block_ranges(every, layout.block_kv)[0],
             )
 
         return row

@@ -28,11 +28,11 @@ from axattn._mask_parts import (
     EMPTY,
     FULL,
     PARTIAL,
+    BlockLayout,
     Causal,
     Dense,
-    Layout,
     Lengths,
-    Part,
+    MaskPart,
     Prefix,
     Segments,
     Slots,
@@ -70,7 +70,7 @@ class Mask(_serialization.SerializableValue):
       [[1, 0], [1, 1]]
     """
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MaskPart, ...] = ()
 
     def tree_flatten(self):
         return (self.parts,), None
@@ -98,7 +98,7 @@ class Mask(_serialization.SerializableValue):
           >>> mask.materialize(3, 3)[0, 0].astype(int).tolist()
           [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
         """
-        return Mask((Causal(_integer("offset", offset)),))
+        return Mask((Causal(_check_integer("offset", offset)),))
 
     @staticmethod
     def window(left: int | None, right: int | None) -> Mask:
@@ -121,7 +121,7 @@ class Mask(_serialization.SerializableValue):
         for name, value in (("left", left), ("right", right)):
             if value is not None and (not _is_int(value) or value < 0):
                 raise ValueError(f"window {name} takes an int >= 0 or None, got {value!r}")
-        return Mask((Window(_bound(left), _bound(right)),))
+        return Mask((Window(_make_bound(left), _make_bound(right)),))
 
     @staticmethod
     def segments(q_ids: jax.Array, kv_ids: jax.Array | None = None) -> Mask:
@@ -144,7 +144,7 @@ class Mask(_serialization.SerializableValue):
         kv_ids = q_ids if kv_ids is None else kv_ids
         ids = []
         for name, value in (("q_ids", q_ids), ("kv_ids", kv_ids)):
-            value = int32_array(name, value, "an integer array [..., length]")
+            value = check_int32(name, value, "an integer array [..., length]")
             if value.ndim < 1:
                 raise TypeError(f"{name} takes an integer array [..., length], got a scalar")
             ids.append(value)
@@ -174,8 +174,8 @@ class Mask(_serialization.SerializableValue):
         return Mask(
             (
                 Lengths(
-                    None if q is None else _integer("q", q),
-                    None if kv is None else _integer("kv", kv),
+                    None if q is None else _check_integer("q", q),
+                    None if kv is None else _check_integer("kv", kv),
                 ),
             )
         )
@@ -198,7 +198,7 @@ class Mask(_serialization.SerializableValue):
           >>> Mask.prefix(2).materialize(3, 3)[0, 0].astype(int).tolist()
           [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
         """
-        return Mask((Prefix(_integer("length", length)),))
+        return Mask((Prefix(_check_integer("length", length)),))
 
     @staticmethod
     def dense(array: jax.Array) -> Mask:
@@ -235,7 +235,7 @@ class Mask(_serialization.SerializableValue):
             return NotImplemented
         mine, theirs = map(jax.tree.leaves, (self, other))
         structure: Any = jax.tree.structure(self)
-        return structure == jax.tree.structure(other) and all(map(_same, mine, theirs))
+        return structure == jax.tree.structure(other) and all(map(_is_same, mine, theirs))
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
@@ -277,13 +277,13 @@ class Mask(_serialization.SerializableValue):
         """
         if block_q < 1 or block_kv < 1:
             raise ValueError(f"block_q and block_kv take ints >= 1, got {block_q}, {block_kv}")
-        layout = Layout(
+        layout = BlockLayout(
             q_len,
             kv_len,
             block_q,
             block_kv,
-            checked_positions("q_positions", q_positions, q_len),
-            checked_positions("kv_positions", kv_positions, kv_len),
+            check_positions("q_positions", q_positions, q_len),
+            check_positions("kv_positions", kv_positions, kv_len),
         )
         mask = normalize_mask(self, None, q_len, kv_len)
         rows = jax.vmap(make_block_row_states(mask, layout))(
@@ -320,8 +320,8 @@ class Mask(_serialization.SerializableValue):
           >>> Mask.causal().materialize(1, 4, q_positions=newest)[0, 0].astype(int).tolist()
           [[1, 1, 1, 0]]
         """
-        q = Span(0, q_len, checked_positions("q_positions", q_positions, q_len))
-        kv = Span(0, kv_len, checked_positions("kv_positions", kv_positions, kv_len))
+        q = Span(0, q_len, check_positions("q_positions", q_positions, q_len))
+        kv = Span(0, kv_len, check_positions("kv_positions", kv_positions, kv_len))
         ok = compute_mask_tile(normalize_mask(self, None, q_len, kv_len), q, kv)
         if ok is None:
             ok = jnp.ones((1, 1, 1, 1), bool)
@@ -348,7 +348,7 @@ def compute_mask_tile(mask: Mask, q: Slots, kv: Slots) -> jax.Array | None:
     return ok
 
 
-def make_block_row_states(mask: Mask, layout: Layout):
+def make_block_row_states(mask: Mask, layout: BlockLayout):
     """Return a function from a query block to its row of block states.
 
     Args:
@@ -413,20 +413,20 @@ def find_kv_lengths(mask: Mask) -> Any:
 
     Slots behind it may hold anything, NaN included: implementations must not let them through.
     """
-    return _least(part.kv for part in mask.parts if isinstance(part, Lengths))
+    return _take_least(part.kv for part in mask.parts if isinstance(part, Lengths))
 
 
 def find_q_lengths(mask: Mask) -> Any:
     """Return how many leading query slots are real, likewise."""
-    return _least(part.q for part in mask.parts if isinstance(part, Lengths))
+    return _take_least(part.q for part in mask.parts if isinstance(part, Lengths))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_same(a: Any, b: Any) -> bool:
     traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
     return a is b or (not traced and np.array_equal(a, b))
 
 
-def _least(lengths) -> Any:
+def _take_least(lengths) -> Any:
     least = None
     for length in lengths:
         if length is not None:
@@ -434,16 +434,16 @@ def _least(lengths) -> Any:
     return least
 
 
-def checked_positions(name: str, positions: jax.Array | None, length: int) -> jax.Array:
-    """Return positions as `positions_or_default` does. ValueError for a wrong number of them."""
+def check_positions(name: str, positions: jax.Array | None, length: int) -> jax.Array:
+    """Return positions as `fill_positions` does. ValueError for a wrong number of them."""
     if positions is not None and jnp.shape(positions)[-1:] != (length,):
         raise ValueError(
             f"{name} takes int [{length}] or [B, {length}], got shape {jnp.shape(positions)}"
         )
-    return positions_or_default(positions, length)
+    return fill_positions(positions, length)
 
 
-def positions_or_default(positions: jax.Array | None, length: int) -> jax.Array:
+def fill_positions(positions: jax.Array | None, length: int) -> jax.Array:
     """Return the given positions, or 0, 1, 2..., as int32 ``[B or 1, length]``."""
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
@@ -471,7 +471,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _bound(value: int | None) -> Static | None:
+def _make_bound(value: int | None) -> Static | None:
     # No int32 position is that far: it bounds nothing, and sums with it would overflow.
     return None if value is None or value >= _FAR else Static(value)
 
@@ -480,14 +480,14 @@ def _bound(value: int | None) -> Static | None:
 _FAR = 2**30
 
 
-def _integer(name: str, value: Any) -> Any:
+def _check_integer(name: str, value: Any) -> Any:
     """Return a Python int (static) or an int32 array; refuse anything else by name."""
     if _is_int(value):
         return Static(max(-_FAR, min(_FAR, int(value))))
-    return int32_array(name, value, "an int or an integer array")
+    return check_int32(name, value, "an int or an integer array")
 
 
-def int32_array(name: str, value: Any, takes: str) -> jax.Array:
+def check_int32(name: str, value: Any, takes: str) -> jax.Array:
     """Return ``value`` as an int32 array; refuse by name what is no integer or does not fit."""
     host = np.asarray(value) if isinstance(value, (int, list, tuple, np.ndarray)) else None
     if host is not None and host.dtype.kind in "iu" and host.size:
@@ -504,7 +504,9 @@ def int32_array(name: str, value: Any, takes: str) -> jax.Array:
     return array.astype(jnp.int32)
 
 
-def _normalize_part(part: Part, lead: tuple[int, ...] | None, q_len: int, kv_len: int) -> Part:
+def _normalize_part(
+    part: MaskPart, lead: tuple[int, ...] | None, q_len: int, kv_len: int
+) -> MaskPart:
     tails = {
         "q_ids": (q_len,),
         "kv_ids": (kv_len,),
@@ -539,7 +541,7 @@ def flatten_lead(
     for got, want in zip(own_tail, tail, strict=True):
         # Ids are given per slot; only dense arrays may broadcast along an axis.
         if want is not None and got != want and not (rank == 3 and got == 1):
-            raise ValueError(f"{label} takes [..., {_dims(tail)}], got shape {given}")
+            raise ValueError(f"{label} takes [..., {_join_sizes(tail)}], got shape {given}")
     if lead is None:
         lead = own_lead
     while len(own_lead) > len(lead) and own_lead[0] == 1:
@@ -556,5 +558,5 @@ def flatten_lead(
     return value.reshape((math.prod(lead), *own_tail))
 
 
-def _dims(tail: tuple[int | None, ...]) -> str:
+def _join_sizes(tail: tuple[int | None, ...]) -> str:
     return ", ".join("N" if n is None else str(n) for n in tail)

@@ -1,7 +1,7 @@
 """Two primitives for the derivatives in `axattn._implementations.flash`.
 
-`staged` traces a function only for the platform that a program is lowered for. `linear` is a linear
-function of tangents, with a transpose that its caller gives.
+`call_per_platform` traces a function only for the platform that a program is lowered for.
+`make_linear` is a linear function of tangents, with a transpose that its caller gives.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jax.interpreters import ad, batching, mlir
 
 from axattn._jax_compat import (
     apply_primitive,
+    find_lowering_device,
+    find_varying_axes,
+    list_lowering_platforms,
     lower_per_platform,
-    lowering_device,
-    lowering_platforms,
     vary_over,
-    varying_axes,
 )
 
 
-def staged(branches, results, *args, refusal: str):
+def call_per_platform(branches, results, *args, refusal: str):
     """Call the function of the platform that the program is lowered for.
 
     ``lax.platform_dependent`` traces the functions of all platforms. Here only one is traced, when
@@ -39,19 +39,21 @@ def staged(branches, results, *args, refusal: str):
       *args: trees of arrays.
       refusal: the message of the NotImplementedError for other platforms.
     """
-    args = vary_over(args, varying_axes(*jax.tree.leaves(args)))
+    args = vary_over(args, find_varying_axes(*jax.tree.leaves(args)))
     leaves, structure = jax.tree.flatten(args)
     shapes, results_structure = jax.tree.flatten(results)
     found = _staged.bind(
         *leaves,
-        branches=tuple((platform, _Flat(function, structure)) for platform, function in branches),
+        branches=tuple(
+            (platform, _FlatFunction(function, structure)) for platform, function in branches
+        ),
         results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
         refusal=refusal,
     )
     return jax.tree.unflatten(results_structure, found)
 
 
-def linear(
+def make_linear(
     forward: Callable, transpose: Callable | None, results, residuals, tangents, *, refusal: str
 ):
     """Return tangents like ``results``: ``forward(residuals, tangents)``, linear in ``tangents``.
@@ -60,15 +62,17 @@ def linear(
     cotangents of ``tangents``. If it is None, lowering raises NotImplementedError with ``refusal``.
     The functions are compared and hashed. Tangents of tangents differentiate ``forward``.
     """
-    args = vary_over((residuals, tangents), varying_axes(*jax.tree.leaves((residuals, tangents))))
+    args = vary_over(
+        (residuals, tangents), find_varying_axes(*jax.tree.leaves((residuals, tangents)))
+    )
     leaves, structure = jax.tree.flatten(args)
     shapes, results_structure = jax.tree.flatten(results)
     residuals_structure: Any = jax.tree.structure(args[0])
     if transpose is not None:
-        transpose = _Transpose(transpose, residuals_structure, results_structure)
+        transpose = _FlatTranspose(transpose, residuals_structure, results_structure)
     found = _linear.bind(
         *leaves,
-        forward=_Flat(forward, structure),
+        forward=_FlatFunction(forward, structure),
         transpose=transpose,
         num_residuals=residuals_structure.num_leaves,
         results=tuple((x.shape, jnp.dtype(x.dtype)) for x in shapes),
@@ -78,7 +82,7 @@ def linear(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flat:
+class _FlatFunction:
     """A function of trees, as a function of their leaves."""
 
     function: Callable
@@ -89,7 +93,7 @@ class _Flat:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Transpose:
+class _FlatTranspose:
     """The function ``function(residuals, cotangents)`` of the leaves of both."""
 
     function: Callable
@@ -104,7 +108,7 @@ class _Transpose:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batched:
+class _BatchedFunction:
     """``function`` under ``vmap``; ``axes`` of its arguments."""
 
     function: Callable
@@ -115,7 +119,7 @@ class _Batched:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tangents:
+class _FunctionTangents:
     """The tangents of ``function``; its arguments are followed by those of the ``varied`` ones."""
 
     function: Callable
@@ -137,7 +141,7 @@ _staged = jex_core.Primitive("axattn_staged")
 _linear = jex_core.Primitive("axattn_linear")
 
 
-def _results_like(*avals, results, **_):
+def _type_results(*avals, results, **_):
     # All arguments vary over the same manual mesh axes, and so do the results.
     mesh, kind = avals[0].sharding.mesh, avals[0].manual_axis_type
 
@@ -151,19 +155,19 @@ def _results_like(*avals, results, **_):
 
 for _primitive in (_staged, _linear):
     _primitive.multiple_results = True
-    _primitive.def_abstract_eval(_results_like)
+    _primitive.def_abstract_eval(_type_results)
     _primitive.def_impl(functools.partial(apply_primitive, _primitive))
 
 
 def _lower_staged(ctx, *values, branches, results, refusal):
     functions = dict(branches)
     rules: dict[str, Any] = {}
-    for platform in lowering_platforms(ctx):
+    for platform in list_lowering_platforms(ctx):
         # A plugin's platform takes the CPU's function, if all known platforms have one.
         function = functions.get(platform, functions.get("cpu") if len(functions) > 1 else None)
         if function is None:
             raise NotImplementedError(f"{refusal} (lowered for {platform})")
-        device = lowering_device(ctx.module_context.backend, platform)
+        device = find_lowering_device(ctx.module_context.backend, platform)
         rules[platform] = functools.partial(_lower_for, device, function)
     # lax.platform_dependent would lower the kernels of all platforms.
     return lower_per_platform(ctx, "axattn_staged", rules, *values)
@@ -192,10 +196,10 @@ mlir.register_lowering(_staged, _lower_staged)
 
 
 def _batch_staged(args, axes, *, branches, results, refusal):
-    size = _batch_size(args, axes)
+    size = _find_batch_size(args, axes)
     found = _staged.bind(
         *args,
-        branches=tuple((platform, _Batched(f, tuple(axes))) for platform, f in branches),
+        branches=tuple((platform, _BatchedFunction(f, tuple(axes))) for platform, f in branches),
         results=tuple(((size, *shape), dtype) for shape, dtype in results),
         refusal=refusal,
     )
@@ -216,7 +220,7 @@ def _transpose_staged(*_, **__):
 ad.primitive_transposes[_staged] = _transpose_staged
 
 
-def _batch_size(args, axes) -> int:
+def _find_batch_size(args, axes) -> int:
     return next(x.shape[i] for x, i in zip(args, axes, strict=True) if i is not None)
 
 
@@ -230,7 +234,7 @@ mlir.register_lowering(_linear, _lower_linear)
 
 
 def _batch_linear(args, axes, *, forward, transpose, num_residuals, results, refusal):
-    size = _batch_size(args, axes)
+    size = _find_batch_size(args, axes)
 
     def batched(x, i):
         return jnp.broadcast_to(x, (size, *jnp.shape(x))) if i is None else jnp.moveaxis(x, i, 0)
@@ -240,8 +244,8 @@ def _batch_linear(args, axes, *, forward, transpose, num_residuals, results, ref
     found = _linear.bind(
         *residuals,
         *tangents,
-        forward=forward and _Batched(forward, (*own, *(0 for _ in args[num_residuals:]))),
-        transpose=transpose and _Batched(transpose, (own, 0)),
+        forward=forward and _BatchedFunction(forward, (*own, *(0 for _ in args[num_residuals:]))),
+        transpose=transpose and _BatchedFunction(transpose, (own, 0)),
         num_residuals=num_residuals,
         results=tuple(((size, *shape), dtype) for shape, dtype in results),
         refusal=refusal,
@@ -262,7 +266,7 @@ def _jvp_linear(primals, tangents, *, forward, num_residuals, transpose, **param
     found = _linear.bind(
         *primals,
         *(tangents[i] for i in varied),
-        forward=forward and _Tangents(forward, varied),
+        forward=forward and _FunctionTangents(forward, varied),
         transpose=None,
         num_residuals=len(primals),
         **params,
@@ -282,7 +286,7 @@ def _transpose_linear(cotangents, *args, forward, num_residuals, transpose, refu
             forward=None,
             transpose=None,
             num_residuals=0,
-            results=tuple((x.shape, x.dtype) for x in map(_aval, tangents)),
+            results=tuple((x.shape, x.dtype) for x in map(_type_tangent, tangents)),
             refusal=refusal,
         )
     else:
@@ -292,7 +296,7 @@ def _transpose_linear(cotangents, *args, forward, num_residuals, transpose, refu
     return [None] * num_residuals + own
 
 
-def _aval(tangent):
+def _type_tangent(tangent):
     return tangent.aval if ad.is_undefined_primal(tangent) else jax.typeof(tangent)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn import _jax_compat, _serialization
-from axattn._dtypes import FLOATS, common
+from axattn._dtypes import FLOATS, promote_floats
 from axattn._typing import Array, Float, Integer
 
 __all__ = ["Quantized", "bytes_per_vector", "dequantize", "key_center", "quantize"]
@@ -203,8 +203,8 @@ def get_product_dtype(dtype: str, query_dtype: Any) -> Any:
     """Return the dtype in which a query is multiplied with stored keys and values."""
     if is_quantized(dtype):
         # A weight times a small value scale would leave the range of float16.
-        return common(query_dtype, jnp.bfloat16)
-    return common(query_dtype, dtype)
+        return promote_floats(query_dtype, jnp.bfloat16)
+    return promote_floats(query_dtype, dtype)
 
 
 def bytes_per_vector(dtype: Any, head_dim: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn._checks import check_count
-from axattn._dtypes import accumulator
+from axattn._dtypes import choose_accumulator
 from axattn._typing import Array, Float, Integer
 
 __all__ = [
@@ -498,7 +498,7 @@ class RotaryEmbedding:
 @functools.partial(jax.jit, static_argnames="embedding", inline=True)
 def _rotate(x: jax.Array, positions: jax.Array, embedding: RotaryEmbedding) -> jax.Array:
     rotary_dim = _check_arguments(x, positions, embedding.rotary_dim)
-    dtype = accumulator(x.dtype)
+    dtype = choose_accumulator(x.dtype)
     cos, sin = rotary_cos_sin(
         positions, rotary_frequencies(rotary_dim, embedding.base, embedding.scaling), dtype
     )

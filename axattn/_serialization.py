@@ -27,11 +27,12 @@ _Type = TypeVar("_Type")
 # The types that are not in Flax's registry yet.
 _unregistered: list[type] = []
 
-# Stored artifacts and states hold names of types. They stay wherever a type moves: these two, and
-# for other types the path without the underscores of private modules.
+# Stored artifacts and states hold names of types. They stay wherever a type moves: these, and for
+# other types the path without the underscores of private modules.
 _STORED_NAMES = {
     "axattn.parallel.sharded_cache.ShardedCache": "axattn.parallel.caches.ShardedCache",
     "axattn.parallel.striped_cache.StripedCache": "axattn.parallel.dealt.DealtCache",
+    "axattn.stored.KVView": "axattn.stored.Stored",
 }
 
 # For each type its fields with arrays, and a function that returns the rest as plain values.

@@ -34,7 +34,7 @@ class KeyValueArrays(NamedTuple):
 _serialization.register_named_tuple(KeyValueArrays)
 
 # The position of an unused slot: later than every query, so that a causal mask excludes it.
-NEVER = 2**30
+UNUSED_POSITION = 2**30
 
 
 @functools.partial(
@@ -43,7 +43,7 @@ NEVER = 2**30
     static=("batch", "dtype", "head_dim", "value_head_dim"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored(_serialization.SerializableValue):
+class KVView(_serialization.SerializableValue):
     """What stands in an :class:`AttentionCall` in place of key and value arrays.
 
     Slot s of batch row b is slot s of row b of the arrays or, with a block table, slot s % C of
@@ -74,7 +74,7 @@ class Stored(_serialization.SerializableValue):
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return pages * self.page_size
 
-    def row(self, b: int | jax.Array) -> Stored:
+    def row(self, b: int | jax.Array) -> KVView:
         """Return batch row ``b`` alone."""
         if self.block_table is None:
             return dataclasses.replace(self, first_row=self.first_row + b, batch=1)
@@ -102,7 +102,7 @@ class Stored(_serialization.SerializableValue):
         scales = self.arrays.value_scales
         return None if scales is None else self._tile(scales, kv)
 
-    def center_dots(self, query: jax.Array, dtype: Any) -> jax.Array | None:
+    def multiply_center(self, query: jax.Array, dtype: Any) -> jax.Array | None:
         """Multiply queries ``[B, T, N, H]`` by the center of the keys: ``[B, K, G, T]``, or None.
 
         With the center c, q . k = q . (k - c) + q . c; this is the second term.

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     )
     for name in _TARGETS.value:
         with _jax_compat.use_abstract_device(*tpu_roofline.DEVICES[name], "tpu", None):
-            chip = _jax_compat.tpu_chip()
+            chip = _jax_compat.find_tpu_chip()
         for length in lengths:
             for heads in every:
                 for cells in tpu_roofline.rows(name, chip, length, *heads):

@@ -98,7 +98,7 @@ def force_blocks(monkeypatch):
             return registry.run_plan(call, plan)
 
         monkeypatch.setattr(block_sizes, "choose_chunk_sizes", forced)
-        monkeypatch.setattr(_attention, "_attend", jax.jit(attend, static_argnames="plan"))
+        monkeypatch.setattr(_attention, "_run_compiled", jax.jit(attend, static_argnames="plan"))
 
     return force
 

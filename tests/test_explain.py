@@ -60,7 +60,9 @@ class TestExplanation:
             return flash_attend(call, backends)
 
         monkeypatch.setattr(flash, "attend", attend_flash)
-        monkeypatch.setattr(_attention, "_attend", lambda call, plan: registry.run_plan(call, plan))
+        monkeypatch.setattr(
+            _attention, "_run_compiled", lambda call, plan: registry.run_plan(call, plan)
+        )
         long = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
         for shapes in ((jnp.asarray(Q), jnp.asarray(KV)), (long, long)):
             calls.clear()
@@ -217,7 +219,9 @@ class TestSequences:
     def test_order_matters(self, monkeypatch):
         chosen = []
         monkeypatch.setattr(
-            _attention, "_attend", lambda call, plan: chosen.append(plan) or (call.query, None)
+            _attention,
+            "_run_compiled",
+            lambda call, plan: chosen.append(plan) or (call.query, None),
         )
         axattn.dot_product_attention(Q, KV, KV, implementation=("xla_chunked", "xla"))
         axattn.dot_product_attention(Q, KV, KV, implementation=("xla", "xla_chunked"))
@@ -245,7 +249,7 @@ class TestPlatforms:
         )
         monkeypatch.setattr(
             _attention,
-            "_attend",
+            "_run_compiled",
             jax.jit(lambda call, plan: registry.run_plan(call, plan), static_argnames="plan"),
         )
 

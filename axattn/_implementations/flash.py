@@ -26,8 +26,8 @@ from axattn._implementations import mosaic_gpu, mosaic_tpu, xla
 from axattn._implementations.chunked import backward, block_sizes
 from axattn._implementations.chunked import forward as chunked_forward
 from axattn._implementations.chunked.backward import Gradients
-from axattn._jax_compat import vary_over, varying_axes
-from axattn._primitives import linear, staged
+from axattn._jax_compat import find_varying_axes, vary_over
+from axattn._primitives import call_per_platform, make_linear
 from axattn._typing import present
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -123,7 +123,7 @@ def attend(call: AttentionCall, backends: Backends) -> tuple[jax.Array, jax.Arra
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     # Inside shard_map all inputs of the derivative must vary over the same axes. They are marked
     # here, outside of it, so that JAX sums the gradients of shared inputs.
-    call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+    call = vary_over(call, find_varying_axes(*jax.tree.leaves(call)))
     if call.stored is not None:
         out, lse = _attend_cache(backends, call)
     else:
@@ -166,7 +166,7 @@ def _attend_arrays_jvp(backends: Backends, primals, tangents):
     residuals = (_insert_inputs(rest, inputs), *results)
     forward, transpose = _ForwardTangents(tuple(varied)), _InputCotangents(backends, tuple(varied))
     refusal = _say_no_second_gradient(backends)
-    return results, linear(forward, transpose, results, residuals, varied, refusal=refusal)
+    return results, make_linear(forward, transpose, results, residuals, varied, refusal=refusal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _compute_gradients_jvp(backends: Backends, primals, tangents):
     whole = all(backend.whole for _, backend in backends.per_platform)
     forward = _GradientTangents(tuple(varied), whole)
     refusal = _say_no_second_gradient(backends)
-    return results, linear(forward, None, results, primals, varied, refusal=refusal)
+    return results, make_linear(forward, None, results, primals, varied, refusal=refusal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _call_per_platform(backends: Backends, method: str, call: AttentionCall, *ar
     different = {backend for _, backend in backends.per_platform}
     if len(backends.per_platform) == len(PLATFORMS) and len(different) == 1:
         return getattr(different.pop(), method)(call, *arrays)
-    return staged(
+    return call_per_platform(
         tuple(
             (platform, _BackendMethod(backend, method))
             for platform, backend in backends.per_platform

@@ -16,7 +16,7 @@ from axattn._implementations.products import FoldedProducts, GroupedProducts, co
 from axattn._jax_compat import is_known
 from axattn._mask_parts import Span
 from axattn._masks import find_kv_lengths, zero_unused
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
 
 
@@ -81,7 +81,7 @@ class _CacheProducts:
             "preferred_element_type": call.accumulator_dtype,
         }
         batch, rows, heads, size = query.shape
-        self.from_center = self.stored.center_dots(query, call.accumulator_dtype)
+        self.from_center = self.stored.multiply_center(query, call.accumulator_dtype)
         query = query.reshape(batch, rows, call.num_kv_heads, heads // call.num_kv_heads, size)
         self.query = query.transpose(0, 2, 3, 1, 4).astype(self.dtype)
 
@@ -133,6 +133,6 @@ class _CacheProducts:
             length = jnp.asarray(length)
             used = kv.slots[None] < (length[:, None] if length.ndim else length)
         if self.call.kv_positions is not None:
-            held = kv.positions < NEVER
+            held = kv.positions < UNUSED_POSITION
             used = held if used is None else used & held
         return used

@@ -9,7 +9,7 @@ import jax
 from axattn import _jax_compat
 from axattn._call import AttentionCall
 from axattn._implementations.chunked import backward, block_sizes
-from axattn._jax_compat import automatic_axes
+from axattn._jax_compat import find_auto_axes
 from axattn._mask_parts import Dense, Segments
 
 
@@ -24,7 +24,7 @@ def find_refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
         return "does not support arrays of no elements"
     if call.traced_scale is not None:
         return "does not support a traced scale"
-    auto = automatic_axes(call.query)
+    auto = find_auto_axes(call.query)
     if auto:
         return (
             f"cannot be cut by XLA's partitioner, which has the mesh axes {', '.join(auto)}: name "
@@ -42,7 +42,7 @@ def find_refusal(call: AttentionCall, dtypes: tuple[str, ...]) -> str | None:
 
 def describe_missing_device(needed: str) -> str:
     """Say why a call cannot run where the device is another one, or none is known."""
-    there = _jax_compat.traced_device()
+    there = _jax_compat.find_traced_device()
     return f"needs {needed}, " + ("and none is attached" if there is None else f"got {there}")
 
 

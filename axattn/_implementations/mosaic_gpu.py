@@ -11,7 +11,7 @@ from axattn import _jax_compat, _quantization
 from axattn._call import AttentionCall
 from axattn._implementations import mosaic
 from axattn._implementations.chunked.backward import Gradients
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 
 MAX_HEAD_DIM = 256
 
@@ -108,7 +108,7 @@ def choose_kernel(call: AttentionCall) -> str:
 
 def is_device_known() -> bool:
     """Say whether code is traced for a GPU whose compute capability is known."""
-    return _jax_compat.gpu_capability() is not None
+    return _jax_compat.find_gpu_capability() is not None
 
 
 def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
@@ -118,12 +118,12 @@ def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | N
     """
     if jax.__version_info__ < (0, 11):
         return f"needs jax >= 0.11 (Python >= 3.12), got jax {jax.__version__}"
-    capability = _jax_compat.gpu_capability()
+    capability = _jax_compat.find_gpu_capability()
     if capability is None and strict:
         return f"needs {NEEDS}, and the GPU is not known"
     if capability not in (None, "9.0"):
         return f"needs a Hopper GPU (compute capability 9.0), got {capability}"
-    version = _jax_compat.cuda_runtime_version()
+    version = _jax_compat.read_cuda_runtime_version()
     if version is not None and 12080 <= version < 12091:
         return f"needs CUDA before 12.8 or from 12.9.1 (a ptxas miscompiles masks), got {version}"
     return None
@@ -136,7 +136,7 @@ def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array,
         results = _forward_flash(call, interpret)
     else:
         results = _forward_split_kv(call, name, interpret)
-    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+    return vary_over(results, find_varying_axes(*jax.tree.leaves(call)))
 
 
 def _forward_flash(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +145,7 @@ def _forward_flash(call: AttentionCall, interpret: bool) -> tuple[jax.Array, jax
     from axattn.kernels._hopper.operands import gather_operands
     from axattn.kernels._problem import Problem
 
-    problem = Problem.of(call, interpret=interpret)
+    problem = Problem.from_call(call, interpret=interpret)
     return kernel(problem, gather_operands(call), choose_forward_block_sizes(call))
 
 
@@ -156,7 +156,7 @@ def _forward_split_kv(
     from axattn.kernels._hopper.split_kv.decode import decode
     from axattn.kernels._hopper.split_kv.mla import decode_mla
 
-    options: dict[str, Any] = {"workers": _jax_compat.gpu_cores(), "interpret": interpret}
+    options: dict[str, Any] = {"workers": _jax_compat.count_gpu_cores(), "interpret": interpret}
     if name == "latent":
         return decode_mla(call, choose_mla_block_sizes(call), **options)
     return decode(call, choose_decode_block_sizes(call), **options)
@@ -178,7 +178,7 @@ def backward(
 
     given = (out, lse, dout, dlse)
     results = kernels(call, choose_backward_block_sizes(call), *given, interpret=interpret)
-    axes = varying_axes(*jax.tree.leaves((call, given)))
+    axes = find_varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue, dsinks = vary_over(results, axes)
     dbias = mosaic.compute_bias_gradient(call, "cuda", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)

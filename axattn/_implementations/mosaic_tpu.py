@@ -10,9 +10,9 @@ from axattn import _jax_compat
 from axattn._call import AttentionCall
 from axattn._implementations import mosaic
 from axattn._implementations.chunked.backward import Gradients
-from axattn._jax_compat import TpuChip, vary_over, varying_axes
+from axattn._jax_compat import TpuChip, find_varying_axes, vary_over
 from axattn.kernels import _backward_inputs
-from axattn.kernels._batching import in_one_batch
+from axattn.kernels._batching import merge_vmapped_calls
 
 MAX_HEAD_DIM = 256
 
@@ -62,14 +62,14 @@ def _find_cache_refusal(call: AttentionCall) -> str | None:
 
 def is_device_known() -> bool:
     """Say whether code is traced for a TPU, whose kind may not be known."""
-    return _jax_compat.traced_device("tpu") is not None
+    return _jax_compat.find_traced_device("tpu") is not None
 
 
 def find_device_refusal(call: AttentionCall, *, strict: bool = False) -> str | None:
     """Say why the TPU that is traced for refuses the call, or None; ``strict`` is for GPUs."""
-    chip = _jax_compat.tpu_chip()
+    chip = _jax_compat.find_tpu_chip()
     if chip is None or chip.generation < FIRST_GENERATION:
-        return f"needs a TPU v4 or later, got {_jax_compat.traced_device('tpu')}"
+        return f"needs a TPU v4 or later, got {_jax_compat.find_traced_device('tpu')}"
     return _find_memory_refusal(call)
 
 
@@ -87,7 +87,7 @@ def _find_memory_refusal(call: AttentionCall) -> str | None:
 
 
 def _require_chip() -> TpuChip:
-    chip = _jax_compat.tpu_chip()
+    chip = _jax_compat.find_tpu_chip()
     if chip is None:
         raise NotImplementedError(f'implementation "mosaic_tpu" needs {NEEDS}')
     return chip
@@ -95,13 +95,13 @@ def _require_chip() -> TpuChip:
 
 def forward(call: AttentionCall, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
-    results = in_one_batch(functools.partial(_forward_batch, interpret=interpret))(call)
-    return vary_over(results, varying_axes(*jax.tree.leaves(call)))
+    results = merge_vmapped_calls(functools.partial(_forward_batch, interpret=interpret))(call)
+    return vary_over(results, find_varying_axes(*jax.tree.leaves(call)))
 
 
 def _forward_batch(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     chip = _require_chip()
-    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
+    mode = _jax_compat.make_tpu_interpreter(chip.cores) if interpret else False
     if call.stored is None:
         from axattn.kernels._tpu.flash import block_sizes as flash_block_sizes
         from axattn.kernels._tpu.flash.forward import forward as kernel
@@ -127,12 +127,12 @@ def backward(
 ) -> Gradients:
     """Compute gradients by kernels; that of a bias by the chunked sweep."""
     given = (out, lse, dout, dlse)
-    delta = _backward_inputs.row_deltas(out, dout, dlse)
-    kernels = in_one_batch(functools.partial(_backward_batch, interpret=interpret))
+    delta = _backward_inputs.compute_delta(out, dout, dlse)
+    kernels = merge_vmapped_calls(functools.partial(_backward_batch, interpret=interpret))
     results = kernels(call, lse, dout, delta)
-    axes = varying_axes(*jax.tree.leaves((call, given)))
+    axes = find_varying_axes(*jax.tree.leaves((call, given)))
     dquery, dkey, dvalue = vary_over(results, axes)
-    dsinks = _backward_inputs.of_sinks(call, lse, delta)
+    dsinks = _backward_inputs.compute_sinks_gradient(call, lse, delta)
     dbias = mosaic.compute_bias_gradient(call, "tpu", given, whole)
     return Gradients(dquery, dkey, dvalue, dbias, dsinks, None)
 
@@ -142,7 +142,7 @@ def _backward_batch(call: AttentionCall, lse, dout, delta, *, interpret: bool):
     from axattn.kernels._tpu.flash.backward import backward as kernels
 
     chip = _require_chip()
-    mode = _jax_compat.tpu_interpreter(chip.cores) if interpret else False
-    given = _backward_inputs.given(call, lse, dout, delta)
+    mode = _jax_compat.make_tpu_interpreter(chip.cores) if interpret else False
+    given = _backward_inputs.make_backward_inputs(call, lse, dout, delta)
     sizes = flash_block_sizes.choose_backward_block_sizes(call, chip)
     return kernels(call, sizes, given, interpret=mode)

@@ -14,7 +14,7 @@ import jax
 from axattn._call import AttentionCall
 from axattn._implementations import cudnn, flash, mosaic_gpu, mosaic_tpu, preference, xla
 from axattn._implementations.flash import PLATFORMS
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._typing import present
 
 
@@ -209,7 +209,7 @@ def _attend_flash(
 
 
 def _attend_with(name: str, call: AttentionCall) -> tuple[jax.Array, jax.Array | None]:
-    axes = varying_axes(*jax.tree.leaves(call))
+    axes = find_varying_axes(*jax.tree.leaves(call))
     return vary_over(_select_results(call, *present(IMPLEMENTATIONS[name].attend)(call)), axes)
 
 

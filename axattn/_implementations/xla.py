@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._dropout import keep_tile
+from axattn._dropout import compute_keep_tile
 from axattn._implementations.kv_products import make_kv_products
 from axattn._implementations.scores import compute_mask, compute_scores, split_heads
 from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
@@ -83,6 +83,6 @@ def compute_softmax(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, ja
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)[..., 0]
     if call.dropout_key is not None:
-        kept = keep_tile(call, q, kv)
+        kept = compute_keep_tile(call, q, kv)
         weights = jnp.where(kept, weights / (1.0 - call.dropout_rate), 0.0)
     return weights, total, lse

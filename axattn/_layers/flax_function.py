@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from axattn._attention import dot_product_attention
-from axattn._dtypes import accumulator
+from axattn._dtypes import choose_accumulator
 from axattn._layers.masking import cast_mask
 from axattn._layers.weights import compute_attention_weights, sum_values
 from axattn._options import AttentionOptions
@@ -58,7 +58,7 @@ def attend_with_flax_hooks(
     plain_einsum = functools.partial(
         jnp.einsum,
         precision=options.precision,
-        preferred_element_type=accumulator(query.dtype),
+        preferred_element_type=choose_accumulator(query.dtype),
     )
     compute_weights = functools.partial(
         compute_attention_weights, query, key, value, einsum=qk_einsum or plain_einsum

@@ -132,7 +132,7 @@ def recover_kernel(
         "without a cache"
     )
     if not is_concrete(is_linear):
-        _jax_compat.debug_check(is_linear, takes)
+        _jax_compat.check_in_debug(is_linear, takes)
     elif not is_linear:
         raise ValueError(takes)
     return jnp.where(is_linear, kernel, jnp.asarray(jnp.nan, kernel.dtype))

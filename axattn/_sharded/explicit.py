@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from axattn._call import AttentionCall
 from axattn._implementations import registry
-from axattn._jax_compat import explicit_sharding, with_auto_axes
+from axattn._jax_compat import allow_auto_axes, find_explicit_sharding
 from axattn._sharded import program
 from axattn._sharded.axes import Axes
 from axattn._typing import present
@@ -33,7 +33,7 @@ def attend_explicit(
 
 def _plan_shards(call: AttentionCall, implementation) -> program.MeshPlan | str:
     """Return the plan, or why the call is left to the partitioner."""
-    mesh, (batch, sequence, heads, _) = present(explicit_sharding(call.query))
+    mesh, (batch, sequence, heads, _) = present(find_explicit_sharding(call.query))
     if call.stored is not None:
         return "key is a cache: ShardedCache needs no partitioner"
     if isinstance(sequence, tuple):
@@ -52,7 +52,7 @@ def _plan_shards(call: AttentionCall, implementation) -> program.MeshPlan | str:
 
 
 def _shards_key_slots(array: jax.Array) -> bool:
-    sharding = explicit_sharding(array)
+    sharding = find_explicit_sharding(array)
     return sharding is not None and sharding[1][1] not in (None, ())
 
 
@@ -63,7 +63,7 @@ def _run_partitioner(call: AttentionCall, implementation) -> tuple[jax.Array, ja
 
     arrays = (call.query, call.key, call.value) if call.stored is None else (call.query,)
     out_specs = functools.partial(_make_out_specs, return_residual=call.return_residual)
-    return with_auto_axes(attend_unsharded, arrays, out_specs)(call)
+    return allow_auto_axes(attend_unsharded, arrays, out_specs)(call)
 
 
 def _make_out_specs(query: tuple, return_residual: bool) -> tuple:

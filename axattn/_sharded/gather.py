@@ -40,7 +40,7 @@ def run_gather(
     """Attend from this shard's queries to the keys of all shards."""
     shard = lax.axis_index(axis)
 
-    def gather_part(part: parts.Part) -> parts.Part:
+    def gather_part(part: parts.MaskPart) -> parts.MaskPart:
         if isinstance(part, parts.Segments):
             return dataclasses.replace(part, kv_ids=gather_shards(part.kv_ids, axis))
         if isinstance(part, parts.Lengths) and part.q is not None:

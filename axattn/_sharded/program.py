@@ -13,7 +13,7 @@ from jax import lax
 
 from axattn._call import AttentionCall
 from axattn._implementations import flash, registry
-from axattn._jax_compat import placed, platform_of_mesh, resharded
+from axattn._jax_compat import find_mesh_platform, place_on_mesh, reshard
 from axattn._mask_parts import Dense
 from axattn._masks import Mask
 from axattn._sharded import costs, gather, kv_heads, layouts, ring, ring_step, specs, ulysses
@@ -101,7 +101,7 @@ def _is_supported(plan: MeshPlan, call: AttentionCall) -> bool:
     """Return whether the named implementations, if any, support the call of a shard."""
     if plan.implementation is None:
         return True
-    plan = dataclasses.replace(plan, platform=platform_of_mesh(plan.mesh))
+    plan = dataclasses.replace(plan, platform=find_mesh_platform(plan.mesh))
     try:
         jax.eval_shape(functools.partial(run_mesh_plan, plan), call)
     except NotImplementedError:
@@ -163,7 +163,7 @@ def get_known_layout(call: AttentionCall, layout: str) -> str | None:
 def run_mesh_plan(plan: MeshPlan, call: AttentionCall) -> Results:
     """Return output ``[B, T, N, h]`` and LSE ``[B, T, N]``, sharded as the query is."""
     in_specs = specs.make_call_specs(call, plan.axes, plan.kv_axes or None)
-    return _run_jitted(plan, placed(call, in_specs, plan.mesh))
+    return _run_jitted(plan, place_on_mesh(call, in_specs, plan.mesh))
 
 
 # Jitted, so that an eager call is compiled as one program.
@@ -178,7 +178,7 @@ def _run_jitted(plan: MeshPlan, call: AttentionCall) -> Results:
         in_specs=(in_specs,),
         out_specs=specs.make_result_specs(plan.axes),
     )
-    return program(resharded(call, in_specs, plan.mesh))
+    return program(reshard(call, in_specs, plan.mesh))
 
 
 def _broadcast_rows(call: AttentionCall) -> AttentionCall:

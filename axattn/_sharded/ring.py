@@ -21,7 +21,7 @@ from axattn._call import AttentionCall
 from axattn._implementations import flash
 from axattn._implementations.chunked import block_sizes, forward
 from axattn._implementations.chunked.backward import Gradients
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._sharded import ring_step
 from axattn._sharded.combine import Results, combine_pair
 from axattn._typing import present
@@ -53,7 +53,7 @@ def find_refusal(call: AttentionCall, implementation: tuple[str, ...] | None) ->
 
 def run_ring(schedule: RingSchedule, call: AttentionCall) -> Results:
     """Return output ``[B, t, N, h]`` in the query's dtype and LSE ``[B, t, N]`` of this shard."""
-    axes = varying_axes(*jax.tree.leaves(call)) | {schedule.axis}
+    axes = find_varying_axes(*jax.tree.leaves(call)) | {schedule.axis}
     call = vary_over(call, axes)
     inputs = Gradients(*(getattr(call, name) for name in Gradients._fields))
     absent: dict[str, Any] = dict.fromkeys(Gradients._fields)
@@ -152,7 +152,7 @@ def _backward_ring(schedule: RingSchedule, residuals, cotangents):
     key, value = present(call.key), present(call.value)
     sums = _RingGradients(call.query, call.bias, call.traced_scale, key, value)
     sums = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), sums)
-    sums = vary_over(sums, varying_axes(*jax.tree.leaves(call)))
+    sums = vary_over(sums, find_varying_axes(*jax.tree.leaves(call)))
     kv = ring_step.get_kv_shard(call)
     sums, sinks = add_step(kv, sums, 0, True)
 

@@ -50,7 +50,7 @@ def make_step_call(
     q_first, kv_first = shard * q_len, source * kv_len
     kv_ids = iter(kv.kv_ids)
 
-    def localize_part(part: parts.Part) -> parts.Part:
+    def localize_part(part: parts.MaskPart) -> parts.MaskPart:
         if isinstance(part, parts.Segments):
             return dataclasses.replace(part, kv_ids=next(kv_ids))
         if isinstance(part, parts.Lengths):

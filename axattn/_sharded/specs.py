@@ -47,7 +47,7 @@ def make_spec(array: jax.Array | None, *names: AxisNames) -> PartitionSpec | Non
     return PartitionSpec(*(None if n == 1 else a for n, a in zip(shape, names, strict=False)))
 
 
-def _make_part_specs(part: parts.Part, axes: Axes) -> parts.Part:
+def _make_part_specs(part: parts.MaskPart, axes: Axes) -> parts.MaskPart:
     names = {
         "q_ids": (axes.batch, axes.sequence),
         "kv_ids": (axes.batch, axes.sequence),

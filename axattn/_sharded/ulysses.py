@@ -62,7 +62,7 @@ def run_ulysses(
             return gather_shards(array, axis, 2)
         return lax.all_to_all(array, axis, split_axis=1, concat_axis=2, tiled=True)
 
-    def scatter_part(part: parts.Part) -> parts.Part:
+    def scatter_part(part: parts.MaskPart) -> parts.MaskPart:
         if isinstance(part, parts.Segments):
             return parts.Segments(gather_shards(part.q_ids, axis), gather_shards(part.kv_ids, axis))
         if isinstance(part, parts.Dense):

@@ -86,7 +86,7 @@ def program_collectives(
     if num_devices == 1:
         return (), ()
     try:
-        return count_collectives(_jax_compat.optimized_hlo(compiled), num_devices)
+        return count_collectives(_jax_compat.read_optimized_hlo(compiled), num_devices)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         return (), (f"collectives are not known: this jaxlib's HLO is not understood ({error})",)
 

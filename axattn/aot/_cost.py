@@ -49,11 +49,11 @@ def compute_program_cost(compiled: Any) -> ProgramCost:
     Returns:
       Its FLOPs and bytes, and notes on what is left out.
     """
-    own = _read_analysis(_jax_compat.compiler_cost_analysis(compiled))
+    own = _read_analysis(_jax_compat.read_compiler_cost(compiled))
     try:
-        module = _jax_compat.optimized_hlo(compiled)
+        module = _jax_compat.read_optimized_hlo(compiled)
         counter = _CostCounter(_hlo.Program(module))
-        if _jax_compat.hlo_cost_analysis(module) is not None:
+        if _jax_compat.analyze_hlo_cost(module) is not None:
             once = counter.count_run(counter.program.entry, lambda computation, loop: 1)
             more = counter.count_run(counter.program.entry, counter.program.count_trips) - once
             total = more + (once if own is None else own)
@@ -102,8 +102,8 @@ class _CostCounter:
     def analyze(self, name: str) -> np.ndarray:
         """Return XLA's analysis of a computation, which counts its loops once and no kernels."""
         if name not in self._analyses:
-            module = _jax_compat.hlo_module_from_proto(self.program.isolate(name))
-            found = _read_analysis(_jax_compat.hlo_cost_analysis(module))
+            module = _jax_compat.make_hlo_module(self.program.isolate(name))
+            found = _read_analysis(_jax_compat.analyze_hlo_cost(module))
             self._analyses[name] = np.zeros(2) if found is None else found
         return self._analyses[name]
 

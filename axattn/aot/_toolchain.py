@@ -118,17 +118,17 @@ def device(target: Target) -> jax.Device:
       'cpu'
     """
     if target.platform == "cpu":
-        return _jax_compat.cpu_device()
+        return _jax_compat.find_cpu_device()
     if target.platform == "tpu":
         return get_tpu_devices(target, target.topology)[0]
     _set_up_compiler(target)
-    return _jax_compat.aot_cuda_device(target.name, target.topology, target.config())
+    return _jax_compat.make_aot_cuda_device(target.name, target.topology, target.config())
 
 
 def get_tpu_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
     """Return the devices of a topology such as ``"v5p:4x4x4"``, the same ones at each call."""
     _set_up_compiler(target)
-    return _jax_compat.aot_tpu_devices(topology, tuple(target.topology_options.items()))
+    return _jax_compat.make_aot_tpu_devices(topology, tuple(target.topology_options.items()))
 
 
 def _set_up_compiler(target: Target) -> None:

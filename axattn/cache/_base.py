@@ -15,7 +15,7 @@ from axattn._arguments import normalize_over_cache
 from axattn._attention import Explanation, attend_stored, explain_call
 from axattn._call import AttentionCall
 from axattn._options import AttentionOptions
-from axattn._stored import KeyValueArrays, Stored
+from axattn._stored import KeyValueArrays, KVView
 from axattn._typing import Array, ArrayLike, Bool, CacheType, Float, Float32, Integer
 from axattn.cache._checks import check_counts, convert_to_array, is_concrete, move_to_host
 from axattn.cache._storage import bytes_per_token, encode_tokens
@@ -135,9 +135,9 @@ class Cache(_serialization.SerializableValue, abc.ABC):
         """
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
-    def stored(self) -> Stored:
+    def stored(self) -> KVView:
         """Return what attention reads: the arrays and their meaning, without lengths and masks."""
-        return Stored(
+        return KVView(
             self.arrays,
             key_center=self.key_center,
             batch=self.batch,
@@ -515,7 +515,7 @@ class Cache(_serialization.SerializableValue, abc.ABC):
                 raise ValueError(message)
         else:
             fits = jnp.asarray(fits)
-            _jax_compat.debug_check(fits.all(), message)
+            _jax_compat.check_in_debug(fits.all(), message)
             counts = jnp.where(fits & ~self.overflowed, counts, 0)
         return jnp.asarray(counts, jnp.int32), self.overflowed | ~jnp.asarray(fits)
 

@@ -11,7 +11,7 @@ import numpy as np
 from axattn import _jax_compat
 from axattn._typing import Array
 
-_jax_compat.debug_error()  # registers the error: exported programs may have one
+_jax_compat.make_debug_error()  # registers the error: exported programs may have one
 
 
 def is_concrete(*arrays: Any) -> bool:
@@ -54,7 +54,7 @@ def check_counts(name: str, counts: Any, batch: int, at_most: int | None = None)
         raise ValueError(f"{name} takes {takes}, got shape {counts.shape}")
     if not is_concrete(counts):
         clipped = jnp.clip(counts, 0, at_most)
-        _jax_compat.debug_check((clipped == counts).all(), f"{name} takes {takes}")
+        _jax_compat.check_in_debug((clipped == counts).all(), f"{name} takes {takes}")
         return jnp.broadcast_to(clipped.astype(jnp.int32), (batch,))
     if counts.size and (counts.min() < 0 or (at_most is not None and counts.max() > at_most)):
         raise ValueError(f"{name} takes {takes}, got {counts.tolist()}")

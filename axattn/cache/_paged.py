@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from axattn._stored import Stored
+from axattn._stored import KVView
 from axattn._typing import Array, ArrayLike, Integer
 from axattn.cache._base import Cache, register_kind
 from axattn.cache._checks import (
@@ -202,7 +202,7 @@ class PagedCache(Cache):
         """Tokens that a row has room for in its part of the table."""
         return self.block_table.shape[1] * self.page_size
 
-    def stored(self) -> Stored:
+    def stored(self) -> KVView:
         """Return what attention reads, as `Cache.stored`, with the table."""
         return dataclasses.replace(super().stored(), block_table=self.block_table)
 

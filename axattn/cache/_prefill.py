@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from axattn import _jax_compat
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._typing import Array, ArrayLike
 from axattn.cache._base import Cache
 from axattn.cache._checks import check_counts, check_positive, is_concrete
@@ -97,7 +97,7 @@ def prefill(
 
     shapes = jax.eval_shape(lambda cache: run_chunk(0, cache)[1], cache)
     last = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[2:]), x.dtype), shapes)
-    last = vary_over(last, varying_axes(*jax.tree.leaves((cache, tokens, lengths, shapes))))
+    last = vary_over(last, find_varying_axes(*jax.tree.leaves((cache, tokens, lengths, shapes))))
     needed = jnp.minimum(-(-lengths.max() // chunk), count)
     last, cache = lax.fori_loop(0, needed, advance, (last, cache))
     for leaf in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache)):

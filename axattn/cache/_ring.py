@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from axattn import _jax_compat
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import Array, ArrayLike, Float, Float32, Integer
 from axattn.cache._base import Cache, register_kind
 from axattn.cache._checks import check_counts, check_positive, is_concrete, move_to_host
@@ -102,7 +102,7 @@ class RingCache(Cache):
             dtype=dtype,
             key_center=key_center,
         )
-        positions = jnp.full((batch, slots), NEVER, jnp.int32)
+        positions = jnp.full((batch, slots), UNUSED_POSITION, jnp.int32)
         return RingCache(**fields, positions=positions, window=int(window))
 
     @property
@@ -230,18 +230,22 @@ class RingCache(Cache):
             if not has_window.all():
                 raise ValueError(message)
         else:
-            _jax_compat.debug_check(has_window.all(), "truncate: the ring no longer has the window")
+            _jax_compat.check_in_debug(
+                has_window.all(), "truncate: the ring no longer has the window"
+            )
         new = jnp.where(has_window, new, current).astype(jnp.int32)
         return dataclasses.replace(
             self,
             lengths=new,
-            positions=jnp.where(self.positions < new[:, None], self.positions, NEVER),
+            positions=jnp.where(self.positions < new[:, None], self.positions, UNUSED_POSITION),
             overflowed=self.overflowed | ~jnp.asarray(has_window),
         )
 
     def reset(self, rows: ArrayLike | None = None) -> RingCache:
         cache = super().reset(rows)
-        positions = jnp.where(self.positions < cache.lengths[:, None], self.positions, NEVER)
+        positions = jnp.where(
+            self.positions < cache.lengths[:, None], self.positions, UNUSED_POSITION
+        )
         return dataclasses.replace(cache, positions=positions)
 
     def _check_positions(self, q_positions):
@@ -249,7 +253,9 @@ class RingCache(Cache):
         if q_positions is None or not is_concrete(q_positions, self.positions):
             return
         oldest, first = np.asarray(self.positions).min(1), np.asarray(q_positions).min(-1)
-        if not ((oldest == 0) | (oldest == NEVER) | (first - self.window >= oldest)).all():
+        if not (
+            (oldest == 0) | (oldest == UNUSED_POSITION) | (first - self.window >= oldest)
+        ).all():
             raise ValueError(
                 f"q_positions takes positions whose window of {self.window} is still in the ring, "
                 f"got {first.tolist()} and later; the oldest there are {oldest.tolist()}"
@@ -276,7 +282,10 @@ class RingCache(Cache):
     def _check_room(self, counts):
         # NEVER marks empty slots: positions have to stay below it.
         lengths, counts = move_to_host(self.lengths, counts)
-        return lengths + counts < NEVER, f"a row takes fewer than {NEVER} tokens"
+        return (
+            lengths + counts < UNUSED_POSITION,
+            f"a row takes fewer than {UNUSED_POSITION} tokens",
+        )
 
     def _map_slots(self, counts, length):
         rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]

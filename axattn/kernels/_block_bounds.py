@@ -9,12 +9,12 @@ from axattn._mask_parts import Causal, Static, Window
 from axattn.kernels._problem import cdiv
 
 
-def blocks_per_tile(call: AttentionCall, block_q: int, block_kv: int, major: str) -> np.ndarray:
+def bound_blocks(call: AttentionCall, block_q: int, block_kv: int, major: str) -> np.ndarray:
     """Bound the blocks that each tile of the outer loop (``major``: "q" or "kv") needs.
 
     Structure in arrays (lengths, segments, offsets) excludes nothing.
     """
-    before, after = _reach(call)
+    before, after = _find_reach(call)
     own, other, length, others = block_q, block_kv, call.q_len, call.kv_len
     if major == "kv":
         own, other, length, others = other, own, others, length
@@ -27,18 +27,18 @@ def blocks_per_tile(call: AttentionCall, block_q: int, block_kv: int, major: str
     return np.maximum(np.clip(last, 0, count) - np.clip(first, 0, count), 0)
 
 
-def _reach(call: AttentionCall) -> tuple[int | None, int | None]:
+def _find_reach(call: AttentionCall) -> tuple[int | None, int | None]:
     """Find how far before and after itself a query sees; None: no bound is known."""
     before = after = None
     if call.q_positions is not None or call.kv_positions is not None:
         return before, after
     for part in call.mask.parts:
         if isinstance(part, Window):
-            before, after = _least(before, part.left), _least(after, part.right)
+            before, after = _take_smaller(before, part.left), _take_smaller(after, part.right)
         elif isinstance(part, Causal) and isinstance(part.offset, Static):
-            after = _least(after, part.offset)
+            after = _take_smaller(after, part.offset)
     return before, after
 
 
-def _least(a: int | None, b: int | None) -> int | None:
+def _take_smaller(a: int | None, b: int | None) -> int | None:
     return a if b is None else int(b) if a is None else min(a, int(b))

@@ -9,7 +9,7 @@ from axattn._call import AttentionCall
 from axattn._typing import present
 
 
-def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
+def estimate_all_keys(call: AttentionCall) -> pl.CostEstimate:
     """Estimate both products over all slots, and the bytes of the batch's slots, read once.
 
     It is an upper bound: how many slots are in use is data.
@@ -19,17 +19,17 @@ def over_all_keys(call: AttentionCall) -> pl.CostEstimate:
     outer = call.batch * call.q_len * call.num_heads * sizes * call.query.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * pairs * sizes,
-        transcendentals=pairs * per_score(call),
-        bytes_accessed=key_bytes(call) + outer,
+        transcendentals=pairs * count_transcendentals(call),
+        bytes_accessed=count_kv_bytes(call) + outer,
     )
 
 
-def per_score(call: AttentionCall) -> int:
+def count_transcendentals(call: AttentionCall) -> int:
     """Count transcendental functions per score: the softmax's, and the soft cap's."""
     return 1 if call.logits_soft_cap is None else 2
 
 
-def key_bytes(call: AttentionCall) -> int:
+def count_kv_bytes(call: AttentionCall) -> int:
     """Count the bytes of the batch's keys and values, with their scales."""
     slots = call.batch * call.num_kv_heads * call.kv_len
     if call.stored is None:

@@ -18,25 +18,25 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window
 from axattn._masks import find_kv_lengths
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 
 # Each query row attends to positions in [low, high); int32 ``[B or 1, T]`` both.
-Bounds = tuple[jax.Array | None, jax.Array]
+RowBounds = tuple[jax.Array | None, jax.Array]
 
 
 def fold_key_masks(call: AttentionCall) -> AttentionCall:
     """Turn key masks, and lengths of given positions, into key positions far from every query."""
-    folded = [part for part in call.mask.parts if key_mask(part)]
+    folded = [part for part in call.mask.parts if is_key_mask(part)]
     if not folded and call.kv_positions is None:
         return call
     _, kv = call.spans()
     positions = kv.positions
     for part in folded:
         used = jnp.broadcast_to(part.array[:, 0, 0], (len(part.array), call.kv_len))
-        positions = jnp.where(used, positions, NEVER)
+        positions = jnp.where(used, positions, UNUSED_POSITION)
     length = find_kv_lengths(call.mask)
     if length is not None:
-        positions = jnp.where(kv.slots[None] < _column(length), positions, NEVER)
+        positions = jnp.where(kv.slots[None] < _as_column(length), positions, UNUSED_POSITION)
     parts = tuple(part for part in call.mask.parts if part not in folded)
     return dataclasses.replace(
         call,
@@ -45,7 +45,7 @@ def fold_key_masks(call: AttentionCall) -> AttentionCall:
     )
 
 
-def bounds(call: AttentionCall) -> Bounds:
+def compute_row_bounds(call: AttentionCall) -> RowBounds:
     """Return ``(low, high)``, int32 ``[B or 1, T]``: a row attends to positions in [low, high).
 
     ``low`` is None without a lower bound. The call has no key masks (`fold_key_masks`).
@@ -53,10 +53,10 @@ def bounds(call: AttentionCall) -> Bounds:
     q, _ = call.spans()
     positions = q.positions
     low = None
-    high = jnp.full_like(positions, call.kv_len if call.kv_positions is None else NEVER)
+    high = jnp.full_like(positions, call.kv_len if call.kv_positions is None else UNUSED_POSITION)
     for part in call.mask.parts:
         if isinstance(part, Causal):
-            high = jnp.minimum(high, positions + _column(part.offset) + 1)
+            high = jnp.minimum(high, positions + _as_column(part.offset) + 1)
         elif isinstance(part, Window):
             if part.left is not None:
                 left = positions - part.left
@@ -64,14 +64,14 @@ def bounds(call: AttentionCall) -> Bounds:
             if part.right is not None:
                 high = jnp.minimum(high, positions + part.right + 1)
         elif isinstance(part, Prefix):
-            high = jnp.minimum(high, jnp.maximum(_column(part.length), positions + 1))
+            high = jnp.minimum(high, jnp.maximum(_as_column(part.length), positions + 1))
         elif isinstance(part, Lengths):
             if part.kv is not None and call.kv_positions is None:
-                high = jnp.minimum(high, _column(part.kv))
+                high = jnp.minimum(high, _as_column(part.kv))
             if part.q is not None:
-                high = jnp.where(q.slots[None] < _column(part.q), high, -NEVER)
-        elif row_mask(part):
-            high = jnp.where(part.array[:, 0, :, 0], high, -NEVER)
+                high = jnp.where(q.slots[None] < _as_column(part.q), high, -UNUSED_POSITION)
+        elif is_row_mask(part):
+            high = jnp.where(part.array[:, 0, :, 0], high, -UNUSED_POSITION)
     return low, high
 
 
@@ -94,7 +94,7 @@ def may_have_empty_rows(call: AttentionCall) -> bool:
     return False
 
 
-def dense_mask(call: AttentionCall) -> jax.Array | None:
+def merge_dense_masks(call: AttentionCall) -> jax.Array | None:
     """Join the call's mask arrays over queries and keys to one, or None."""
     arrays = [part.array for part in call.mask.parts if _is_dense(part)]
     return functools.reduce(operator.and_, arrays) if arrays else None
@@ -106,19 +106,19 @@ def has_dense_mask(call: AttentionCall) -> bool:
 
 
 def _is_dense(part: object) -> TypeGuard[Dense]:
-    return isinstance(part, Dense) and not key_mask(part) and not row_mask(part)
+    return isinstance(part, Dense) and not is_key_mask(part) and not is_row_mask(part)
 
 
-def key_mask(part: object) -> TypeGuard[Dense]:
+def is_key_mask(part: object) -> TypeGuard[Dense]:
     """Say whether a part is an array ``[B, 1, 1, S]``, the same for every query and head."""
     return isinstance(part, Dense) and part.array.shape[1:3] == (1, 1)
 
 
-def row_mask(part: object) -> TypeGuard[Dense]:
+def is_row_mask(part: object) -> TypeGuard[Dense]:
     """Say whether a part is an array ``[B, 1, T, 1]``, the same for every key and head."""
-    return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not key_mask(part)
+    return isinstance(part, Dense) and part.array.shape[1::2] == (1, 1) and not is_key_mask(part)
 
 
-def _column(per_row) -> jax.Array:
+def _as_column(per_row) -> jax.Array:
     per_row = jnp.asarray(per_row, jnp.int32)
     return per_row[:, None] if per_row.ndim else per_row

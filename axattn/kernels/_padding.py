@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def padded(array: jax.Array, length: int, fill: float = 0, *, axis: int = 1) -> jax.Array:
+def pad_axis(array: jax.Array, length: int, fill: float = 0, *, axis: int = 1) -> jax.Array:
     """Fill one axis of ``array`` up to ``length``."""
     missing = length - array.shape[axis]
     if not missing:

@@ -32,7 +32,7 @@ class Problem:
     interpret: bool
 
     @classmethod
-    def of(cls, call: AttentionCall, *, interpret: bool = False) -> Problem:
+    def from_call(cls, call: AttentionCall, *, interpret: bool = False) -> Problem:
         return cls(
             call.batch,
             call.q_len,

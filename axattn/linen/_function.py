@@ -11,7 +11,7 @@ from flax.linen.attention import dot_product_attention as flax_dot_product_atten
 from flax.linen.dtypes import promote_dtype
 
 from axattn import _attention
-from axattn._jax_compat import einsum_by
+from axattn._jax_compat import compute_einsum
 from axattn._layers.flax_function import attend_with_flax_hooks
 from axattn._masks import Mask
 from axattn._options import AttentionOptions
@@ -166,7 +166,7 @@ def dot_product_attention(
             attn_weights_value_einsum,
         )
     if einsum_dot_general is not None:
-        einsum = einsum_by(einsum_dot_general, precision=precision)
+        einsum = compute_einsum(einsum_dot_general, precision=precision)
         qk_attn_weights_einsum = attn_weights_value_einsum = einsum
 
     def sow(weights):

@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from axattn import _serialization
 from axattn._call import AttentionCall
 from axattn._implementations import registry
-from axattn._jax_compat import resharded, vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, reshard, vary_over
 from axattn._sharded import kv_heads, specs
 from axattn._sharded.axes import Axes, find_mesh, list_axis_names
 from axattn._typing import Array, ArrayLike, Float, Float32
@@ -415,11 +415,11 @@ def _append_on_mesh(
     arguments = cache, key, value, counts, overflowed
     in_specs = _make_cache_specs(cache, axes), tokens, None if value is None else tokens, row, row
     program = jax.shard_map(append_shard, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0])
-    return program(*resharded(arguments, in_specs, mesh))
+    return program(*reshard(arguments, in_specs, mesh))
 
 
 def _append_whole_rows(cache: Cache, key, value, counts) -> Cache:
-    axes = varying_axes(*jax.tree.leaves((cache.arrays, key, value, counts)))
+    axes = find_varying_axes(*jax.tree.leaves((cache.arrays, key, value, counts)))
     cache = dataclasses.replace(cache, arrays=vary_over(cache.arrays, axes))
     return cache.append(key, value, lengths=counts)
 
@@ -435,7 +435,7 @@ def _attend_on_mesh(
         if axes.sequence is not None:
             return _striped_cache.attend_shard(cache, axes.sequence, call, implementation)
         call = dataclasses.replace(call, stored=cache.stored(), return_residual=True)
-        call = vary_over(call, varying_axes(*jax.tree.leaves(call)))
+        call = vary_over(call, find_varying_axes(*jax.tree.leaves(call)))
         return registry.run_plan(call, registry.make_plan(call, implementation))
 
     call_specs = specs.make_call_specs(call, query_axes, None)
@@ -444,7 +444,7 @@ def _attend_on_mesh(
     program = jax.shard_map(
         attend_shard, mesh=mesh, in_specs=in_specs, out_specs=specs.make_result_specs(query_axes)
     )
-    return program(*resharded((cache, call), in_specs, mesh))
+    return program(*reshard((cache, call), in_specs, mesh))
 
 
 @jax.jit
@@ -457,4 +457,4 @@ def _copy_pages_on_mesh(sharded: ShardedCache, sources: jax.Array, targets: jax.
         return cache.copy_pages(sources[0], targets[0])
 
     program = jax.shard_map(copy_shard_pages, mesh=sharded.mesh, in_specs=in_specs, out_specs=cache)
-    return program(*resharded((sharded.cache, sources, targets), in_specs, sharded.mesh))
+    return program(*reshard((sharded.cache, sources, targets), in_specs, sharded.mesh))

@@ -21,8 +21,8 @@ from axattn import _mask_parts as parts
 from axattn import _serialization
 from axattn._call import AttentionCall
 from axattn._implementations import registry
-from axattn._jax_compat import vary_over, varying_axes
-from axattn._masks import Mask, positions_or_default
+from axattn._jax_compat import find_varying_axes, vary_over
+from axattn._masks import Mask, fill_positions
 from axattn._sharded.combine import add_sinks, combine_shards
 from axattn._typing import present
 from axattn.cache import Cache, RingCache
@@ -138,7 +138,7 @@ def append_to_shard(
     local = dataclasses.replace(cache, lengths=before)
     tokens = cache._encode(key, value)
     mapping = local._map_slots(after - before, key.shape[1])
-    axes = varying_axes(*jax.tree.leaves((cache.arrays, tokens, mapping)))
+    axes = find_varying_axes(*jax.tree.leaves((cache.arrays, tokens, mapping)))
     arrays = write_tokens(vary_over(cache.arrays, axes), tokens, mapping)
     return dataclasses.replace(cache, arrays=arrays, lengths=cache.lengths + counts)
 
@@ -163,7 +163,7 @@ def attend_shard(
 ) -> tuple[jax.Array, jax.Array]:
     """Return output and LSE of a call over the whole cache, the same on all shards."""
     shard_call = _make_shard_call(call, cache, lax.axis_index(axis), lax.axis_size(axis))
-    shard_call = vary_over(shard_call, varying_axes(*jax.tree.leaves(shard_call)))
+    shard_call = vary_over(shard_call, find_varying_axes(*jax.tree.leaves(shard_call)))
     out, lse = registry.run_plan(shard_call, registry.make_plan(shard_call, implementation))
     out, lse = add_sinks(combine_shards(axis, (out, present(lse))), call.sinks)
     return out.astype(call.query.dtype), lse
@@ -174,7 +174,7 @@ def _make_shard_call(
 ) -> AttentionCall:
     """Return the call over the slots of one shard, without sinks, which count once."""
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)
-    positions = positions_or_default(call.q_positions, call.q_len)
+    positions = fill_positions(call.q_positions, call.q_len)
     offsets = [part.offset for part in call.mask.parts if isinstance(part, parts.Causal)]
     rest = [part for part in call.mask.parts if not isinstance(part, parts.Causal)]
     changes: dict[str, Any]
@@ -195,7 +195,7 @@ def _make_shard_call(
         array = array.reshape(*array.shape[:-1], -1, shards)
         return lax.dynamic_index_in_dim(array, shard, array.ndim - 1, keepdims=False)
 
-    def convert_part(part: parts.Part) -> parts.Part:
+    def convert_part(part: parts.MaskPart) -> parts.MaskPart:
         if isinstance(part, parts.Lengths):
             kv = None if part.kv is None else count_share(part.kv, shard, shards)
             return parts.Lengths(part.q, kv)
@@ -214,6 +214,6 @@ def _make_shard_call(
     )
 
 
-def _need_positions(mask_parts: list[parts.Part]) -> bool:
+def _need_positions(mask_parts: list[parts.MaskPart]) -> bool:
     """Return whether some parts compare positions in a way that slots cannot express."""
     return any(isinstance(part, parts.Window | parts.Prefix) for part in mask_parts)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from axattn._mask_parts import EMPTY, FULL, PARTIAL
-from axattn._masks import Mask, checked_positions, compute_mask_tile, normalize_mask, take_mask_row
+from axattn._masks import Mask, check_positions, compute_mask_tile, normalize_mask, take_mask_row
 from axattn.plotting import _axes, _style
 from axattn.plotting._library import import_pyplot
 
@@ -89,8 +89,8 @@ def plot_mask(
     blocks = _check_blocks(block_q, block_kv)
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         _check_positive(name, value)
-    q_positions = checked_positions("q_positions", q_positions, q_len)
-    kv_positions = checked_positions("kv_positions", kv_positions, kv_len)
+    q_positions = check_positions("q_positions", q_positions, q_len)
+    kv_positions = check_positions("kv_positions", kv_positions, kv_len)
     _check_choice(mask, q_positions, kv_positions, row, head)
     kinds = [type(part).__name__.lower() for part in mask.parts]
     title = (" & ".join(kinds) or "everything") if title is None else title

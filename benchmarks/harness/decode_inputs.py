@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from axattn import _quantization
-from axattn._stored import NEVER, KeyValueArrays
+from axattn._stored import UNUSED_POSITION, KeyValueArrays
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache
 from benchmarks.harness.decode_cases import Case
 
@@ -114,7 +114,7 @@ def _of_kind(case: Case, cache: Cache, seed: int) -> dict[str, jax.Array]:
         # Token p is in slot p % slots: the newest that belongs into each slot is there.
         slots, last = np.arange(cache.capacity), case.lengths()[:, None] - 1
         newest = last - (last - slots) % cache.capacity
-        return {"positions": jnp.asarray(np.where(newest < 0, NEVER, newest), jnp.int32)}
+        return {"positions": jnp.asarray(np.where(newest < 0, UNUSED_POSITION, newest), jnp.int32)}
     return {}
 
 

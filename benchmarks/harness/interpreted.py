@@ -44,4 +44,4 @@ def attend(query: Any, key: Any, value: Any, **options: Any) -> Result:
             raise NotImplementedError(f'implementation "mosaic_tpu" {refusal}')
         out, lse = jax.jit(lambda call: mosaic_tpu.forward(call, interpret=True))(call)
         jax.block_until_ready((out, lse))
-    return Result(out, lse, "the TPU interpreter, on the CPU", _jax_compat.tpu_races_found())
+    return Result(out, lse, "the TPU interpreter, on the CPU", _jax_compat.has_tpu_races())

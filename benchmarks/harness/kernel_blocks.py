@@ -52,7 +52,7 @@ def traced_on(where: str) -> Iterator[None]:
 def tpu_chip(where: str) -> _jax_compat.TpuChip:
     """What the kernels know of a TPU."""
     with traced_on(where):
-        return _jax_compat.tpu_chip()
+        return _jax_compat.find_tpu_chip()
 
 
 def forward(where: str, *shapes: Any, **options: Any) -> Blocks:

@@ -111,7 +111,7 @@ def runner(place: Place, tiles: Any, features: tuple[str, ...]) -> Callable[...,
 
     def run(lse=None, dout=None, delta=None, **arrays):
         call = make_call(**arrays, **options(features))
-        problem = Problem.of(call)
+        problem = Problem.from_call(call)
         if place.kernel == "forward":
             return (forward(problem, gather_operands(call), tiles)[0],)
         given = gather_backward_operands(call, lse, dout, delta)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._block_bounds import bound_blocks
 from axattn.kernels._tpu.flash import block_sizes
 from benchmarks.harness.calls import asked
 
@@ -27,7 +27,7 @@ COLUMNS = ("Chip", "Heads", "T", "", "Blocks", "GFLOP", "Reads", "splash", "Floo
 
 def rows(name: str, chip, length: int, heads: int, kv_heads: int, size: int) -> Iterator[tuple]:
     call = _call(length, heads, kv_heads, size)
-    splash_blocks = int(blocks_per_tile(call, SPLASH_BLOCK, SPLASH_BLOCK, "q").sum())
+    splash_blocks = int(bound_blocks(call, SPLASH_BLOCK, SPLASH_BLOCK, "q").sum())
     for direction in DIRECTIONS:
         passes = _passes(call, chip, direction)
         seconds, flops, moved = 0.0, 0.0, 0.0

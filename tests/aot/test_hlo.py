@@ -217,7 +217,7 @@ def compiled(fn):
 
 def test_loops_in_loops_are_the_same_without_what_xla_says():
     found = compiled(nested)
-    said = loops(hlo.Program(_jax_compat.optimized_hlo(found)))
+    said = loops(hlo.Program(_jax_compat.read_optimized_hlo(found)))
     assert sorted(said.values()) == [5, 7, 11]
     text, count = re.subn(r'"known_trip_count":\{"n":"\d+"\},?', "", found.as_text())
     assert count == 3
@@ -226,14 +226,14 @@ def test_loops_in_loops_are_the_same_without_what_xla_says():
 
 
 def test_a_body_alone_costs_what_it_does():
-    module = _jax_compat.optimized_hlo(compiled(nested))
+    module = _jax_compat.read_optimized_hlo(compiled(nested))
     found = hlo.Program(module)
     costs = []
     for instructions in found.instructions.values():
         for loop in instructions:
             if loop.opcode.name == "kWhile":
-                alone = _jax_compat.hlo_module_from_proto(found.isolate(hlo.get_body(loop)))
-                costs.append(_jax_compat.hlo_cost_analysis(alone)["flops"])
+                alone = _jax_compat.make_hlo_module(found.isolate(hlo.get_body(loop)))
+                costs.append(_jax_compat.analyze_hlo_cost(alone)["flops"])
     assert all(2 * 64**3 <= cost < 2.1 * 64**3 for cost in costs), costs
     with pytest.raises(ValueError, match="no computation 'x'"):
         found.isolate("x")
@@ -273,8 +273,8 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"7000000","bytes_
 
 
 def test_what_kernels_say(monkeypatch):
-    monkeypatch.setattr(_jax_compat, "compiler_cost_analysis", lambda compiled: None)
-    monkeypatch.setattr(_jax_compat, "optimized_hlo", hlo_module)
+    monkeypatch.setattr(_jax_compat, "read_compiler_cost", lambda compiled: None)
+    monkeypatch.setattr(_jax_compat, "read_optimized_hlo", hlo_module)
     found = compute_program_cost(KERNELS)
     assert found.flops == pytest.approx(7e6 + 5 * 6e5, abs=100)
     assert found.bytes_accessed == pytest.approx(9e3 + 5 * 8e4, abs=1000)
@@ -304,7 +304,7 @@ def test_text_that_is_not_understood_is_no_lower_bound(monkeypatch):
 
 def test_without_a_cpu_backend_loops_are_not_guessed(monkeypatch):
     straight, looped = compiled(lambda x: x @ x), compiled(nested)
-    monkeypatch.setattr(_jax_compat, "hlo_cost_analysis", lambda module: None)
+    monkeypatch.setattr(_jax_compat, "analyze_hlo_cost", lambda module: None)
     cost = compute_program_cost(straight)
     assert (cost.flops, cost.is_lower_bound) == (pytest.approx(2 * 64**3, rel=0.1), False)
     cost = compute_program_cost(looped)

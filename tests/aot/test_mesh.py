@@ -117,7 +117,7 @@ def test_kernels_know_the_chip_inside_shard_map():
     mesh, seen = aot.mesh(need("v6e"), {"context": 4}), []
 
     def look(x):
-        seen.append(_jax_compat.tpu_chip())
+        seen.append(_jax_compat.find_tpu_chip())
         return 2 * x
 
     spec = PartitionSpec("context")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from axattn import Mask
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from benchmarks.harness import (
     bandwidth,
     decode_compile,
@@ -145,7 +145,7 @@ def test_a_ring_is_as_if_it_had_been_filled():
     np.testing.assert_array_equal(given.positions, cache.positions)
     np.testing.assert_array_equal(given.lengths, cache.lengths)
     short = decode_inputs.make(dataclasses.replace(RING, length=5), 0).cache
-    assert sorted(set(np.asarray(short.positions)[0])) == [0, 1, 2, 3, 4, NEVER]
+    assert sorted(set(np.asarray(short.positions)[0])) == [0, 1, 2, 3, 4, UNUSED_POSITION]
 
 
 # ---- compiled, not measured ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ from benchmarks.harness import tpu_roofline
 @pytest.mark.parametrize("name", tpu_roofline.DEVICES)
 def test_rows(name):
     with _jax_compat.use_abstract_device(*tpu_roofline.DEVICES[name], "tpu", None):
-        chip = _jax_compat.tpu_chip()
+        chip = _jax_compat.find_tpu_chip()
     rows = list(tpu_roofline.rows(name, chip, 2048, 16, 2, 128))
     assert [row[3] for row in rows] == list(tpu_roofline.DIRECTIONS)
     for row in rows:

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import checkify
 
 from axattn import _jax_compat
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn.cache import Cache, DenseCache, PagedCache, RingCache, _write, bytes_per_token
 from axattn.quantization import quantize
 from tests import caches
@@ -362,7 +362,7 @@ def test_a_ring_goes_back_where_the_window_is_left(window):
             cache, length = after, keep
             held = {p for p in held if p < keep}
             positions = np.asarray(cache.positions)
-            assert set(positions[positions < NEVER].tolist()) == held
+            assert set(positions[positions < UNUSED_POSITION].tolist()) == held
     assert (refused == 0) == (window == 0)
 
 
@@ -373,7 +373,7 @@ def test_reset(kind):
     one = cache.reset(np.array([False, True, False]))
     np.testing.assert_array_equal(one.lengths, [32, 0, 3])
     if kind == "ring":
-        assert (np.asarray(one.positions)[1] == NEVER).all()
+        assert (np.asarray(one.positions)[1] == UNUSED_POSITION).all()
     q, _, _ = caches.tokens(8)
     out, fresh = (extend(c, q, k[:, :8], v[:, :8])[0] for c in (one, caches.make(kind)))
     np.testing.assert_allclose(out[1], fresh[1], atol=1e-6)

@@ -40,8 +40,8 @@ def tpu(monkeypatch, cores):
         yield
         return
     with _jax_compat.use_abstract_device("TPU v5", cores, "tpu", None):
-        chip = _jax_compat.tpu_chip()
-        monkeypatch.setattr(_jax_compat, "tpu_chip", lambda: chip)
+        chip = _jax_compat.find_tpu_chip()
+        monkeypatch.setattr(_jax_compat, "find_tpu_chip", lambda: chip)
         yield
 
 
@@ -71,4 +71,4 @@ def interpreted(request, monkeypatch, family, cores):
     numpy_in_callbacks(monkeypatch, integers=family == HOPPER)
     yield
     if family == TPU:
-        assert not _jax_compat.tpu_races_found()
+        assert not _jax_compat.has_tpu_races()

@@ -26,7 +26,7 @@ def behind_the_door(monkeypatch, name, call_refusal):
     monkeypatch.setattr(flash, "make_backends", make_backends)
     # A function of our own: jit must not find the programs of other backends.
     attend = jax.jit(lambda call, plan: registry.run_plan(call, plan), static_argnames="plan")
-    monkeypatch.setattr(_attention, "_attend", attend)
+    monkeypatch.setattr(_attention, "_run_compiled", attend)
 
 
 def numpy_in_callbacks(monkeypatch, *, integers: bool):

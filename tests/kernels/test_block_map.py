@@ -9,7 +9,7 @@ import pytest
 
 from axattn import Mask
 from axattn._mask_parts import EMPTY, FULL
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn.kernels import _block_map, _masks
 from tests.kernels.calls import make_call
 
@@ -21,7 +21,9 @@ def walk(plan, batch, tile):
     spans, order = plan
     row = min(batch, spans.shape[0] - 1)
     first, before, full, total = (jnp.int32(x) for x in spans[row, tile])
-    one = _block_map.Visits(first, before, full, total, None if order is None else order[row, tile])
+    one = _block_map.TileBlocks(
+        first, before, full, total, None if order is None else order[row, tile]
+    )
     return [(int(one.block(jnp.int32(n))), n < int(full)) for n in range(int(total))]
 
 
@@ -32,7 +34,7 @@ def states(array, kv_positions, block_q):
     else:
         some = every = array
     if kv_positions is not None:
-        far = kv_positions >= NEVER
+        far = kv_positions >= UNUSED_POSITION
         some, every = some & ~far[:, None], every & ~far[:, None]
 
     def blocks(x, combine):
@@ -67,17 +69,21 @@ MASKS = {
 
 def of_few_rows(call, block_q, block_kv):
     assert block_q == T
-    return _block_map.Plan(_block_map.of_few_rows(call, _masks.bounds(call), block_kv), None)
+    return _block_map.BlockMap(
+        _block_map.span_few_rows(call, _masks.compute_row_bounds(call), block_kv), None
+    )
 
 
 # Masks for which few rows get no list: blocks that are empty between others are visited.
 LISTED = ("packed", "unsorted", "dense", "keys", "rows", "ring")
 
 
-@pytest.mark.parametrize("plan_of", [_block_map.of_queries, _block_map.of_keys, of_few_rows])
+@pytest.mark.parametrize(
+    "plan_of", [_block_map.map_key_blocks, _block_map.map_query_blocks, of_few_rows]
+)
 @pytest.mark.parametrize("name", MASKS)
 def test_visits(name, plan_of):
-    by_keys, few = plan_of is _block_map.of_keys, plan_of is of_few_rows
+    by_keys, few = plan_of is _block_map.map_query_blocks, plan_of is of_few_rows
     block_q = T if few else Q
 
     @jax.jit
@@ -109,7 +115,7 @@ def test_visits(name, plan_of):
 def test_the_last_keys_are_never_full():
     """Slots behind the end of the keys are zeros in shared memory, not keys."""
     call = make_call(1, T, S, 2, 2, 64)
-    plan = _block_map.of_queries(call, Q, KV)
+    plan = _block_map.map_key_blocks(call, Q, KV)
     assert S % KV
     assert (plan.spans[:, :, 2] == S // KV).all() and (plan.spans[:, :, 3] == S // KV + 1).all()
 
@@ -117,4 +123,4 @@ def test_the_last_keys_are_never_full():
 def test_structured_masks_list_no_blocks():
     """O(T / block) memory, where a list would be O(T S / block^2)."""
     call = make_call(1, T, S, 2, 2, 64, is_causal=True, local_window_size=(50, 0))
-    assert _block_map.of_queries(call, Q, KV).order is None
+    assert _block_map.map_key_blocks(call, Q, KV).order is None

@@ -46,7 +46,7 @@ def test_bounds_of_rows_and_positions_of_keys_are_the_mask(name):
         given = dict(q_positions=call.q_positions, kv_positions=call.kv_positions)
         want = call.mask.materialize(20, 20, **given)
         call = _masks.fold_key_masks(call)
-        low, high = _masks.bounds(call)
+        low, high = _masks.compute_row_bounds(call)
         positions = call.spans()[1].positions[:, None]
         found = positions < high[..., None]
         return found if low is None else found & (positions >= low[..., None]), want

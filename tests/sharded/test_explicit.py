@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import axattn
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._sharded import explicit
 from tests import cases, precision
 from tests.cases import Shape
@@ -91,7 +91,7 @@ def test_kernels_get_what_a_device_has(monkeypatch):
         seen.append((call.query.shape, call.key.shape, jax.typeof(call.query).sharding.mesh))
         B, T, N, _ = call.query.shape
         zeros = jnp.zeros((B, T, N, call.value_head_dim), call.query.dtype)
-        return vary_over((zeros, jnp.zeros((B, T, N))), varying_axes(call.query))
+        return vary_over((zeros, jnp.zeros((B, T, N))), find_varying_axes(call.query))
 
     behind_the_door(monkeypatch, "mosaic_tpu", mosaic_tpu.find_call_refusal)
     monkeypatch.setattr(mosaic_tpu, "forward", forward)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._dropout import keep_tile
+from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
 from axattn._implementations.chunked.forward import forward, merge_heads, write_rows
 from axattn._implementations.chunked.tile import ChunkGrid
 from axattn._implementations.kv_products import take_kv_rows
 from axattn._implementations.products import GroupedProducts
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._mask_parts import Span
 from axattn._masks import make_block_row_states
 from axattn._typing import present
@@ -86,7 +86,7 @@ def backward(
         None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
         None if call.traced_scale is None else jnp.zeros((), dtype),
     )
-    shared = vary_over(shared, varying_axes(*jax.tree.leaves((call, given))))
+    shared = vary_over(shared, find_varying_axes(*jax.tree.leaves((call, given))))
     backward_of = _backward_row_by_row if blocks.by_row else _backward_rows
     dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
     return Gradients(
@@ -128,7 +128,7 @@ def _backward_rows(
     grid = ChunkGrid.from_call(call, blocks)
     block_row = make_block_row_states(call.mask, grid.layout)
     dtype = call.accumulator_dtype
-    axes = varying_axes(*jax.tree.leaves((call, given)))
+    axes = find_varying_axes(*jax.tree.leaves((call, given)))
     heads_first = (call.batch, call.num_kv_heads, call.kv_len)
     dquery = jnp.zeros_like(call.query)
     dkey = jnp.zeros((*heads_first, call.head_dim), dtype)
@@ -207,7 +207,7 @@ def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial
     weights = jnp.exp(scores - tile.lse)
     dweights = tile.dout.multiply_keys(value)
     if call.dropout_key is not None:
-        kept = keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
+        kept = compute_keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
         dropped, dweights = weights * kept, dweights * kept
     else:
         dropped = weights

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn._jax_compat import is_known, smaller_size
+from axattn._jax_compat import is_known, take_smaller_size
 from axattn._mask_parts import EMPTY, FULL
 from axattn._masks import varies_by_row
 
@@ -35,7 +35,7 @@ def choose_chunk_sizes(call: AttentionCall, platform: str) -> ChunkSizes:
     # Batch rows with different masks would all compute the union of their blocks; one at a time,
     # each computes its own. Decode steps stay together: products of few rows are slow.
     rows = is_known(lambda: call.batch > 1, otherwise=True)
-    many = is_known(lambda: smaller_size(call.q_len, q) * call.group >= 128, otherwise=True)
+    many = is_known(lambda: take_smaller_size(call.q_len, q) * call.group >= 128, otherwise=True)
     by_row = rows and many and (cpu or varies_by_row(call.mask))
     if cached and cpu and rows:
         # Head-major keys are fast one row at a time, and each row ends at its own length.
@@ -45,7 +45,7 @@ def choose_chunk_sizes(call: AttentionCall, platform: str) -> ChunkSizes:
         batch = 1 if by_row else call.batch
 
         def too_large():
-            scores = batch * call.num_heads * smaller_size(call.q_len, q) * kv
+            scores = batch * call.num_heads * take_smaller_size(call.q_len, q) * kv
             return is_known(lambda: 4 * scores > 2**25, otherwise=True)
 
         while q > 64 and too_large():
@@ -53,7 +53,7 @@ def choose_chunk_sizes(call: AttentionCall, platform: str) -> ChunkSizes:
         while kv > 128 and too_large():
             kv //= 2
     # A block is never longer than its array; symbolic lengths give symbolic blocks.
-    q, kv = smaller_size(call.q_len, q), smaller_size(call.kv_len, kv)
+    q, kv = take_smaller_size(call.q_len, q), take_smaller_size(call.kv_len, kv)
     if call.stored is not None and call.stored.block_table is not None:
         kv = max(kv // call.stored.page_size, 1) * call.stored.page_size  # whole pages
     return ChunkSizes(q, kv, by_row, folded)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._dropout import keep_tile
+from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
 from axattn._implementations.chunked.tile import ChunkGrid
 from axattn._implementations.kv_products import KVProducts, make_kv_products
 from axattn._implementations.scores import split_heads
-from axattn._jax_compat import vary_over, varying_axes
+from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._mask_parts import Span
 from axattn._masks import make_block_row_states
 from axattn._typing import present
@@ -55,7 +55,7 @@ def _forward_rows(
     grid = ChunkGrid.from_call(call, blocks)
     block_row = make_block_row_states(call.mask, grid.layout)
     out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
-    axes = varying_axes(*jax.tree.leaves(call))
+    axes = find_varying_axes(*jax.tree.leaves(call))
     results = vary_over(
         (
             jnp.zeros(out_shape, dtype),
@@ -124,7 +124,9 @@ def _add_forward_chunk(
     decay = jnp.exp(state.top - shift)
     total = state.total * decay + weights.sum(-1, keepdims=True)
     if call.dropout_key is not None:
-        weights = jnp.where(keep_tile(call, q, kv), weights / (1.0 - call.dropout_rate), 0.0)
+        weights = jnp.where(
+            compute_keep_tile(call, q, kv), weights / (1.0 - call.dropout_rate), 0.0
+        )
     values = state.values * decay + read.multiply_values(weights, kv, clean=partial)
     return _SoftmaxState(values, top, total)
 

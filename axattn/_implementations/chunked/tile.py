@@ -18,7 +18,7 @@ from axattn._call import AttentionCall
 from axattn._implementations.chunked.block_sizes import ChunkSizes, list_chunks
 from axattn._implementations.scores import cap_scores, compute_bias, compute_mask
 from axattn._jax_compat import is_known
-from axattn._mask_parts import PARTIAL, Layout, Span
+from axattn._mask_parts import PARTIAL, BlockLayout, Span
 from axattn._masks import find_q_lengths, zero_unused
 
 
@@ -28,7 +28,7 @@ class ChunkGrid:
 
     call: AttentionCall
     blocks: ChunkSizes
-    layout: Layout
+    layout: BlockLayout
 
     @classmethod
     def from_call(cls, call: AttentionCall, blocks: ChunkSizes) -> ChunkGrid:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import CostEstimate as Estimate
 
 from axattn._call import AttentionCall
 from axattn.kernels import _cost
-from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._block_bounds import bound_blocks
 
 Arrays = Mapping[str, Any]
 BlockShape = tuple[int, int]  # query rows, keys
@@ -45,18 +45,18 @@ def estimate_key_grad(
 def _estimate_products(call, arrays, out, block, major: str, *, head: int, value: int) -> Estimate:
     """Estimate ``head`` products over the head size, and ``value`` over that of the values."""
     block_q, block_kv = block
-    blocks = int(blocks_per_tile(call, block_q, block_kv, major).sum())
+    blocks = int(bound_blocks(call, block_q, block_kv, major).sum())
     pairs = call.batch * call.num_heads * blocks * block_q * block_kv
     return Estimate(
         flops=2 * pairs * (head * call.head_dim + value * call.value_head_dim),
-        transcendentals=pairs * _cost.per_score(call),
+        transcendentals=pairs * _cost.count_transcendentals(call),
         bytes_accessed=_count_bytes(call, arrays, out),
     )
 
 
 def estimate_decode(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> Estimate:
     """Estimate a decode kernel: both products over all slots, without padded rows."""
-    all_keys = _cost.over_all_keys(call)
+    all_keys = _cost.estimate_all_keys(call)
     return dataclasses.replace(all_keys, bytes_accessed=_count_bytes(call, arrays, out))
 
 
@@ -73,7 +73,7 @@ def _count_bytes(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> int
     """Return the bytes of all arrays; of a cache, which may hold more, the slots of the batch."""
     stored = ("key", "value", "key_scales", "value_scales")
     others = [array for name, array in arrays.items() if name not in stored]
-    return _cost.key_bytes(call) + _sum_bytes([*others, *out])
+    return _cost.count_kv_bytes(call) + _sum_bytes([*others, *out])
 
 
 def _sum_bytes(arrays: Sequence[Any]) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
 from axattn.kernels._hopper.primitives import (
     CODE_TILE,
@@ -71,7 +71,7 @@ def find_used_slots(
     if "kv_positions" in gmem:
         ref = gmem["kv_positions"]
         row = batch if ref.shape[0] > 1 else jnp.int32(0)
-        has_token = load_in_layout(ref.at[row, pl.ds(slot, block)], layout) < NEVER
+        has_token = load_in_layout(ref.at[row, pl.ds(slot, block)], layout) < UNUSED_POSITION
         used = has_token if used is None else used & has_token
     return present(used)
 

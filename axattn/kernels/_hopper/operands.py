@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._mask_parts import Segments
 from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.primitives import round_up_length
-from axattn.kernels._masks import Bounds, bounds, dense_mask, fold_key_masks
-from axattn.kernels._padding import padded
+from axattn.kernels._masks import RowBounds, compute_row_bounds, fold_key_masks, merge_dense_masks
+from axattn.kernels._padding import pad_axis
 from axattn.kernels._problem import round_up
 
 # TMA needs rows that start at multiples of 16 bytes.
@@ -45,7 +45,7 @@ class HopperOperands:
 
     arrays: Mapping[str, jax.Array]
     call: AttentionCall  # without key masks (`fold_key_masks`)
-    bounds: Bounds
+    bounds: RowBounds
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -54,7 +54,7 @@ class HopperOperands:
 def gather_operands(call: AttentionCall) -> HopperOperands:
     """Return what the kernels over a grid of query or key tiles read."""
     call = fold_key_masks(call)
-    limits = bounds(call)
+    limits = compute_row_bounds(call)
     arrays = {"query": pad_rows(call, call.query, round_up_length(call.q_len))}
     if call.stored is None:
         arrays["key"] = _pad_keys(call, present(call.key))
@@ -65,23 +65,23 @@ def gather_operands(call: AttentionCall) -> HopperOperands:
     return HopperOperands(arrays | make_score_arrays(call, limits), call, limits)
 
 
-def make_score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Array]:
+def make_score_arrays(call: AttentionCall, limits: RowBounds) -> dict[str, jax.Array]:
     """Return all but queries, keys and values; of a call without key masks (`fold_key_masks`)."""
     rows, keys = get_vector_length(call.q_len), get_vector_length(call.kv_len)
     low, high = limits
-    arrays = {"high": padded(high, rows, -NEVER)}
+    arrays = {"high": pad_axis(high, rows, -UNUSED_POSITION)}
     if low is not None:
-        arrays["low"] = padded(low, rows, 0)
+        arrays["low"] = pad_axis(low, rows, 0)
     if call.kv_positions is not None:
-        arrays["kv_positions"] = padded(call.kv_positions, keys, NEVER)
+        arrays["kv_positions"] = pad_axis(call.kv_positions, keys, UNUSED_POSITION)
     if call.alibi_slopes is not None:
         arrays["slopes"] = call.alibi_slopes.astype(jnp.float32)
-        arrays["q_positions"] = padded(call.spans()[0].positions, rows, 0)
+        arrays["q_positions"] = pad_axis(call.spans()[0].positions, rows, 0)
     for part in call.mask.parts:
         if isinstance(part, Segments):
-            arrays["q_segments"] = padded(part.q_ids, rows, 0)
-            arrays["kv_segments"] = padded(part.kv_ids, keys, 0)
-    allowed = dense_mask(call)
+            arrays["q_segments"] = pad_axis(part.q_ids, rows, 0)
+            arrays["kv_segments"] = pad_axis(part.kv_ids, keys, 0)
+    allowed = merge_dense_masks(call)
     if allowed is not None:
         shape = (*allowed.shape[:2], call.q_len, call.kv_len)
         arrays["allowed"] = align_rows(jnp.broadcast_to(allowed, shape).astype(jnp.int8))
@@ -90,9 +90,9 @@ def make_score_arrays(call: AttentionCall, limits: Bounds) -> dict[str, jax.Arra
     if call.sinks is not None:
         arrays["sinks"] = call.sinks.astype(jnp.float32)
     if call.stored is not None and call.stored.key_center is not None:
-        shift = present(call.stored.center_dots(call.query, jnp.float32))
+        shift = present(call.stored.multiply_center(call.query, jnp.float32))
         shift = shift.reshape(call.batch, call.num_heads, call.q_len)
-        arrays["row_shift"] = padded(shift, rows, axis=-1)
+        arrays["row_shift"] = pad_axis(shift, rows, axis=-1)
     if call.dropout_key is not None:
         first = jnp.asarray(call.first_row, jnp.int32)
         words = jax.lax.bitcast_convert_type(call.dropout_key, jnp.int32)
@@ -122,9 +122,9 @@ def _make_bias_arrays(call: AttentionCall, rows: int, keys: int) -> dict[str, ja
     bias = present(call.bias)
     if bias.shape[2] == 1:
         vector = jnp.broadcast_to(bias[:, :, 0], (*bias.shape[:2], call.kv_len))
-        return {"key_bias": padded(vector.astype(jnp.float32), keys, axis=-1)}
+        return {"key_bias": pad_axis(vector.astype(jnp.float32), keys, axis=-1)}
     if bias.shape[3] == 1:
-        return {"row_bias": padded(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
+        return {"row_bias": pad_axis(bias[..., 0].astype(jnp.float32), rows, axis=-1)}
     # TMA has no float64.
     return {"bias": align_rows(bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32))}
 
@@ -132,16 +132,16 @@ def _make_bias_arrays(call: AttentionCall, rows: int, keys: int) -> dict[str, ja
 def pad_rows(call: AttentionCall, array: jax.Array, length: int) -> jax.Array:
     """Return ``[B, T, N, size]`` with ``length`` rows, of which unused ones are zero."""
     slots = jnp.arange(array.shape[1])
-    return padded(zero_unused(array, slots, find_q_lengths(call.mask)), length)
+    return pad_axis(zero_unused(array, slots, find_q_lengths(call.mask)), length)
 
 
 def _pad_keys(call: AttentionCall, array: jax.Array) -> jax.Array:
     slots = jnp.arange(array.shape[1])
-    return padded(
+    return pad_axis(
         zero_unused(array, slots, find_kv_lengths(call.mask)), round_up_length(call.kv_len)
     )
 
 
 def align_rows(array: jax.Array) -> jax.Array:
     """Pad the last axis of ``[..., S]``, so that TMA can address the rows."""
-    return padded(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)
+    return pad_axis(array, round_up(array.shape[-1], TMA_BYTES // array.dtype.itemsize), axis=-1)

@@ -93,8 +93,8 @@ def make_kernel(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             reduction_scratch_bytes=reduction_bytes,
         ),
-        interpret=_jax_compat.gpu_interpreter() if interpret else None,
-        **_jax_compat.gpu_kernel_cost(cost),
+        interpret=_jax_compat.make_gpu_interpreter() if interpret else None,
+        **_jax_compat.make_gpu_kernel_cost(cost),
     )
 
 

@@ -24,7 +24,7 @@ from axattn.kernels._hopper.primitives import (
     make_index_tile,
 )
 from axattn.kernels._problem import LOG2E, Problem
-from axattn.kernels._scores import Scores
+from axattn.kernels._scores import ScoreComputer
 
 # Vectors over rows that each head has of its own, [B or 1, heads or 1, T'].
 _PER_HEAD = ("row_bias", "row_slopes", "row_shift")
@@ -76,7 +76,7 @@ class ScoreTiles(NamedTuple):
 class ScoreOperands:
     """What the scores of one tile of rows need in registers, loaded at once or block by block.
 
-    A `_scores.Block`, once `select_block` has said which keys it has.
+    A `_scores.ScoreBlock`, once `select_block` has said which keys it has.
     """
 
     problem: Problem
@@ -100,13 +100,13 @@ class ScoreOperands:
         loaded = {name: self._load_row_vector(name) for name in names if name in self.gmem}
         return dataclasses.replace(self, vectors={**self.vectors, **loaded})
 
-    def select_block(self, kv_slot: jax.Array | None, tiles: ScoreTiles) -> Scores:
+    def select_block(self, kv_slot: jax.Array | None, tiles: ScoreTiles) -> ScoreComputer:
         """Return the scores of a block of keys.
 
         ``kv_slot`` is its first slot, which full blocks need only where `reads_keys`.
         """
         block = dataclasses.replace(self, kv_slot=kv_slot, tiles=tiles)
-        return Scores(self.problem, block, _tanh)
+        return ScoreComputer(self.problem, block, _tanh)
 
     @property
     def kv_axis(self) -> int:
@@ -130,7 +130,7 @@ class ScoreOperands:
             return "slopes" in self.gmem or "row_slopes" in self.gmem
         return ("dropout" if name == "dropout_rows" else name) in self.gmem
 
-    def of_rows(self, name: str) -> jax.Array:
+    def load_rows(self, name: str) -> jax.Array:
         """Return a tile of what each row has, or a number where all rows have the same."""
         if name == "dropout_rows":
             return self._count_dropout_rows()
@@ -139,7 +139,7 @@ class ScoreOperands:
         vector = self._load_row_vector("row_slopes" if name == "slopes" else name)
         return broadcast_vector(vector, self.shape, self.q_axis)
 
-    def of_keys(self, name: str) -> jax.Array:
+    def load_keys(self, name: str) -> jax.Array:
         """Return a tile of what each key has."""
         ref, rows = self.gmem[name], self.rows
         slots = pl.ds(present(self.kv_slot), self.shape[self.kv_axis])
@@ -151,15 +151,15 @@ class ScoreOperands:
             ref = ref.at[_index_or_zero(ref, 0, rows.batch), slots]
         return broadcast_vector(load_vector(ref, self.kv_axis), self.shape, self.kv_axis)
 
-    def tile(self, name: str) -> jax.Array:
+    def load_tile(self, name: str) -> jax.Array:
         """Load the bias in float32, or the mask in int32."""
         dtype = jnp.float32 if name == "bias" else jnp.int32
         return load_row_major(getattr(self.tiles, name)).astype(dtype)
 
-    def slots(self) -> jax.Array:
+    def make_slots(self) -> jax.Array:
         return present(self.kv_slot) + make_index_tile(self.shape, self.kv_axis)
 
-    def dropout_words(self) -> tuple[jax.Array, jax.Array]:
+    def load_dropout_words(self) -> tuple[jax.Array, jax.Array]:
         ref = self.gmem["dropout"]
         return ref[jnp.int32(0)], ref[jnp.int32(1)]
 
@@ -200,23 +200,23 @@ class ScoreOperands:
 
     # ---- the weights and their gradients, from the LSE ----------------------------------------
 
-    def weigh(self, scores: Scores, dots, lse, kept, *, partial: bool) -> TileWeights:
+    def weigh(self, scores: ScoreComputer, dots, lse, kept, *, partial: bool) -> TileWeights:
         """Return the softmax's weights; ``lse`` is a vector over the rows, in units of log2."""
         ratio = None
         if self.is_plain:
             found = dots * (self.problem.scale * LOG2E)
         else:
-            found, ratio = scores.scores(dots)
+            found, ratio = scores.compute(dots)
         weights = jnp.exp2(found - broadcast_vector(lse, self.shape, self.q_axis))
         if partial:
-            weights = jnp.where(scores.allowed(), weights, 0.0)
+            weights = jnp.where(scores.compute_mask(), weights, 0.0)
         return TileWeights(scores, weights, ratio, kept, self.q_axis)
 
 
 class TileWeights(NamedTuple):
     """Softmax weights of one tile, and what their gradients need."""
 
-    scores: Scores
+    scores: ScoreComputer
     weights: jax.Array
     ratio: jax.Array | None  # tanh of the capped scores
     kept: jax.Array | None
@@ -224,11 +224,11 @@ class TileWeights(NamedTuple):
 
     def drop(self) -> jax.Array:
         """Return the weights after dropout, which the values were multiplied with."""
-        return self.scores.thinned(self.weights, self.kept)
+        return self.scores.apply_dropout(self.weights, self.kept)
 
     def differentiate(self, dweights: jax.Array, delta: jax.Array) -> jax.Array:
         """Return gradients of the scaled products, from those of the weights after dropout."""
-        dweights = self.scores.thinned(dweights, self.kept)
+        dweights = self.scores.apply_dropout(dweights, self.kept)
         delta = broadcast_vector(delta, dweights.shape, self.q_axis)
         dscores = self.weights * (dweights - delta)
         return dscores if self.ratio is None else dscores * (1.0 - self.ratio * self.ratio)

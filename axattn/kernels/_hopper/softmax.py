@@ -65,16 +65,16 @@ def update_softmax(
     if operands.is_plain:
         dots, factor = scores.shift(dots), operands.problem.scale * LOG2E
     else:
-        (dots, _), factor = scores.scores(dots), 1.0
+        (dots, _), factor = scores.compute(dots), 1.0
     if partial:
-        dots = jnp.where(scores.allowed(), dots, -jnp.inf)
+        dots = jnp.where(scores.compute_mask(), dots, -jnp.inf)
     top = jnp.maximum(state.top, dots.max(axis=1) * factor)
     # The maximum of a row without keys is -inf, and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp2(dots * factor - broadcast_vector(shift, shape, 0))
     decay = jnp.exp2(state.top - shift)
     total = state.total * decay + weights.sum(axis=1)
-    kept = scores.kept()
+    kept = scores.compute_kept()
     if kept is not None:
         weights = jnp.where(kept, weights, 0.0)
     if scales.value is not None:
@@ -83,5 +83,5 @@ def update_softmax(
             # The scale of an unused slot may be NaN. The mask is computed again: keeping it would
             # take registers.
             scores = operands.select_block(make_opaque(present(kv_slot)), tiles)
-            weights = jnp.where(scores.allowed(), weights, 0.0)
+            weights = jnp.where(scores.compute_mask(), weights, 0.0)
     return SoftmaxStep(weights, decay, top, total)

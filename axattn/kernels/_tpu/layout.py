@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn import _quantization
-from axattn.kernels._padding import padded
+from axattn.kernels._padding import pad_axis
 from axattn.kernels._problem import Problem, cdiv, round_up
 
 LANES = 128
@@ -33,7 +33,7 @@ def split_into_tiles(array: jax.Array, tiling: QueryTiling, fill: float = 0) -> 
     """
     problem, tiles = tiling.problem, cdiv(tiling.problem.q_len, tiling.block_q)
     batch, heads, _, *rest = array.shape
-    array = padded(array, tiles * tiling.block_q, fill, axis=2)
+    array = pad_axis(array, tiles * tiling.block_q, fill, axis=2)
     array = array.reshape(batch, heads, tiles, tiling.block_q, *rest)
     if heads == 1:
         array = jnp.broadcast_to(array[:, :, None], (batch, 1, problem.group, *array.shape[2:]))

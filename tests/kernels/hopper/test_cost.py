@@ -75,7 +75,7 @@ def test_pages_of_other_sequences_do_not_count(dtype, slot):
     cache = PagedCache.create(B, 100, 16, 4, K, H, dtype=dtype)
     call = call_of_cache(cache, jnp.zeros((B, 1, N, H), jnp.bfloat16))
     keys = B * K * 4 * 16 * slot
-    assert shared.key_bytes(call) == keys
+    assert shared.count_kv_bytes(call) == keys
     arrays = {"key": cache.arrays.keys, "query": call.query}
     found = cost.estimate_decode(call, arrays, [])
     assert found.bytes_accessed == keys + call.query.nbytes

@@ -38,7 +38,7 @@ def test_decode_and_speculative_steps(hopper, T, N):
 
 
 def test_a_ptxas_that_miscompiles(hopper, monkeypatch):
-    monkeypatch.setattr(_jax_compat, "cuda_runtime_version", lambda: 12080)
+    monkeypatch.setattr(_jax_compat, "read_cuda_runtime_version", lambda: 12080)
     why = axattn.explain_implementations(*shapes())
     assert "got 12080" in why["mosaic_gpu"] and why.by_platform["cuda"] == "xla_chunked"
 

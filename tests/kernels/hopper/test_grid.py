@@ -18,7 +18,9 @@ def make_grid(call, warpgroups=2, packing=True):
     from axattn.kernels._problem import Problem
 
     operands = gather_operands(call)
-    return flash.FlashGrid.create(Problem.of(call), operands, 64, warpgroups, packing=packing)
+    return flash.FlashGrid.create(
+        Problem.from_call(call), operands, 64, warpgroups, packing=packing
+    )
 
 
 def work_tiles(grid):

@@ -16,7 +16,7 @@ CHIPS = {"TPU v4": 2, "TPU v5 lite": 1, "TPU v5": 2, "TPU v6 lite": 1, "TPU7x": 
 
 def chip_of(kind):
     with _jax_compat.use_abstract_device(kind, CHIPS[kind], "tpu", None):
-        return _jax_compat.tpu_chip()
+        return _jax_compat.find_tpu_chip()
 
 
 def small(N, K, T=2048, B=1, **options):

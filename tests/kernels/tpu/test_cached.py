@@ -155,10 +155,10 @@ def test_all_codes_of_float8():
 )
 def test_no_race_and_no_slot_out_of_bounds(kind, dtype, cores):
     """The interpreter that knows of memory spaces: what was not written is NaN there."""
-    interpret = _jax_compat.tpu_interpreter(cores)
+    interpret = _jax_compat.make_tpu_interpreter(cores)
     how = dict(sizes=CachedBlockSizes(2, 128), cores=cores, interpret=interpret)
     attend_and_check(filled(kind, dtype), queries(3, 6), how=how)
-    assert not _jax_compat.tpu_races_found()
+    assert not _jax_compat.has_tpu_races()
 
 
 def test_blocks_fit():

@@ -33,12 +33,12 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return the gradients of query, key, value and sinks, each in its input's dtype."""
-    delta = _backward_inputs.row_deltas(out, dout, dlse)
-    problem = Problem.of(call, interpret=interpret)
+    delta = _backward_inputs.compute_delta(out, dout, dlse)
+    problem = Problem.from_call(call, interpret=interpret)
     operands = gather_backward_operands(call, lse, dout, delta)
     dquery = query_grad(problem, operands, sizes.query)
     dkey, dvalue = key_grad(problem, operands, sizes.key)
-    return dquery, dkey, dvalue, _backward_inputs.of_sinks(call, lse, delta)
+    return dquery, dkey, dvalue, _backward_inputs.compute_sinks_gradient(call, lse, delta)
 
 
 def gather_backward_operands(
@@ -53,7 +53,7 @@ def gather_backward_operands(
       delta: rowsum(dout * out) less the cotangent of the LSE, float32 ``[B, T, N]``.
     """
     operands, rows = gather_operands(call), get_vector_length(call.q_len)
-    inputs = _backward_inputs.given(call, lse, dout, delta)
+    inputs = _backward_inputs.make_backward_inputs(call, lse, dout, delta)
     more = {
         "dout": pad_rows(call, inputs.dout, round_up_length(call.q_len)),
         "lse2": _pad_vector(inputs.lse2, rows, jnp.inf),

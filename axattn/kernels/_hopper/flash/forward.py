@@ -61,12 +61,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return output ``[B, T, N, h]`` in the query's dtype and LSE ``[B, T, N]``, float32."""
     grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=True)
-    block_map = _block_map.of_queries(operands.call, grid.block_q, grid.block_kv)
+    block_map = _block_map.map_key_blocks(operands.call, grid.block_q, grid.block_kv)
     arrays = dict(operands.arrays)
     for name in _ROW_VECTORS:
         if name in arrays:
             arrays[name] = grid.pack_vector(arrays[name])
-    arrays.update(block_map.arrays())
+    arrays.update(block_map.as_arrays())
     rows = round_up_length(problem.q_len)
     shape = (problem.batch, rows, problem.num_heads, problem.value_head_dim)
     lse_shape = (problem.batch, problem.num_heads, grid.num_q * grid.block_q)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from axattn.kernels._block_map import Visits
+from axattn.kernels._block_map import TileBlocks
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.operands import HopperOperands
 from axattn.kernels._hopper.primitives import ROWS, div, rem
@@ -150,7 +150,7 @@ class FlashWarpgroup(NamedTuple):
     gmem: Mapping[str, Any]
     smem: Mapping[str, Any]
     tile: WorkTile
-    block_map: Visits
+    block_map: TileBlocks
     warpgroup: jax.Array
 
     @classmethod
@@ -159,7 +159,7 @@ class FlashWarpgroup(NamedTuple):
     ) -> FlashWarpgroup:
         warpgroup = lax.axis_index("warpgroup")
         tile = grid.locate(lax.axis_index("program"), warpgroup)
-        return cls(grid, gmem, smem, tile, Visits.load(gmem, tile.batch, tile.block), warpgroup)
+        return cls(grid, gmem, smem, tile, TileBlocks.load(gmem, tile.batch, tile.block), warpgroup)
 
     def select_buffer(self, name: str) -> Any:
         """Return this warpgroup's part of shared memory ``[warpgroups, ...]``."""

@@ -102,8 +102,8 @@ def key_grad(
     call = operands.call
     masked = bool(call.mask.parts) or call.kv_positions is not None
     grid = KeyGradGrid(problem, sizes, masked)
-    block_map = _block_map.of_keys(call, sizes.block_q, grid.block_kv)
-    arrays = {**operands.arrays, **block_map.arrays()}
+    block_map = _block_map.map_query_blocks(call, sizes.block_q, grid.block_kv)
+    arrays = {**operands.arrays, **block_map.as_arrays()}
     shape = (problem.batch, round_up_length(problem.kv_len), problem.num_kv_heads)
     out = tuple(
         jax.ShapeDtypeStruct((*shape, size), jnp.dtype(problem.dtype))
@@ -178,7 +178,7 @@ class KeyGradWarpgroup(NamedTuple):
     gmem: Mapping[str, Any]
     smem: Mapping[str, Any]
     tile: KeyTile
-    block_map: _block_map.Visits
+    block_map: _block_map.TileBlocks
 
     def select_buffer(self, name: str) -> Any:
         """Return this warpgroup's part of shared memory ``[key_tiles, ...]``."""
@@ -200,7 +200,7 @@ def _key_grad_body(grid: KeyGradGrid, names: tuple[str, ...], *refs, **smem) -> 
     gmem = dict(zip((*names, "dkey", "dvalue"), refs, strict=True))
     warpgroup, groups = lax.axis_index("warpgroup"), grid.sizes.warpgroups
     tile = grid.locate(lax.axis_index("program"), warpgroup)
-    block_map = _block_map.Visits.load(gmem, tile.batch, tile.block)
+    block_map = _block_map.TileBlocks.load(gmem, tile.batch, tile.block)
     wg = KeyGradWarpgroup(grid, gmem, smem, tile, block_map)
 
     def consume(**gradients):
@@ -263,7 +263,7 @@ def _consume_key_grad(wg: KeyGradWarpgroup, *, has_dkey: bool, has_dvalue: bool)
         # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
         tiles = ScoreTiles.wait(smem, index, pl.ds(tile.key_tile * ROWS, ROWS))
         scores = operands.select_block(tile.slot, tiles)
-        kept = scores.kept()
+        kept = scores.compute_kept()
 
         # Keys times queries.
         query, lse = smem["query"].wait(index)

@@ -46,8 +46,8 @@ from axattn.kernels._problem import Problem
 def query_grad(problem: Problem, operands: HopperOperands, sizes: QueryGradBlockSizes) -> jax.Array:
     """Return dQ ``[B, T, N, H]``; ``operands`` have ``dout``, ``lse2`` and ``delta`` besides."""
     grid = FlashGrid.create(problem, operands, sizes.block_kv, sizes.warpgroups, packing=False)
-    block_map = _block_map.of_queries(operands.call, grid.block_q, grid.block_kv)
-    arrays = {**operands.arrays, **block_map.arrays()}
+    block_map = _block_map.map_key_blocks(operands.call, grid.block_q, grid.block_kv)
+    arrays = {**operands.arrays, **block_map.as_arrays()}
     rows = round_up_length(problem.q_len)
     shape = (problem.batch, rows, problem.num_heads, problem.head_dim)
     out = jax.ShapeDtypeStruct(shape, jnp.dtype(problem.dtype))
@@ -154,7 +154,7 @@ def _consume_query_grad(wg: FlashWarpgroup) -> None:
         # Dropout comes first: it takes many registers to compute, and one bit per score to keep.
         tiles = ScoreTiles.wait(smem, n, pl.ds(wg.warpgroup * ROWS, ROWS))
         scores = operands.select_block(kv_slot, tiles)
-        kept = scores.kept()
+        kept = scores.compute_kept()
 
         # Queries times keys, and gradients of the output times values.
         key, value = smem["key"].wait(n).numbers, smem["value"].wait(n).numbers

@@ -68,7 +68,7 @@ def make_split_kv_grid(
     ``workers``: programs that fit the chip at a time.
     """
     operands = gather_packed_operands(call)
-    problem = Problem.of(call, interpret=interpret)
+    problem = Problem.from_call(call, interpret=interpret)
     packing = PackGQA(call.group, call.q_len)
     blocks = cdiv(call.kv_len, sizes.block_kv)
     split = call.kv_split_size
@@ -76,7 +76,7 @@ def make_split_kv_grid(
         split = min(cdiv(split, sizes.block_kv), blocks)
     workers = max(1, workers // packing.tiles)
     plan = SplitKVPlan(call.batch, call.num_kv_heads, workers, split, blocks)
-    spans = _block_map.of_few_rows(operands.call, operands.bounds, sizes.block_kv)
+    spans = _block_map.span_few_rows(operands.call, operands.bounds, sizes.block_kv)
     total = jnp.broadcast_to(spans[:, 0, 3], (call.batch,))
     arrays = {**operands.arrays, "spans": spans, "row_starts": find_row_starts(total, plan)}
     masked = bool(operands.call.mask.parts) or operands.call.kv_positions is not None
@@ -129,7 +129,7 @@ class SplitKVWarpgroup(NamedTuple):
         """Call ``body(split)`` for each split; return how many steps they had in all."""
 
         def load_block_map(batch):
-            return _block_map.Visits.load(self.gmem, batch, jnp.int32(0))
+            return _block_map.TileBlocks.load(self.gmem, batch, jnp.int32(0))
 
         return for_each_split(self.share, self.grid.problem.num_kv_heads, load_block_map, body)
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.operands import HopperOperands, align_rows, make_score_arrays
 from axattn.kernels._hopper.primitives import ROW_GROUP, ROWS
-from axattn.kernels._masks import bounds, fold_key_masks
-from axattn.kernels._padding import padded
+from axattn.kernels._masks import compute_row_bounds, fold_key_masks
+from axattn.kernels._padding import pad_axis
 from axattn.kernels._problem import cdiv, round_up
 
 
@@ -53,22 +53,22 @@ class PackGQA:
         batch, _, heads, size = array.shape
         array = array.reshape(batch, self.q_len, heads // self.group, self.group, size)
         array = array.transpose(0, 2, 1, 3, 4).reshape(batch, -1, self.rows, size)
-        return padded(array, self.stored_rows, axis=2)
+        return pad_axis(array, self.stored_rows, axis=2)
 
     def pack_tokens(self, vector: jax.Array, fill: int = 0) -> jax.Array:
         """Return ``[B or 1, T or more]``, the same for all heads, as ``[B or 1, tiles * 64]``."""
         vector = jnp.repeat(vector[:, : self.q_len], self.group, axis=1)
-        return padded(vector, self.tiles * ROWS, fill)
+        return pad_axis(vector, self.tiles * ROWS, fill)
 
     def pack_vectors(self, array: jax.Array) -> jax.Array:
         """Return ``[B or 1, N or 1, T or more]`` as ``[B or 1, K or 1, tiles * 64]``."""
-        return padded(
+        return pad_axis(
             self._group_rows(array[..., : self.q_len, None])[..., 0], self.tiles * ROWS, axis=2
         )
 
     def pack_score_tiles(self, array: jax.Array) -> jax.Array:
         """Return ``[B or 1, N or 1, T, S]`` as ``[B or 1, K or 1, stored_rows, S]``."""
-        return padded(self._group_rows(array), self.stored_rows, axis=2)
+        return pad_axis(self._group_rows(array), self.stored_rows, axis=2)
 
     def _group_rows(self, array: jax.Array) -> jax.Array:
         """Return ``[B or 1, N or 1, T, n]`` as ``[B or 1, K or 1, rows, n]``."""
@@ -90,7 +90,7 @@ def gather_packed_operands(call: AttentionCall) -> HopperOperands:
     kv = KVLoader.from_call(call)
     packing = PackGQA(call.group, call.q_len)
     call = fold_key_masks(call)
-    limits = bounds(call)
+    limits = compute_row_bounds(call)
     arrays = make_score_arrays(call, limits)
     query = packing.pack_query(call.query.astype(call.product_dtype))
     query = query.reshape(-1, *query.shape[2:])
@@ -103,7 +103,9 @@ def gather_packed_operands(call: AttentionCall) -> HopperOperands:
         arrays["row_slopes"] = jnp.broadcast_to(slopes, (*slopes.shape[:2], call.q_len))
     for name in list(arrays):
         if name in ("low", "high", "q_positions", "q_segments"):
-            arrays[name] = packing.pack_tokens(arrays[name], -NEVER if name == "high" else 0)
+            arrays[name] = packing.pack_tokens(
+                arrays[name], -UNUSED_POSITION if name == "high" else 0
+            )
         elif name in ("row_bias", "row_shift", "row_slopes"):
             arrays[name] = packing.pack_vectors(arrays[name])
         elif name in ("bias", "allowed"):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from axattn._call import AttentionCall
 from axattn._mask_parts import Dense, Segments, Window
 from axattn._typing import present
-from axattn.kernels._masks import key_mask, row_mask
+from axattn.kernels._masks import is_key_mask, is_row_mask
 from axattn.kernels._tpu.cached.grid import CachedGrid
 from axattn.kernels._tpu.layout import count_vmem_bytes
 
@@ -100,7 +100,7 @@ def _declare_buffers(call: AttentionCall, grid: CachedGrid) -> dict[str, Any]:
             slots = (grid.copies_per_block, grid.copy_size)
             shape = (2, grid.kv_heads, *slots, array.shape[-1])
         buffers[name] = pltpu.VMEM(shape, array.dtype)
-    if call.kv_positions is not None or any(map(key_mask, parts)):
+    if call.kv_positions is not None or any(map(is_key_mask, parts)):
         buffers["kv_positions"] = vector
     if any(isinstance(part, Segments) for part in parts):
         buffers["kv_segments"] = vector
@@ -109,7 +109,9 @@ def _declare_buffers(call: AttentionCall, grid: CachedGrid) -> dict[str, Any]:
     elif classify_bias(call) == "both":
         heads = _count_heads(grid, present(call.bias))
         buffers["bias"] = pltpu.VMEM((2, heads, grid.rows, block_kv), jnp.float32)
-    dense = [p.array for p in parts if isinstance(p, Dense) and not (key_mask(p) or row_mask(p))]
+    dense = [
+        p.array for p in parts if isinstance(p, Dense) and not (is_key_mask(p) or is_row_mask(p))
+    ]
     if dense:
         heads = max(_count_heads(grid, array) for array in dense)
         shape = (2, heads, grid.rows, block_kv)

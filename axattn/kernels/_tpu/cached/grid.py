@@ -17,7 +17,7 @@ from jax import lax
 
 from axattn import _quantization
 from axattn._call import AttentionCall
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
 from axattn.kernels import _block_map, _masks
 from axattn.kernels._problem import Problem, cdiv, round_up
@@ -119,7 +119,7 @@ class CachedGrid:
 
 def make_cached_grid(call: AttentionCall, sizes: CachedBlockSizes, cores: int) -> CachedGrid:
     """Return the grid of a call over a cache for so many ``cores``."""
-    problem, stored = Problem.of(call), present(call.stored)
+    problem, stored = Problem.from_call(call), present(call.stored)
     is_paged = stored.block_table is not None
     if sizes.block_kv % LANES:
         raise ValueError(f"block_kv takes a multiple of {LANES}, got {sizes.block_kv}")
@@ -170,12 +170,12 @@ def find_slots_last(call: AttentionCall) -> frozenset[str]:
     return frozenset(name for name, x in pairs if x is not None and x.shape[-1] % LANES)
 
 
-def make_scalars(call: AttentionCall, grid: CachedGrid, bounds: _masks.Bounds) -> CachedScalars:
+def make_scalars(call: AttentionCall, grid: CachedGrid, bounds: _masks.RowBounds) -> CachedScalars:
     """Return the scalars of a call without key masks (`_masks.fold_key_masks`)."""
     if grid.num_tiles == 1:
-        spans = _block_map.of_few_rows(call, bounds, grid.block_kv)
+        spans = _block_map.span_few_rows(call, bounds, grid.block_kv)
     else:
-        plan = _block_map.of_queries(call, grid.block_q, grid.block_kv, longest_list=0)
+        plan = _block_map.map_key_blocks(call, grid.block_q, grid.block_kv, longest_list=0)
         spans = plan.spans
     batch = grid.problem.batch
     spans = jnp.broadcast_to(spans, (batch, grid.num_tiles, 4))
@@ -183,7 +183,7 @@ def make_scalars(call: AttentionCall, grid: CachedGrid, bounds: _masks.Bounds) -
         ends = jnp.clip(bounds[1].max(1), 0, call.kv_len)
     else:
         slots = jnp.arange(1, call.kv_len + 1, dtype=jnp.int32)[None]
-        ends = jnp.where(call.kv_positions < NEVER, slots, 0).max(1)
+        ends = jnp.where(call.kv_positions < UNUSED_POSITION, slots, 0).max(1)
     spans = _split_spans(spans, grid.num_splits)
     stored, table = present(call.stored), jnp.zeros(1, jnp.int32)
     if grid.is_paged:

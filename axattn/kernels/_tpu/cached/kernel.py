@@ -19,9 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from axattn._call import AttentionCall
-from axattn._jax_compat import result_of
+from axattn._jax_compat import make_result_shape
 from axattn.kernels import _cost, _masks
-from axattn.kernels._scores import Scores, State, finished, precision_of, softmax
+from axattn.kernels._scores import (
+    ScoreComputer,
+    SoftmaxState,
+    add_softmax_block,
+    choose_precision,
+    finish_softmax,
+)
 from axattn.kernels._tpu.cached import operands
 from axattn.kernels._tpu.cached.blocks import declare_memory
 from axattn.kernels._tpu.cached.copies import BlockCopies, CachedBlock
@@ -56,7 +62,7 @@ def _call_kernel(
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``[results, K, tiles, rows, h]`` and ``[results, K, tiles, 1, row_lanes]``."""
     query = operands.lay_out_queries(call, grid)
-    bounds = _masks.bounds(call)
+    bounds = _masks.compute_row_bounds(call)
     inputs = {"query": query} | operands.make_row_vectors(call, grid, bounds)
     sources = operands.make_sources(call, grid)
     memory = declare_memory(call, grid)
@@ -64,7 +70,7 @@ def _call_kernel(
     assert _list_dtypes(sources) == _list_dtypes(memory.buffers)
     shape = (grid.num_results, grid.kv_heads, grid.num_tiles)
     outputs = [
-        result_of(query, (*shape, *block.shape[3:]), block.dtype)
+        make_result_shape(query, (*shape, *block.shape[3:]), block.dtype)
         for block in memory.outputs.values()
     ]
     vectors = tuple(memory.inputs)[1:]
@@ -91,7 +97,7 @@ def _call_kernel(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_limit,
         ),
-        cost_estimate=_cost.over_all_keys(call),
+        cost_estimate=_cost.estimate_all_keys(call),
         interpret=interpret,
         name="axattn_cached",
     )(*make_scalars(call, grid, bounds), *inputs.values(), *sources.values())
@@ -206,7 +212,9 @@ def _attend_tile(grid: CachedGrid, precision: Any, refs: CachedRefs, copies: Blo
         @_run_on_heads(grid)
         def _(head):
             heads = pl.ds(head, grid.heads_per_product)
-            factor, lse = finished(State(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2]))
+            factor, lse = finish_softmax(
+                SoftmaxState(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2])
+            )
             refs.out[0, heads, 0] = (refs.sums[heads] * factor).astype(refs.out.dtype)
             refs.lse[0, heads, 0, :, pl.ds(0, grid.rows)] = transpose_to_lanes(lse)
 
@@ -247,19 +255,19 @@ def _add_block(
         heads = pl.ds(head, grid.heads_per_product)
         start, end = at.block * grid.block_kv, refs.scalars.ends[at.batch]
         tile = CachedTile(grid, refs.vectors, copies.buffers, buffer, start, head)
-        block = Scores(grid.problem, tile)
+        block = ScoreComputer(grid.problem, tile)
 
         keys = load("keys", head)
         key_axis = 1 if "keys" in grid.slots_last else 2
         dots = _multiply(refs.query[0, heads, 0], keys, key_axis, precision)
         if tile.has("key_scales"):
-            dots = dots * tile.of_keys("key_scales")
-        scores, _ = block.scores(dots)
+            dots = dots * tile.load_keys("key_scales")
+        scores, _ = block.compute(dots)
         if partial:
-            allowed = block.allowed()
+            allowed = block.compute_mask()
             scores = jnp.where(allowed, scores, -jnp.inf)
-        state = State(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2])
-        weights, decay, state = softmax(scores, state, 2)
+        state = SoftmaxState(refs.state[heads, :, 0:1], refs.state[heads, :, 1:2])
+        weights, decay, state = add_softmax_block(scores, state, 2)
         refs.state[heads, :, 0:1], refs.state[heads, :, 1:2] = state
 
         # Latent attention has its values in the first features of the keys.
@@ -273,7 +281,7 @@ def _add_block(
             used = tile.find_used_slots(end, slot_axis)
             values = jnp.where(used, values, jnp.zeros((), values.dtype))
         if tile.has(scales):
-            weights = weights * tile.of_keys(scales)
+            weights = weights * tile.load_keys(scales)
             if partial:  # the scale of an unused slot may be NaN
                 weights = jnp.where(allowed, weights, 0.0)
         product = _multiply(weights.astype(values.dtype), values, slot_axis, precision)
@@ -286,7 +294,7 @@ def _multiply(a: jax.Array, b: jax.Array, axis: int, precision: Any) -> jax.Arra
         a,
         b,
         (((2,), (axis,)), ((0,), (0,))),
-        precision=precision_of(a, precision),
+        precision=choose_precision(a, precision),
         preferred_element_type=jnp.float32,
     )
 

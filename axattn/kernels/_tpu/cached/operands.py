@@ -12,10 +12,10 @@ from jax import lax
 
 from axattn._call import AttentionCall
 from axattn._mask_parts import Segments
-from axattn._stored import NEVER, Stored
+from axattn._stored import UNUSED_POSITION, KVView
 from axattn._typing import present
 from axattn.kernels import _masks
-from axattn.kernels._padding import padded
+from axattn.kernels._padding import pad_axis
 from axattn.kernels._problem import LOG2E
 from axattn.kernels._tpu.cached import copies
 from axattn.kernels._tpu.cached.blocks import choose_mask_dtype, classify_bias
@@ -30,7 +30,7 @@ def lay_out_queries(call: AttentionCall, grid: CachedGrid) -> jax.Array:
 
 
 def make_row_vectors(
-    call: AttentionCall, grid: CachedGrid, bounds: _masks.Bounds
+    call: AttentionCall, grid: CachedGrid, bounds: _masks.RowBounds
 ) -> dict[str, jax.Array]:
     """Return vectors over rows, ``[B or 1, K or 1, tiles, 1, row_lanes]`` each.
 
@@ -39,7 +39,7 @@ def make_row_vectors(
     row_bias, row_shift, slopes, sinks   float32
     """
     low, high = bounds
-    vectors = {"high": _lay_out_over_rows(high[:, None], grid, -NEVER)}
+    vectors = {"high": _lay_out_over_rows(high[:, None], grid, -UNUSED_POSITION)}
     if low is not None:
         vectors["low"] = _lay_out_over_rows(low[:, None], grid)
     for part in call.mask.parts:
@@ -56,7 +56,7 @@ def make_row_vectors(
     if classify_bias(call) == "rows":
         bias = present(call.bias)[..., 0].astype(jnp.float32)
         vectors["row_bias"] = _lay_out_over_rows(bias, grid)
-    shift = present(call.stored).center_dots(call.query, jnp.float32)
+    shift = present(call.stored).multiply_center(call.query, jnp.float32)
     if shift is not None:
         shift = shift.reshape(call.batch, call.num_heads, call.q_len)
         vectors["row_shift"] = _lay_out_over_rows(shift, grid)
@@ -80,7 +80,7 @@ def make_sources(call: AttentionCall, grid: CachedGrid) -> dict[str, jax.Array]:
             if name in arrays:
                 arrays[name] = _pad_keys(_gather_scales(stored, arrays[name]), grid)
     if call.kv_positions is not None:
-        arrays["kv_positions"] = _pad_keys(call.kv_positions[:, None], grid, NEVER)
+        arrays["kv_positions"] = _pad_keys(call.kv_positions[:, None], grid, UNUSED_POSITION)
     for part in call.mask.parts:
         if isinstance(part, Segments):
             arrays["kv_segments"] = _lay_out_over_keys(part.kv_ids[:, None], grid)
@@ -90,7 +90,7 @@ def make_sources(call: AttentionCall, grid: CachedGrid) -> dict[str, jax.Array]:
         arrays["key_bias"] = _lay_out_over_keys(bias, grid)
     elif kind == "both":
         arrays["bias"] = _lay_out_tiles(present(call.bias).astype(jnp.float32), grid)
-    allowed = _masks.dense_mask(call)
+    allowed = _masks.merge_dense_masks(call)
     if allowed is not None:
         arrays["allowed"] = _lay_out_tiles(allowed.astype(choose_mask_dtype(grid)), grid)
     return arrays
@@ -101,7 +101,7 @@ def restore_queries(grid: CachedGrid, rows: jax.Array) -> jax.Array:
     return join_tiles(rows[:, :, :, : grid.problem.group * grid.block_q], grid)
 
 
-def _gather_scales(stored: Stored, scales: jax.Array) -> jax.Array:
+def _gather_scales(stored: KVView, scales: jax.Array) -> jax.Array:
     """Copy the scales of a cache to ``[B, K, S]``."""
     if stored.block_table is None:
         return lax.dynamic_slice_in_dim(scales, stored.first_row, stored.batch, 0)
@@ -116,18 +116,18 @@ def _gather_scales(stored: Stored, scales: jax.Array) -> jax.Array:
 
 def _split_into_rows(array: jax.Array, grid: CachedGrid, fill: float = 0) -> jax.Array:
     """Return ``[B, N or 1, T, size]`` as ``[B, K or 1, tiles, rows, size]``, with padding."""
-    return padded(split_into_tiles(array, grid, fill), grid.rows, fill, axis=3)
+    return pad_axis(split_into_tiles(array, grid, fill), grid.rows, fill, axis=3)
 
 
 def _lay_out_over_rows(vector: jax.Array, grid: CachedGrid, fill: int = 0) -> jax.Array:
     """Return ``[B or 1, N or 1, T or 1]`` as ``[B or 1, K or 1, tiles, 1, row_lanes]``."""
     vector = jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.q_len))
     rows = _split_into_rows(vector[..., None], grid, fill).swapaxes(3, 4)
-    return padded(rows, grid.row_lanes, fill, axis=4)
+    return pad_axis(rows, grid.row_lanes, fill, axis=4)
 
 
 def _pad_keys(vector: jax.Array, grid: CachedGrid, fill: int = 0) -> jax.Array:
-    return padded(vector, grid.num_kv * grid.block_kv, fill, axis=vector.ndim - 1)
+    return pad_axis(vector, grid.num_kv * grid.block_kv, fill, axis=vector.ndim - 1)
 
 
 def _lay_out_over_keys(vector: jax.Array, grid: CachedGrid) -> jax.Array:

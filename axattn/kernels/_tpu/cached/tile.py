@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn.kernels._tpu.cached.grid import CachedGrid
 from axattn.kernels._tpu.layout import LANES, transpose_to_column
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedTile:
-    """A `_scores.Block` of some key/value heads of a step."""
+    """A `_scores.ScoreBlock` of some key/value heads of a step."""
 
     grid: CachedGrid
     rows: Mapping[str, Any]  # vectors over rows, [1, K or 1, 1, 1, lanes]
@@ -34,28 +34,28 @@ class CachedTile:
     def has(self, name: str) -> bool:
         return name in self.rows or name in self.buffers
 
-    def of_rows(self, name: str) -> jax.Array:
+    def load_rows(self, name: str) -> jax.Array:
         """Load a vector over rows, ``[heads or 1, rows, 1]``."""
         ref = self.rows[name]
         return transpose_to_rows(ref[0, self._select_heads(ref.shape[1]), 0], self.grid.rows)
 
-    def of_keys(self, name: str) -> jax.Array:
+    def load_keys(self, name: str) -> jax.Array:
         """Load a vector over keys, ``[heads or 1, 1, keys]``."""
         ref = self.buffers[name]
         return ref[self.slot, self._select_heads(ref.shape[1])][:, None, :]
 
-    def tile(self, name: str) -> jax.Array:
+    def load_tile(self, name: str) -> jax.Array:
         """Load an array over queries and keys, ``[heads or 1, rows, keys]``."""
         ref = self.buffers[name]
         tile = ref[self.slot, self._select_heads(ref.shape[1])]
         return tile if tile.dtype.itemsize == 4 else tile.astype(jnp.int32)
 
-    def slots(self) -> jax.Array:
+    def make_slots(self) -> jax.Array:
         """Return the key slots, ``[1, 1, keys]``."""
         shape = (1, 1, self.grid.block_kv)
         return self.start + lax.broadcasted_iota(jnp.int32, shape, 2)
 
-    def dropout_words(self):
+    def load_dropout_words(self):
         raise NotImplementedError("dropout over a cache")
 
     def find_used_slots(self, end: Any, axis: int) -> jax.Array:
@@ -66,8 +66,10 @@ class CachedTile:
         shape = tuple(self.grid.block_kv if i == axis else 1 for i in range(3))
         used = self.start + lax.broadcasted_iota(jnp.int32, shape, axis) < end
         if self.has("kv_positions"):
-            positions = self.of_keys("kv_positions")
-            used &= (transpose_to_rows(positions, shape[1]) if axis == 1 else positions) < NEVER
+            positions = self.load_keys("kv_positions")
+            used &= (
+                transpose_to_rows(positions, shape[1]) if axis == 1 else positions
+            ) < UNUSED_POSITION
         return used
 
     def _select_heads(self, count: int):

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from axattn._call import AttentionCall
 from axattn._typing import present
 from axattn.kernels import _backward_inputs, _masks
-from axattn.kernels._scores import Scores, contract
+from axattn.kernels._scores import ScoreComputer, contract
 from axattn.kernels._tpu.flash import cost, operands
 from axattn.kernels._tpu.flash.blocks import (
     KernelMemory,
@@ -57,7 +57,7 @@ from axattn.kernels._tpu.flash.tile import (
 def backward(
     call: AttentionCall,
     sizes: TpuBackwardBlockSizes,
-    given: _backward_inputs.Given,
+    given: _backward_inputs.BackwardInputs,
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -293,26 +293,26 @@ def _add_tile_gradients(
     ``to_keys`` is the slice of the sums of keys and values to which this block adds, or None.
     """
     refs, head, problem = tile.refs, tile.head, tile.grid.problem
-    block = Scores(problem, tile)
+    block = ScoreComputer(problem, tile)
     rows, drows = refs["rows"][head], refs["drows"][head]
 
     # The weights again, [keys, rows], from the LSE.
-    scores, ratio = block.scores(contract(refs["key"][0, head], rows, (1, 1), precision))
-    lse2 = tile.of_rows("lse2")
+    scores, ratio = block.compute(contract(refs["key"][0, head], rows, (1, 1), precision))
+    lse2 = tile.load_rows("lse2")
     weights = jnp.exp2(scores - lse2)
     if partial:
-        weights = jnp.where(block.allowed(), weights, 0.0)
+        weights = jnp.where(block.compute_mask(), weights, 0.0)
     if tile.has("bias") and problem.q_len % tile.grid.block_q:
         # After the last query the bias may be anything.
         weights = jnp.where(lse2 == jnp.inf, 0.0, weights)
-    kept = block.kept()
+    kept = block.compute_kept()
 
     # The gradients of the scaled products, [keys, rows].
     dweights = contract(refs["value"][0, head], drows, (1, 1), precision)
-    dscores = weights * (block.thinned(dweights, kept) - tile.of_rows("delta"))
+    dscores = weights * (block.apply_dropout(dweights, kept) - tile.load_rows("delta"))
     if ratio is not None:
         dscores = dscores * (1.0 - ratio * ratio)
-    weights = block.thinned(weights, kept).astype(rows.dtype)
+    weights = block.apply_dropout(weights, kept).astype(rows.dtype)
     dscores, key = dscores.astype(rows.dtype), refs["key"][0, head]
 
     if to_keys is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from axattn._call import AttentionCall
 from axattn._jax_compat import TpuChip
 from axattn.kernels import _masks
-from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._block_bounds import bound_blocks
 from axattn.kernels._problem import Problem, cdiv, round_up
 from axattn.kernels._tpu.flash import cost
 from axattn.kernels._tpu.flash.backward import declare_fused, declare_key_grad, declare_query_grad
@@ -141,7 +141,7 @@ def estimate_vmem_bytes(
 ) -> int:
     """Return the bytes of what a kernel declares, and an upper estimate of the rest."""
     kv_heads = choose_kv_heads(call)
-    tiling = TpuFlashTiling(Problem.of(call), block_q, block_kv, kv_heads, call.heads_first)
+    tiling = TpuFlashTiling(Problem.from_call(call), block_q, block_kv, kv_heads, call.heads_first)
     memory = kernel.declare(call, tiling)
     return memory.count_vmem_bytes() + _estimate_live_bytes(call, kernel, tiling, memory)
 
@@ -193,7 +193,7 @@ def estimate_time(
     """Estimate the time of a kernel by its longest unit, with some time for each step."""
     work, kv_heads = kernel.work, choose_kv_heads(call)
     sizes, itemsize = (call.head_dim, call.value_head_dim), call.query.dtype.itemsize
-    per_tile = blocks_per_tile(call, block_q, block_kv, work.major)
+    per_tile = bound_blocks(call, block_q, block_kv, work.major)
     blocks, idle_steps = per_tile.sum(), (per_tile.max() - per_tile).sum()
     num_q = cdiv(call.q_len, block_q)
     scores = kv_heads * call.group * block_q * block_kv

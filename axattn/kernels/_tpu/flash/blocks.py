@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from axattn._call import AttentionCall
 from axattn._mask_parts import Dense, Segments, Window
 from axattn._typing import present
-from axattn.kernels._masks import key_mask, row_mask
+from axattn.kernels._masks import is_key_mask, is_row_mask
 from axattn.kernels._tpu.flash.grid import GridScalars, TpuFlashGrid, TpuFlashTiling
 from axattn.kernels._tpu.layout import count_vmem_bytes
 
@@ -125,7 +125,7 @@ def declare_inputs(call: AttentionCall, tiling: TpuFlashTiling) -> dict[str, Vme
     }
     if any(isinstance(part, Window) and part.left is not None for part in parts):
         blocks["low"] = over_rows(jnp.int32)
-    if call.kv_positions is not None or any(map(key_mask, parts)):
+    if call.kv_positions is not None or any(map(is_key_mask, parts)):
         blocks["kv_positions"] = over_keys(jnp.int32)
     if any(isinstance(part, Segments) for part in parts):
         blocks["q_segments"] = over_rows(jnp.int32)
@@ -136,7 +136,9 @@ def declare_inputs(call: AttentionCall, tiling: TpuFlashTiling) -> dict[str, Vme
     if call.dropout_key is not None:
         heads = 1 if call.broadcast_dropout else call.num_heads
         blocks["dropout_rows"] = over_rows(jnp.int32, heads)
-    dense = [p.array for p in parts if isinstance(p, Dense) and not (key_mask(p) or row_mask(p))]
+    dense = [
+        p.array for p in parts if isinstance(p, Dense) and not (is_key_mask(p) or is_row_mask(p))
+    ]
     if dense:
         heads = max(array.shape[1] for array in dense)
         blocks["allowed"] = make_tile_block(tiling, jnp.int8, heads)

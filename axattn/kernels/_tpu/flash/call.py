@@ -48,7 +48,7 @@ def call_kernel(
     return pl.pallas_call(
         run_body,
         out_shape=[
-            _jax_compat.result_of(arrays[0], array.shape, array.dtype)
+            _jax_compat.make_result_shape(arrays[0], array.shape, array.dtype)
             for array, _ in memory.outputs.values()
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(

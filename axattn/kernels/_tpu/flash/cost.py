@@ -7,7 +7,7 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from axattn._call import AttentionCall
-from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._block_bounds import bound_blocks
 from axattn.kernels._tpu.flash.grid import TpuFlashGrid
 
 
@@ -37,7 +37,7 @@ def estimate_cost(call: AttentionCall, grid: TpuFlashGrid, work: KernelWork) -> 
     """
     problem, itemsize = grid.problem, call.query.dtype.itemsize
     sizes = problem.head_dim, problem.value_head_dim
-    per_tile = blocks_per_tile(call, grid.block_q, grid.block_kv, grid.major)
+    per_tile = bound_blocks(call, grid.block_q, grid.block_kv, grid.major)
     blocks = problem.batch * problem.num_heads * int(per_tile.sum())
     pairs = blocks * grid.block_q * grid.block_kv
     rows = problem.batch * problem.num_heads * problem.q_len

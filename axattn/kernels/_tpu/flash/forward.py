@@ -17,7 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from axattn._call import AttentionCall
 from axattn.kernels import _masks
-from axattn.kernels._scores import Scores, State, contract, finished, softmax
+from axattn.kernels._scores import (
+    ScoreComputer,
+    SoftmaxState,
+    add_softmax_block,
+    contract,
+    finish_softmax,
+)
 from axattn.kernels._tpu.flash import cost, operands
 from axattn.kernels._tpu.flash.blocks import (
     KernelMemory,
@@ -108,22 +114,22 @@ def _forward_kernel(
     def _(at, *, partial):
         @run_on_heads(grid)
         def _(head):
-            block = Scores(grid.problem, FlashTile(grid, refs, at, head, scalars.dropout))
+            block = ScoreComputer(grid.problem, FlashTile(grid, refs, at, head, scalars.dropout))
             dots = contract(refs["key"][0, head], refs["rows"][head], (1, 1), precision)
-            scores, _ = block.scores(dots)
+            scores, _ = block.compute(dots)
             if partial:
-                scores = jnp.where(block.allowed(), scores, -jnp.inf)
-            state = State(refs["top"][head], refs["total"][head])
-            weights, decay, state = softmax(scores, state, 0)
+                scores = jnp.where(block.compute_mask(), scores, -jnp.inf)
+            state = SoftmaxState(refs["top"][head], refs["total"][head])
+            weights, decay, state = add_softmax_block(scores, state, 0)
             refs["top"][head], refs["total"][head] = state
             value = refs["value"][0, head]
-            weights = block.thinned(weights, block.kept()).astype(value.dtype)
+            weights = block.apply_dropout(weights, block.compute_kept()).astype(value.dtype)
             sums = refs["sums"][head] * decay
             refs["sums"][head] = sums + contract(value, weights, (0, 0), precision)
 
     @pl.when(step == grid.num_steps - 1)
     def _():
-        factor, lse = finished(State(refs["top"][...], refs["total"][...]))
+        factor, lse = finish_softmax(SoftmaxState(refs["top"][...], refs["total"][...]))
         out = unpack_queries(grid, refs["sums"][...] * factor)
         refs["out"][0] = out.astype(refs["out"].dtype)
         refs["lse"][0, :, 0] = lse

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from axattn._call import AttentionCall
 from axattn.kernels import _block_map
-from axattn.kernels._block_bounds import blocks_per_tile
+from axattn.kernels._block_bounds import bound_blocks
 from axattn.kernels._problem import Problem, cdiv
 
 # Query heads in one memory tile of HBM if tokens are first.
@@ -133,14 +133,14 @@ class TpuFlashGrid(TpuFlashTiling):
             return BlockIndices(b, h, tile, block)
         return BlockIndices(b, h, block, tile)
 
-    def load_blocks(self, b, tile, scalars: GridScalars) -> _block_map.Visits:
+    def load_blocks(self, b, tile, scalars: GridScalars) -> _block_map.TileBlocks:
         """Read from scalar memory which blocks a tile needs."""
         row = (b if self.varies_by_row else 0) * self.num_tiles + tile
         first, before, full, total = (scalars.spans[row * 4 + i] for i in range(4))
         order = None
         if self.has_block_list:
             order = _BlockOrder(scalars.order, row * self.num_inner_blocks)
-        return _block_map.Visits(first, before, full, total, order)
+        return _block_map.TileBlocks(first, before, full, total, order)
 
 
 class _BlockOrder(NamedTuple):
@@ -167,8 +167,8 @@ def plan_grid(
     call: AttentionCall, sizes: TpuBlockSizes, major: str
 ) -> tuple[TpuFlashGrid, GridScalars]:
     """Return the grid of a call without key masks (`_masks.fold_key_masks`), and its scalars."""
-    problem, block_q, block_kv = Problem.of(call), sizes.block_q, sizes.block_kv
-    make_plan = _block_map.of_queries if major == "q" else _block_map.of_keys
+    problem, block_q, block_kv = Problem.from_call(call), sizes.block_q, sizes.block_kv
+    make_plan = _block_map.map_key_blocks if major == "q" else _block_map.map_query_blocks
     plan = make_plan(call, block_q, block_kv, longest_list=MAX_LISTED)
     grid = TpuFlashGrid(
         problem,
@@ -177,7 +177,7 @@ def plan_grid(
         choose_kv_heads(call),
         call.heads_first,
         major,
-        max(1, int(blocks_per_tile(call, block_q, block_kv, major).max())),
+        max(1, int(bound_blocks(call, block_q, block_kv, major).max())),
         plan.order is not None,
         plan.spans.shape[0] > 1,
     )

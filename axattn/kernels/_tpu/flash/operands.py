@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from axattn._call import AttentionCall
 from axattn._mask_parts import Segments
 from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
-from axattn._stored import NEVER
+from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
 from axattn.kernels import _masks
-from axattn.kernels._padding import padded
+from axattn.kernels._padding import pad_axis
 from axattn.kernels._problem import LOG2E
 from axattn.kernels._tpu.flash.grid import TpuFlashGrid
 from axattn.kernels._tpu.layout import join_tiles, split_into_tiles
@@ -40,12 +40,14 @@ def make_inputs(call: AttentionCall, grid: TpuFlashGrid) -> dict[str, jax.Array]
     inputs = {"query": lay_out_queries(grid, call.query)}
     for name, array in (("key", present(call.key)), ("value", present(call.value))):
         inputs[name] = _lay_out_keys(call, grid, array)
-    low, high = _masks.bounds(call)
-    inputs["high"] = lay_out_over_rows(grid, high[:, None], -NEVER)
+    low, high = _masks.compute_row_bounds(call)
+    inputs["high"] = lay_out_over_rows(grid, high[:, None], -UNUSED_POSITION)
     if low is not None:
         inputs["low"] = lay_out_over_rows(grid, low[:, None], 0)
     if call.kv_positions is not None:
-        inputs["kv_positions"] = _lay_out_over_keys(grid, call.kv_positions[:, None], NEVER)
+        inputs["kv_positions"] = _lay_out_over_keys(
+            grid, call.kv_positions[:, None], UNUSED_POSITION
+        )
     for part in call.mask.parts:
         if isinstance(part, Segments):
             inputs["q_segments"] = lay_out_over_rows(grid, part.q_ids[:, None], 0)
@@ -57,7 +59,7 @@ def make_inputs(call: AttentionCall, grid: TpuFlashGrid) -> dict[str, jax.Array]
         inputs["slopes"] = lay_out_over_rows(grid, slopes)
     if call.dropout_key is not None:
         inputs["dropout_rows"] = lay_out_over_rows(grid, _count_dropout_rows(call))
-    allowed = _masks.dense_mask(call)
+    allowed = _masks.merge_dense_masks(call)
     if allowed is not None:
         shape = (*allowed.shape[:2], call.q_len, call.kv_len)
         inputs["allowed"] = jnp.broadcast_to(allowed, shape).astype(jnp.int8)
@@ -105,7 +107,7 @@ def _lay_out_keys(call: AttentionCall, grid: TpuFlashGrid, array: jax.Array) -> 
         by_head = clean.reshape(clean.shape[0], 1, clean.shape[1], clean.shape[3])
     else:
         by_head = clean.swapaxes(1, 2)
-    return padded(by_head, grid.num_kv * grid.block_kv, axis=2)
+    return pad_axis(by_head, grid.num_kv * grid.block_kv, axis=2)
 
 
 def restore_keys(call: AttentionCall, by_head: jax.Array) -> jax.Array:
@@ -132,5 +134,5 @@ def restore_rows(grid: TpuFlashGrid, array: jax.Array) -> jax.Array:
 def _lay_out_over_keys(grid: TpuFlashGrid, vector: jax.Array, fill: float = 0) -> jax.Array:
     """Return ``[B or 1, N or 1, S or 1]`` as ``[B or 1, N or 1, blocks, 1, block_kv]``."""
     vector = jnp.broadcast_to(vector, (*vector.shape[:2], grid.problem.kv_len))
-    array = padded(vector, grid.num_kv * grid.block_kv, fill, axis=2)
+    array = pad_axis(vector, grid.num_kv * grid.block_kv, fill, axis=2)
     return array.reshape(*array.shape[:2], grid.num_kv, 1, grid.block_kv)

@@ -21,7 +21,7 @@ from axattn.kernels._tpu.layout import transpose_to_column
 
 @dataclasses.dataclass(frozen=True)
 class FlashTile:
-    """A `_scores.Block` of one key/value head of a step, read from the refs."""
+    """A `_scores.ScoreBlock` of one key/value head of a step, read from the refs."""
 
     grid: TpuFlashGrid
     refs: Mapping[str, Any]
@@ -32,12 +32,12 @@ class FlashTile:
     def has(self, name: str) -> bool:
         return name in self.refs
 
-    def of_rows(self, name: str) -> jax.Array:
+    def load_rows(self, name: str) -> jax.Array:
         """Load a vector over rows, ``[1, rows]``."""
         ref = self.refs[name]
         return ref[0, self.head if ref.shape[1] > 1 else 0, 0]
 
-    def of_keys(self, name: str) -> jax.Array:
+    def load_keys(self, name: str) -> jax.Array:
         """Load a vector over keys, ``[keys, 1]``, or ``[keys, rows]`` if query heads differ."""
         ref, grid = self.refs[name], self.grid
         if ref.shape[1] == 1:
@@ -47,7 +47,7 @@ class FlashTile:
         shape = (grid.block_kv, grid.block_q)
         return jnp.concatenate([jnp.broadcast_to(vector, shape) for vector in each], axis=1)
 
-    def tile(self, name: str) -> jax.Array:
+    def load_tile(self, name: str) -> jax.Array:
         """Load an array over queries and keys, ``[keys, rows]``."""
         ref, group = self.refs[name], self.grid.problem.group
         dtype = jnp.float32 if jnp.issubdtype(ref.dtype, jnp.floating) else jnp.int32
@@ -60,12 +60,12 @@ class FlashTile:
         first = self.head * group
         return jnp.concatenate([load_head(first + g) for g in range(group)], axis=1)
 
-    def slots(self) -> jax.Array:
+    def make_slots(self) -> jax.Array:
         """Return the key slots, ``[keys, rows]``."""
         shape = (self.grid.block_kv, self.grid.rows)
         return self.at.kv * self.grid.block_kv + lax.broadcasted_iota(jnp.int32, shape, 0)
 
-    def dropout_words(self) -> tuple[jax.Array, jax.Array]:
+    def load_dropout_words(self) -> tuple[jax.Array, jax.Array]:
         return self.words[0], self.words[1]
 
 
