@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "axattn" / "version.py").read_text("utf-8"), re.MULTILINE
+    r'^__version__ = "(.+)"$', (ROOT / "axattn" / "_version.py").read_text("utf-8"), re.MULTILINE
 ).group(1)
 README = ROOT / "README.md"
 
