@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import axattn
 import axattn.kernels
+from axattn import _submodules
 from tests import public
 
 PACKAGE = pathlib.Path(axattn.__file__).parent
@@ -15,7 +18,7 @@ PACKAGE = pathlib.Path(axattn.__file__).parent
 # From the ground up. A part imports from its own and from lower ones, nothing from higher ones.
 # `rotary` stands for `_rotary`, too: a module without an underscore is the face of one with it.
 FLOORS = (
-    ("typing", "checks", "dtypes", "serialization", "version"),
+    ("typing", "checks", "dtypes", "serialization", "submodules", "version"),
     ("jax_compat", "mask_parts", "rotary", "checkpoints"),
     ("primitives", "masks", "quantization", "aot"),
     ("options", "stored", "plotting"),
@@ -85,3 +88,15 @@ def test_public_modules_are_faces():
         assert all(isinstance(node, kinds) for node in tree.body), f"{path} has code"
     assert found == {*public.MODULES, "axattn.kernels"}
     assert not hasattr(axattn.kernels, "__all__")
+
+
+def test_public_modules_are_there_when_asked_for():
+    """``import axattn`` needs neither Flax nor an import of each module that is used."""
+    assert {f"axattn.{name}" for name in _submodules.NAMES} == {*public.MODULES} - {"axattn"}
+    code = (
+        "import sys, axattn\n"
+        "assert axattn.rotary.RotaryEmbedding and axattn.cache.DenseCache\n"
+        "assert axattn.quantization.quantize and not hasattr(axattn, 'rotatory')\n"
+        "assert 'flax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
