@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from axattn._attention import dot_product_attention, explain_implementations
 from axattn._masks import Mask
-from axattn._submodules import import_submodule
+from axattn._submodules import import_submodule as _import_submodule
 from axattn._version import __version__
 
 __all__ = ["Mask", "__version__", "dot_product_attention", "explain_implementations"]
 
 if not TYPE_CHECKING:  # checkers would take any name of this module
-    __getattr__ = import_submodule
+    __getattr__ = _import_submodule

@@ -352,7 +352,7 @@ def make_block_row_states(mask: Mask, layout: BlockLayout):
     """Return a function from a query block to its row of block states.
 
     Args:
-      layout: the ``axattn._mask_parts.Layout`` of a call, cut into blocks.
+      layout: the blocks of a call.
 
     Returns:
       A function of an int, whose row is int8 ``[B or 1, num_kv]`` of ``EMPTY``, ``PARTIAL``,

@@ -145,7 +145,7 @@ def _restore_value(name: str, like: Any, state: Any, differences: list[str]) -> 
         kind = _name_state(type(like))
         if not isinstance(state, Mapping) or state.get("type") != kind:
             got = state.get("type") if isinstance(state, Mapping) else type(state).__name__
-            return report(got, kind)
+            return report(got, type(like).__name__)
         for key, takes in static(like).items():
             got = state.get("static", {}).get(key)
             if got != takes:

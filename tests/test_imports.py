@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -99,4 +100,5 @@ def test_public_modules_are_there_when_asked_for():
         "assert axattn.quantization.quantize and not hasattr(axattn, 'rotatory')\n"
         "assert 'flax' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    path = os.pathsep.join([str(PACKAGE.parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})

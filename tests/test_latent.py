@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import axattn
-from axattn import Mask, _latent
+from axattn import Mask, _latent, latent
 from axattn.cache import DenseCache, PagedCache, RingCache
 from tests import reference
 from tests.precision import ULPS
@@ -66,7 +66,7 @@ FEATURES = {
 def test_forms(form, feature):
     options, given = FEATURES[feature], arrays()
     want = exact(**given, **options)
-    attend = functools.partial(_latent.latent_attention, form=form, return_residual=True, **options)
+    attend = functools.partial(latent.latent_attention, form=form, return_residual=True, **options)
     for out, lse in jax.jit(lambda x: [attend(**x, implementation=i) for i in IMPLEMENTATIONS])(
         given
     ):
@@ -83,12 +83,10 @@ def test_short_dtypes(form, dtype):
     """No more than twice the error of the naive form with whole matrices."""
     given = arrays(dtype=dtype)
     want = exact(**given, is_causal=True).out
-    key, value = _latent.write_out(
-        *(given[n] for n in ("latent", "key_rope", "key_up", "value_up"))
-    )
+    key, value = latent.write_out(*(given[n] for n in ("latent", "key_rope", "key_up", "value_up")))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, D + P - h)))
     plain = jax.nn.dot_product_attention(given["query"], key, value, is_causal=True)[..., :h]
-    out = _latent.latent_attention(**given, form=form, is_causal=True)
+    out = latent.latent_attention(**given, form=form, is_causal=True)
     assert out.dtype == dtype
     few = ULPS * float(jnp.finfo(dtype).eps) * np.abs(want).max()
     error, baseline = (np.abs(np.float64(x) - want).max() for x in (out, plain))
@@ -99,7 +97,7 @@ def test_gradients_of_both_forms_agree():
     given = arrays()
 
     def loss(given, form):
-        out = _latent.latent_attention(**given, form=form, is_causal=True)
+        out = latent.latent_attention(**given, form=form, is_causal=True)
         return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum()
 
     naive, absorbed = (jax.jit(jax.grad(loss), static_argnums=1)(given, form) for form in FORMS)
@@ -110,7 +108,7 @@ def test_gradients_of_both_forms_agree():
 
 def test_batch_dimensions_and_vmap():
     given = arrays()
-    attend = jax.jit(lambda x: _latent.latent_attention(**x, is_causal=True))
+    attend = jax.jit(lambda x: latent.latent_attention(**x, is_causal=True))
     want = exact(**given, is_causal=True).out
     more = {n: x if n.endswith("up") else x.reshape(1, B, *x.shape[1:]) for n, x in given.items()}
     np.testing.assert_allclose(attend(more)[0], want, atol=2e-5)
@@ -120,12 +118,12 @@ def test_batch_dimensions_and_vmap():
 
 def test_form_with_fewer_flops():
     deepseek = dict(rank=512, nope_dim=128, rope_dim=64, value_dim=128)
-    assert _latent.preferred_form(1, 4096, **deepseek) == "absorbed"
-    assert _latent.preferred_form(4096, 4096, **deepseek) == "naive"
-    assert _latent.preferred_form(16, 16, **deepseek) == "naive"
+    assert latent.preferred_form(1, 4096, **deepseek) == "absorbed"
+    assert latent.preferred_form(4096, 4096, **deepseek) == "naive"
+    assert latent.preferred_form(16, 16, **deepseek) == "naive"
     # A long cache: where the two meet, T R (D + h) / S is nothing.
-    assert _latent.preferred_form(170, 10**6, **deepseek) == "absorbed"
-    assert _latent.preferred_form(172, 10**6, **deepseek) == "naive"
+    assert latent.preferred_form(170, 10**6, **deepseek) == "absorbed"
+    assert latent.preferred_form(172, 10**6, **deepseek) == "naive"
     for q_len, kv_len in ((1, 64), (64, 64)):
         counts = {}
         structs = {
@@ -137,17 +135,17 @@ def test_form_with_fewer_flops():
         }
         structs = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in structs.items()}
         for form in FORMS:
-            attend = functools.partial(_latent.latent_attention, form=form, implementation="xla")
+            attend = functools.partial(latent.latent_attention, form=form, implementation="xla")
             lowered = jax.jit(lambda x, attend=attend: attend(**x)).lower(structs)
             counts[form] = lowered.cost_analysis()["flops"]
-        assert min(counts, key=counts.get) == _latent.preferred_form(q_len, kv_len, **deepseek)
+        assert min(counts, key=counts.get) == latent.preferred_form(q_len, kv_len, **deepseek)
 
 
 # ---- caches -------------------------------------------------------------------------------------
 
 
 def cache_of(kind, dtype="float32", capacity=24):
-    sizes = dict(_latent.cache_sizes(R, P), dtype=dtype)
+    sizes = dict(latent.cache_sizes(R, P), dtype=dtype)
     if kind == "dense":
         return DenseCache.create(B, capacity, **sizes)
     if kind == "ring":
@@ -165,7 +163,7 @@ def test_caches(kind):
     """Any way of filling one is the full pass; a first step of 15 is naive, a later one is not."""
     given = arrays()
     want = exact(**given, is_causal=True).out
-    extend = jax.jit(lambda cache, x: _latent.extend(cache, **x))
+    extend = jax.jit(lambda cache, x: latent.extend(cache, **x))
     for steps in ((15, 4), (4, 15), (1,) * T):
         cache, outs, done = cache_of(kind), [], 0
         for step in steps:
@@ -180,7 +178,7 @@ def test_caches(kind):
 def test_ragged_prompts(form):
     """Rows of a prompt end apart, one has no token; then all go on."""
     given, real = arrays(), np.array([4, 0])
-    extend = jax.jit(functools.partial(_latent.extend, form=form))
+    extend = jax.jit(functools.partial(latent.extend, form=form))
     out, cache = extend(cache_of("dense"), **tokens(given, 0, 15), lengths=real)
     row = {n: x if n.endswith("up") else x[:1] for n, x in given.items()}
     want = exact(**row, is_causal=True).out
@@ -197,7 +195,7 @@ def test_a_prompt_into_an_empty_cache_is_naive():
     """Where tokens are many. Both forms are in the program; which one runs is asked there."""
 
     def branches(kind, length, **options):
-        step = functools.partial(_latent.extend, **options)
+        step = functools.partial(latent.extend, **options)
         given = tokens(arrays(), 0, length)
         return str(jax.make_jaxpr(lambda c, x: step(c, **x))(cache_of(kind), given)).count("cond[")
 
@@ -214,7 +212,7 @@ def test_quantized_caches(dtype):
     given = arrays()
     want = exact(**given, is_causal=True).out
     cache, outs = cache_of("dense", dtype), []
-    extend = jax.jit(_latent.extend)
+    extend = jax.jit(latent.extend)
     for i in range(T):
         out, cache = extend(cache, **tokens(given, i, i + 1))
         outs.append(out)
@@ -223,7 +221,7 @@ def test_quantized_caches(dtype):
 
 
 def test_a_token_is_stored_once():
-    cache = DenseCache.create(1, 64, **_latent.cache_sizes(512, 64), dtype="bfloat16")
+    cache = DenseCache.create(1, 64, **latent.cache_sizes(512, 64), dtype="bfloat16")
     assert cache.bytes_per_token == 1152 and cache.nbytes == 64 * 1152
     whole = DenseCache.create(1, 64, 128, 192, value_head_dim=128, dtype="bfloat16")
     assert whole.bytes_per_token == 81920
@@ -244,49 +242,49 @@ def test_a_token_is_stored_once():
 )
 def test_errors(match, changes):
     with pytest.raises(ValueError, match=match):
-        _latent.latent_attention(**{**arrays(), **changes})
+        latent.latent_attention(**{**arrays(), **changes})
 
 
 def test_dtypes():
     """The weights' dtype may be another one; latents are what queries are."""
     given = arrays()
     for form in _latent.FORMS:
-        attend = jax.jit(functools.partial(_latent.latent_attention, form=form, is_causal=True))
+        attend = jax.jit(functools.partial(latent.latent_attention, form=form, is_causal=True))
         half = {name: jnp.asarray(x, jnp.bfloat16) for name, x in given.items()}
         mixed = half | {name: given[name] for name in ("key_up", "value_up")}
         out, want = attend(**mixed), attend(**half)
         assert out.dtype == jnp.bfloat16
         np.testing.assert_allclose(out.astype(np.float32), want.astype(np.float32), atol=0.1)
     with pytest.raises(TypeError, match="latent takes the dtype of query, bfloat16, got float32"):
-        _latent.latent_attention(**(half | {"latent": given["latent"]}))
+        latent.latent_attention(**(half | {"latent": given["latent"]}))
 
 
 def test_errors_of_caches():
     given = arrays()
     with pytest.raises(TypeError, match="cache takes a cache of axattn.cache, got dict"):
-        _latent.extend({}, **given)
+        latent.extend({}, **given)
     whole = DenseCache.create(B, 24, 1, 30, dtype="float32")
     with pytest.raises(
         ValueError, match="cache takes one made with .*'values_in_keys': True.* got"
     ):
-        _latent.extend(whole, **given)
+        latent.extend(whole, **given)
     with pytest.raises(ValueError, match="cache takes one made with"):
-        _latent.attend(whole, *(given[name] for name in ("query", "key_up", "value_up")))
+        latent.attend(whole, *(given[name] for name in ("query", "key_up", "value_up")))
     wrong = given["query"], given["key_up"], np.ones((24, 1, 8), np.float32)
     with pytest.raises(ValueError, match=r"value_up takes \(24, 4, h\) .* got \(24, 1, 8\)"):
-        _latent.attend(cache_of("dense"), *wrong)
+        latent.attend(cache_of("dense"), *wrong)
     for form in (None, "absorbed"):
         for name in ("query_seq_lengths", "key_value_seq_lengths"):
             with pytest.raises(TypeError, match=f"extend takes no argument {name}"):
-                _latent.extend(cache_of("dense"), **given, form=form, **{name: 3})
+                latent.extend(cache_of("dense"), **given, form=form, **{name: 3})
     with pytest.raises(ValueError, match="form takes None or 'absorbed' over a cache"):
-        _latent.extend(cache_of("dense"), **given, form="naive")
+        latent.extend(cache_of("dense"), **given, form="naive")
 
 
 def test_implementations_say_what_they_lack():
     given = arrays(dtype=jnp.bfloat16)
     with pytest.raises(NotImplementedError, match='"cudnn"'):
-        _latent.latent_attention(**given, implementation="cudnn")
+        latent.latent_attention(**given, implementation="cudnn")
     structs = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16)
         for s in ((1, 8, 128, 576), (1, 8, 1, 576), (1, 8, 1, 512))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +56,6 @@ def _compute_weighted_mean_jvp(outputs, primals, tangents):
 
 def _make_tangent(tangent: Any, primal: jax.Array) -> jax.Array:
     return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
-
-
-class QueryProducts(Protocol):
-    """Both products for one query tile."""
-
-    def multiply_keys(self, key: jax.Array) -> jax.Array: ...
-
-    def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array: ...
 
 
 class GroupedProducts:

@@ -18,6 +18,8 @@ import math
 import re
 from typing import Any
 
+import jax
+
 from axattn import _jax_compat
 from axattn.aot import _hlo
 
@@ -74,15 +76,18 @@ def program_collectives(
       jaxlib does not let us read has none, and a note.
 
     Raises:
-      AttributeError: ``compiled`` is not a compiled program.
+      TypeError: ``compiled`` is not a compiled program.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from axattn import aot
-    >>> program = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
-    >>> aot.program_collectives(program, 1)
-    ((), ())
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from axattn import aot
+      >>> program = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
+      >>> aot.program_collectives(program, 1)
+      ((), ())
     """
+    if not isinstance(compiled, jax.stages.Compiled):
+        raise TypeError(f"compiled takes a jax.stages.Compiled, got {type(compiled).__name__}")
     if num_devices == 1:
         return (), ()
     try:

@@ -128,7 +128,8 @@ class Report:
       temp_bytes: memory of the intermediate results alive at the same time.
       alias_bytes: part of the outputs that reuses inputs (donation).
       generated_code_bytes: size of the program; 0 where the compiler does not say (GPU).
-      flops: floating-point operations of one run; see ``axattn.aot._cost``.
+      flops: floating-point operations of one run: XLA's analysis, with all rounds of loops, and
+        the kernels' own estimates.
       bytes_accessed: bytes that operations read and write in one run.
       collectives: what one device sends to others in one run, by kind, each a `Collective`.
       cost_is_lower_bound: True when ``notes`` name something that those two leave out.

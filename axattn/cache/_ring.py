@@ -280,7 +280,7 @@ class RingCache(Cache):
         return dataclasses.replace(cache, positions=jnp.where(fresh, newest, self.positions))
 
     def _check_room(self, counts):
-        # NEVER marks empty slots: positions have to stay below it.
+        # UNUSED_POSITION marks empty slots: positions have to stay below it.
         lengths, counts = move_to_host(self.lengths, counts)
         return (
             lengths + counts < UNUSED_POSITION,

@@ -30,7 +30,7 @@ class AttentionSpec:
       layer: its index.
       in_features: E, of its inputs and its output.
       layer_config: its fields as a value: an ``AttentionConfig`` or, of a
-        ``MultiHeadLatentAttention``, a ``LatentConfig`` of ``axattn._layers.config``.
+        ``MultiHeadLatentAttention``, a ``LatentConfig``.
       is_causal: for the layer's calls.
 
     Example:

@@ -98,7 +98,7 @@ class ScoreComputer:
         return allowed
 
     def compute_kept(self) -> jax.Array | None:
-        """Find the weights that dropout leaves, as `axattn._dropout.keep_tile` does; None: all."""
+        """Find the weights that dropout leaves, as `_dropout.compute_keep_tile` does; None: all."""
         if not self.block.has("dropout_rows"):
             return None
         rows, slots = jnp.broadcast_arrays(

@@ -90,7 +90,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         ``capture_intermediates``, each projection is called by itself.
       implementation: of `axattn.dot_product_attention`.
       logical_axes: box the parameters with names of their axes (``nn.with_logical_partitioning``),
-        those of ``axattn._layers.axes``: embed, heads, kv_heads, head_dim.
+        embed, heads, kv_heads and head_dim.
 
     Raises:
       ValueError: by its call, for fields that do not fit together: ``num_heads`` no multiple of

@@ -112,8 +112,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         over devices this can cost a reshard. Where one of the three is no longer what the layer put
         there (an adapter, a subclass, another ``dot_general``) each is called by itself.
       implementation: of `axattn.dot_product_attention`.
-      logical_axes: name the parameters' axes in their metadata (``out_sharding``), by the names of
-        ``axattn._layers.axes``: embed, heads, kv_heads, head_dim. Arrays are not moved; where they
+      logical_axes: name the parameters' axes in their metadata (``out_sharding``), by the names
+        embed, heads, kv_heads and head_dim. Arrays are not moved; where they
         belong ``nnx.get_named_sharding`` says, under ``nnx.logical_axis_rules``.
 
     Raises:

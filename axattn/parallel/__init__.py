@@ -16,7 +16,7 @@ from axattn._sharded.axes import Axes
 from axattn._sharded.costs import Links
 from axattn._sharded.layouts import positions
 from axattn.parallel._attention import attention, explain, local_attention
-from axattn.parallel._deprecated import get_deprecated_name
+from axattn.parallel._deprecated import get_deprecated_name as _get_deprecated_name
 from axattn.parallel._sharded_cache import ShardedCache
 from axattn.parallel._striped_cache import StripedCache
 
@@ -32,4 +32,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # checkers would take any name of this module
-    __getattr__ = get_deprecated_name
+    __getattr__ = _get_deprecated_name

@@ -135,7 +135,7 @@ def _is_number(value: Any) -> bool:
 def make_titles(keys: Sequence[tuple], left_out: Sequence[str] = ()) -> tuple[list[str], str]:
     """Return each panel's title, and what all have in common; fields may be left out of that.
 
-    Spaces within an item are such that lines do not break there: see `wrapped`.
+    Spaces within an item are such that lines do not break there: see `wrap_text`.
     """
     cases = [dict(key) for key in keys]
     same = [

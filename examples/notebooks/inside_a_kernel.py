@@ -294,7 +294,7 @@ for name, out in (("kernel", kernel.out), ("plain", plain)):
 # heads that are shared move it to the right, by the size of the group; that is why MQA exists.
 #
 # Points are hollow: bounds from compiled programs, nothing was measured. FLOPs of the kernel are
-# its own estimate, which counts the blocks that it visits.
+# its own estimate, which counts the blocks that it computes.
 
 
 # %%

@@ -100,9 +100,9 @@ class ChunkGrid:
             # For few rows the mask costs nothing. One loop over all blocks lets XLA choose one
             # layout for the cache; with two loops it copied the cache.
             row = jnp.minimum(row, PARTIAL)
-            _, visited = list_chunks(row, num_kv, self.kv_has_tail)
+            _, chunks = list_chunks(row, num_kv, self.kv_has_tail)
             return lax.fori_loop(
-                0, visited.count, lambda n, state: step(visited.order[n], state, True), state
+                0, chunks.count, lambda n, state: step(chunks.order[n], state, True), state
             )
         full, partial = list_chunks(row, num_kv, self.kv_has_tail)
         state = lax.fori_loop(

@@ -10,7 +10,8 @@
     flash/        `forward`, `query_grad`, `key_grad`: the kernels of training and prefill
     split_kv/     `decode`, `mla`: the kernels for few query rows, and `combine` behind them
 
-A kernel's file has its producer and its consumers, as loops with all their barriers.
+A kernel's file has its producer and its consumers, as loops with waits and releases. Only `decode`
+and `mla` share a producer, in `mainloop`.
 
 Needs jax 0.11 or later. The kernels run on the GPU, in the Pallas GPU interpreter on a CPU, and
 compile for an absent H100 or H200 (`axattn.aot`).

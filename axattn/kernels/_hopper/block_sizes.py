@@ -71,7 +71,7 @@ class KeyGradBlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardBlockSizes:
-    """Those of both gradient kernels."""
+    """Block sizes of both gradient kernels."""
 
     query: QueryGradBlockSizes
     key: KeyGradBlockSizes

@@ -70,7 +70,7 @@ def estimate_combine(out: Sequence[Any], *, results: int, size: int) -> Estimate
 
 
 def _count_bytes(call: AttentionCall, arrays: Arrays, out: Sequence[Any]) -> int:
-    """Return the bytes of all arrays; of a cache, which may hold more, the slots of the batch."""
+    """Return the bytes of all arrays, but of a cache only those of the batch's slots."""
     stored = ("key", "value", "key_scales", "value_scales")
     others = [array for name, array in arrays.items() if name not in stored]
     return _cost.count_kv_bytes(call) + _sum_bytes([*others, *out])

@@ -179,7 +179,7 @@ class KVLoader:
     # ---- consumers ----------------------------------------------------------------------------
 
     def make_scale_loaders(self, smem: Mapping[str, Any], step, block_kv: int) -> ScaleLoaders:
-        """Return what loads the scales of a step whose keys and values have been waited for."""
+        """Return functions that load the scales of a step; its keys and values have arrived."""
         if not self.is_quantized:
             return ScaleLoaders()
 

@@ -123,7 +123,7 @@ class ScoreOperands:
         """Whether full blocks, too, need to know which keys they have."""
         return bool({"key_bias", "slopes", "row_slopes", "dropout"} & set(self.gmem))
 
-    # ---- what `Scores` asks for ---------------------------------------------------------------
+    # ---- the protocol `ScoreBlock` ------------------------------------------------------------
 
     def has(self, name: str) -> bool:
         if name == "slopes":

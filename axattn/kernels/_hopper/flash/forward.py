@@ -125,7 +125,8 @@ def declare_forward_scratch(
     out = schedule = None
     if head_dim != value_head_dim:  # else the output takes the query's place
         out = declare_swizzled((groups, ROWS, value_head_dim), dtype, ROWS)
-    if groups == 2 and not kv.is_prepared:  # who prepares blocks together cannot alternate
+    # Warpgroups that prepare blocks together cannot alternate.
+    if groups == 2 and not kv.is_prepared:
         schedule = plgpu.Barrier(num_arrivals=groups)
     return {
         "query": declare_swizzled((groups, ROWS, head_dim), dtype, keys),

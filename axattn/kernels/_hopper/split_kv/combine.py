@@ -36,7 +36,7 @@ _MANY = 4
 
 
 class PartialResults(NamedTuple):
-    """Results of splits, of which each has ``results_per_split``.
+    """The results of all splits, ``results_per_split`` of each.
 
     values: float32 [results, rows, h rounded up to 64]
     lse: float32 [results, tiles * 64], in units of log2
@@ -54,19 +54,19 @@ class PartialResults(NamedTuple):
         return cls(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (values, lse)))
 
 
-class WeightedMean(NamedTuple):
-    """The mean of the values of some results, and the two parts of its LSE."""
+class WeightedSum(NamedTuple):
+    """The weighted sum of the values of some results, and the two parts of its LSE."""
 
     values: jax.Array  # [h]
     top: jax.Array
     total: jax.Array
 
     @classmethod
-    def create(cls, size: int) -> WeightedMean:
-        """Return the mean of no results."""
+    def create(cls, size: int) -> WeightedSum:
+        """Return the sum of no results."""
         return cls(fill_vector(0.0, size), jnp.float32(-jnp.inf), jnp.float32(0.0))
 
-    def join(self, others: list[WeightedMean]) -> WeightedMean:
+    def join(self, others: list[WeightedSum]) -> WeightedSum:
         top = functools.reduce(jnp.maximum, (other.top for other in others), self.top)
         shift = jnp.where(top == -jnp.inf, 0.0, top)
         factor = jnp.exp2(self.top - shift)
@@ -74,7 +74,7 @@ class WeightedMean(NamedTuple):
         for other in others:
             factor = jnp.exp2(other.top - shift)
             values, total = values + other.values * factor, total + other.total * factor
-        return WeightedMean(values, top, total)
+        return WeightedSum(values, top, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,17 +153,17 @@ def _combine_body(
     )
     start, stride = warpgroup * plan.at_once, plan.at_once * plan.warpgroups
 
-    def add_results(i, mean: WeightedMean) -> WeightedMean:
+    def add_results(i, mean: WeightedSum) -> WeightedSum:
         begin, more = i * stride + start, []
         for j in range(plan.at_once):
             number = first + jnp.minimum(begin + j, count - 1)
             values = load_vector(gmem["values"].at[number, row, pl.ds(0, size)], 0)
             lse = jnp.where(begin + j < count, gmem["lse"][number, row], -jnp.inf)
-            more.append(WeightedMean(values, lse, jnp.float32(1.0)))
+            more.append(WeightedSum(values, lse, jnp.float32(1.0)))
         return mean.join(more)
 
     steps = jnp.maximum(div(count - start + (stride - 1), stride), 0)
-    mean = lax.fori_loop(0, steps, add_results, WeightedMean.create(size))
+    mean = lax.fori_loop(0, steps, add_results, WeightedSum.create(size))
     if plan.warpgroups == 1:
         _write_row(grid, gmem, smem["out"], sequence, row, mean)
         return
@@ -178,18 +178,18 @@ def _combine_body(
     def _():
         plgpu.barrier_wait(smem["barrier"])
         means = [
-            WeightedMean(
+            WeightedSum(
                 load_vector(smem["values"].at[i], 0),
                 *(smem["sums"][jnp.int32(i), jnp.int32(j)] for j in range(2)),
             )
             for i in range(plan.warpgroups)
         ]
-        mean = WeightedMean.create(size).join(means)
+        mean = WeightedSum.create(size).join(means)
         _write_row(grid, gmem, smem["out"], sequence, row, mean)
 
 
 def _write_row(
-    grid: SplitKVGrid, gmem: Mapping[str, Any], buffer: Any, sequence, row, mean: WeightedMean
+    grid: SplitKVGrid, gmem: Mapping[str, Any], buffer: Any, sequence, row, mean: WeightedSum
 ) -> None:
     """Add the sink, and write the row and its LSE, in units of the natural logarithm."""
     heads, group = grid.problem.num_kv_heads, grid.packing.group

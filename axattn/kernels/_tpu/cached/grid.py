@@ -201,7 +201,7 @@ def make_scalars(call: AttentionCall, grid: CachedGrid, bounds: _masks.RowBounds
 
 
 def _split_spans(spans: jax.Array, num_splits: int) -> jax.Array:
-    """Turn ``[B, tiles, 4]`` of `_block_map.Plan` into that of the scalars, with B * splits."""
+    """Turn ``[B, tiles, 4]`` of `_block_map.BlockMap` into that of the scalars, with B * splits."""
     first, before, full, total = (spans[:, None, :, i] for i in range(4))
     split = jnp.arange(num_splits, dtype=jnp.int32)[None, :, None]
     start, stop = total * split // num_splits, total * (split + 1) // num_splits

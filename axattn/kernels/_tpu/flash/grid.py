@@ -49,7 +49,7 @@ class TpuBackwardBlockSizes:
 class GridScalars(NamedTuple):
     """Arrays that are prefetched to scalar memory; flat, as it pads the last axis."""
 
-    spans: jax.Array  # int32 [B or 1, tiles, 4]: see `_block_map.Plan`
+    spans: jax.Array  # int32 [B or 1, tiles, 4]: see `_block_map.BlockMap`
     order: jax.Array  # int32 [B or 1, tiles, blocks]; [1], unused, without a block list
     dropout: jax.Array  # int32 [2]: the words of the key; unused without dropout
 
