@@ -227,7 +227,7 @@ def test_tune_hopper(tmp_path):
         and row["kind"] == "full"
         and (row["head_dim"], row["value_head_dim"]) == (192, 128)
     ]
-    assert row["how"] == "compiled" and set(row["tiles"]) >= {"block_kv", "key_stages"}
+    assert row["how"] == "compiled" and set(row["block_sizes"]) >= {"block_kv", "key_stages"}
     run = document["provenance"][row["run"]]
     assert run["target"] == "h200" and run["command"].startswith("python benchmarks/tune_hopper.py")
 
