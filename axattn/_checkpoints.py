@@ -12,8 +12,6 @@ import numpy as np
 
 from axattn._dtypes import choose_accumulator
 
-__all__ = ["mha_to_gqa", "mha_to_mqa", "stack_layers", "unstack_layers"]
-
 _PROJECTIONS = ("query", "key", "value", "out")
 
 

@@ -14,16 +14,6 @@ from axattn._typing import Array, ArrayLike, CacheType, Float, Precision
 from axattn.cache import Cache, RingCache
 from axattn.cache._checks import is_concrete
 
-__all__ = [
-    "absorb",
-    "attend",
-    "cache_sizes",
-    "extend",
-    "latent_attention",
-    "preferred_form",
-    "write_out",
-]
-
 FORMS = ("naive", "absorbed")
 Form = Literal["naive", "absorbed"]
 

@@ -13,8 +13,6 @@ from axattn import _jax_compat, _serialization
 from axattn._dtypes import FLOATS, promote_floats
 from axattn._typing import Array, Float, Integer
 
-__all__ = ["Quantized", "bytes_per_vector", "dequantize", "key_center", "quantize"]
-
 # The largest code of each quantized dtype. -128 and -8 are not used: codes are symmetric.
 LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 

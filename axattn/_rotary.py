@@ -15,19 +15,6 @@ from axattn._checks import check_count
 from axattn._dtypes import choose_accumulator
 from axattn._typing import Array, Float, Integer
 
-__all__ = [
-    "LinearScaling",
-    "Llama3Scaling",
-    "RotaryEmbedding",
-    "Scaling",
-    "YarnScaling",
-    "apply_rotary",
-    "rotary_cos_sin",
-    "rotary_frequencies",
-    "yarn_attention_factor",
-    "yarn_softmax_scale",
-]
-
 
 def _check_real(name: str, value, *, zero: bool = False) -> None:
     """Raise TypeError or ValueError unless ``value`` is finite and positive, or 0 where allowed."""
