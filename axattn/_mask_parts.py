@@ -85,7 +85,7 @@ def _find_block_ranges(values: jax.Array, block: int) -> tuple[jax.Array, jax.Ar
     return values.min(-1), values.max(-1)
 
 
-def _as_column(per_row: Any) -> Any:
+def as_column(per_row: Any) -> Any:
     """Shape a scalar, or ``[B]`` as ``[B, 1]``, to compare with ``[B or 1, n]``."""
     return per_row if jnp.ndim(per_row) == 0 else jnp.asarray(per_row)[:, None]
 
@@ -170,7 +170,7 @@ class Causal(MaskPart):
     def block_rows(self, layout):
         q_min, q_max = layout.q_range(layout.q_positions)
         k_min, k_max = layout.kv_range(layout.kv_positions)
-        offset = _as_column(self.offset)
+        offset = as_column(self.offset)
         return lambda i: (
             _take_column(q_max, i) + offset >= k_min,
             _take_column(q_min, i) + offset >= k_max,
@@ -227,7 +227,7 @@ class Prefix(MaskPart):
     def block_rows(self, layout):
         q_min, q_max = layout.q_range(layout.q_positions)
         k_min, k_max = layout.kv_range(layout.kv_positions)
-        n = _as_column(self.length)
+        n = as_column(self.length)
         return lambda i: (
             (k_min < n) | (_take_column(q_max, i) >= k_min),
             (k_max < n) | (_take_column(q_min, i) >= k_max),
@@ -261,11 +261,11 @@ class Lengths(MaskPart):
             if self.q is not None:
                 q_first = i * layout.block_q
                 q_last = jnp.minimum(q_first + layout.block_q, layout.q_len) - 1
-                some = some & (q_first < _as_column(self.q))
-                every = every & (q_last < _as_column(self.q))
+                some = some & (q_first < as_column(self.q))
+                every = every & (q_last < as_column(self.q))
             if self.kv is not None:
-                some = some & (kv_first < _as_column(self.kv))
-                every = every & (kv_last < _as_column(self.kv))
+                some = some & (kv_first < as_column(self.kv))
+                every = every & (kv_last < as_column(self.kv))
             return some, every
 
         return row

@@ -39,6 +39,7 @@ from axattn._mask_parts import (
     Span,
     Static,
     Window,
+    as_column,
 )
 
 
@@ -459,8 +460,7 @@ def zero_unused(array: jax.Array, slots: jax.Array, length) -> jax.Array:
     """
     if length is None:
         return array
-    length = jnp.asarray(length)
-    length = length[:, None] if length.ndim else length
+    length = as_column(jnp.asarray(length))
     used = jnp.broadcast_to(
         slots[None] < length, (length.shape[0] if length.ndim else 1, slots.size)
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from axattn._call import DECODE_ROWS, AttentionCall
 from axattn._implementations.products import FoldedProducts, GroupedProducts, compute_weighted_mean
 from axattn._jax_compat import is_known
-from axattn._mask_parts import Span
+from axattn._mask_parts import Span, as_column
 from axattn._masks import find_kv_lengths, zero_unused
 from axattn._stored import UNUSED_POSITION
 from axattn._typing import present
@@ -130,8 +130,7 @@ class _CacheProducts:
         used = None
         length = find_kv_lengths(self.call.mask)
         if length is not None:
-            length = jnp.asarray(length)
-            used = kv.slots[None] < (length[:, None] if length.ndim else length)
+            used = kv.slots[None] < as_column(jnp.asarray(length))
         if self.call.kv_positions is not None:
             held = kv.positions < UNUSED_POSITION
             used = held if used is None else used & held

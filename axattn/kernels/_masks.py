@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import AttentionCall
-from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window
+from axattn._mask_parts import Causal, Dense, Lengths, Prefix, Static, Window, as_column
 from axattn._masks import find_kv_lengths
 from axattn._stored import UNUSED_POSITION
 
@@ -96,17 +96,14 @@ def may_have_empty_rows(call: AttentionCall) -> bool:
 
 def merge_dense_masks(call: AttentionCall) -> jax.Array | None:
     """Join the call's mask arrays over queries and keys to one, or None."""
-    arrays = [part.array for part in call.mask.parts if _is_dense(part)]
+    arrays = list_dense_masks(call)
     return functools.reduce(operator.and_, arrays) if arrays else None
 
 
-def has_dense_mask(call: AttentionCall) -> bool:
-    """Say whether there is such an array, without making it."""
-    return any(map(_is_dense, call.mask.parts))
-
-
-def _is_dense(part: object) -> TypeGuard[Dense]:
-    return isinstance(part, Dense) and not is_key_mask(part) and not is_row_mask(part)
+def list_dense_masks(call: AttentionCall) -> list[jax.Array]:
+    """Return the call's mask arrays over queries and keys."""
+    dense = [part for part in call.mask.parts if isinstance(part, Dense)]
+    return [part.array for part in dense if not (is_key_mask(part) or is_row_mask(part))]
 
 
 def is_key_mask(part: object) -> TypeGuard[Dense]:
@@ -120,5 +117,4 @@ def is_row_mask(part: object) -> TypeGuard[Dense]:
 
 
 def _as_column(per_row) -> jax.Array:
-    per_row = jnp.asarray(per_row, jnp.int32)
-    return per_row[:, None] if per_row.ndim else per_row
+    return as_column(jnp.asarray(per_row, jnp.int32))

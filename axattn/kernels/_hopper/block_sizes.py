@@ -15,7 +15,7 @@ from typing import Any
 
 from axattn._call import AttentionCall
 from axattn.kernels._hopper.primitives import ROWS
-from axattn.kernels._masks import has_dense_mask
+from axattn.kernels._masks import list_dense_masks
 
 # Consumer warpgroups of the MLA kernel: the first one has the scores, both have half of the values.
 MLA_WARPGROUPS = 2
@@ -124,7 +124,7 @@ KINDS = (
 
 def classify_call(call: AttentionCall) -> str:
     """Return one of `KINDS`."""
-    if has_dense_mask(call) or (call.bias is not None and 1 not in call.bias.shape[2:]):
+    if list_dense_masks(call) or (call.bias is not None and 1 not in call.bias.shape[2:]):
         return "biased"
     if call.dropout_key is not None or call.alibi_slopes is not None or call.bias is not None:
         return "general"

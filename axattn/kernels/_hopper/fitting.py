@@ -29,7 +29,7 @@ from axattn.kernels._hopper.primitives import (
 )
 from axattn.kernels._hopper.split_kv.decode import declare_decode_scratch
 from axattn.kernels._hopper.split_kv.mla import declare_mla_scratch
-from axattn.kernels._masks import has_dense_mask
+from axattn.kernels._masks import list_dense_masks
 
 # Rows that a warpgroup cleans or converts at a time, and a score tile's columns.
 _BLOCK_KV = 64
@@ -162,7 +162,7 @@ def _count_split_kv_bytes(sizes: DecodeBlockSizes | MLABlockSizes, call: Attenti
     if call.bias is not None:
         # In 4 bytes, also where a bias per head and key becomes one over rows and keys.
         score_dtypes["bias"] = jnp.float32
-    if has_dense_mask(call):
+    if list_dense_masks(call):
         score_dtypes["allowed"] = jnp.int8
     declare: Callable[..., Mapping[str, Any]] = declare_decode_scratch
     if isinstance(sizes, MLABlockSizes):

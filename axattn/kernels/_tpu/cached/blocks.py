@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from axattn._call import AttentionCall
-from axattn._mask_parts import Dense, Segments, Window
+from axattn._mask_parts import Segments, Window
 from axattn._typing import present
-from axattn.kernels._masks import is_key_mask, is_row_mask
+from axattn.kernels._masks import is_key_mask, list_dense_masks
 from axattn.kernels._tpu.cached.grid import CachedGrid
 from axattn.kernels._tpu.layout import count_vmem_bytes
 
@@ -109,9 +109,7 @@ def _declare_buffers(call: AttentionCall, grid: CachedGrid) -> dict[str, Any]:
     elif classify_bias(call) == "both":
         heads = _count_heads(grid, present(call.bias))
         buffers["bias"] = pltpu.VMEM((2, heads, grid.rows, block_kv), jnp.float32)
-    dense = [
-        p.array for p in parts if isinstance(p, Dense) and not (is_key_mask(p) or is_row_mask(p))
-    ]
+    dense = list_dense_masks(call)
     if dense:
         heads = max(_count_heads(grid, array) for array in dense)
         shape = (2, heads, grid.rows, block_kv)

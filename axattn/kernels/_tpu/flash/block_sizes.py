@@ -114,7 +114,7 @@ def _choose(call: AttentionCall, chip: TpuChip, kernel: FlashKernel, *, needed: 
 def list_candidates(call: AttentionCall) -> Iterator[tuple[int, int]]:
     """Yield all pairs ``(block_q, block_kv)`` that are tried."""
     # Blocks of bias and mask are transposed and put side by side, which is easy in whole lanes.
-    has_tiles = call.bias is not None or _masks.has_dense_mask(call)
+    has_tiles = call.bias is not None or bool(_masks.list_dense_masks(call))
     first = LANES if has_tiles else SUBLANES
     for i in range(8):
         block_q = first << i

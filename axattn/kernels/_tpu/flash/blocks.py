@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from axattn._call import AttentionCall
-from axattn._mask_parts import Dense, Segments, Window
+from axattn._mask_parts import Segments, Window
 from axattn._typing import present
-from axattn.kernels._masks import is_key_mask, is_row_mask
+from axattn.kernels._masks import is_key_mask, list_dense_masks
 from axattn.kernels._tpu.flash.grid import GridScalars, TpuFlashGrid, TpuFlashTiling
 from axattn.kernels._tpu.layout import count_vmem_bytes
 
@@ -136,9 +136,7 @@ def declare_inputs(call: AttentionCall, tiling: TpuFlashTiling) -> dict[str, Vme
     if call.dropout_key is not None:
         heads = 1 if call.broadcast_dropout else call.num_heads
         blocks["dropout_rows"] = over_rows(jnp.int32, heads)
-    dense = [
-        p.array for p in parts if isinstance(p, Dense) and not (is_key_mask(p) or is_row_mask(p))
-    ]
+    dense = list_dense_masks(call)
     if dense:
         heads = max(array.shape[1] for array in dense)
         blocks["allowed"] = make_tile_block(tiling, jnp.int8, heads)
