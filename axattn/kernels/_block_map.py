@@ -32,6 +32,11 @@ class BlockMap(NamedTuple):
         return {name: array for name, array in self._asdict().items() if array is not None}
 
 
+def may_have_partial_blocks(call: AttentionCall) -> bool:
+    """Say whether the mask may make a block partial; the last block of keys may be, besides."""
+    return bool(call.mask.parts) or call.kv_positions is not None
+
+
 def map_key_blocks(
     call: AttentionCall, block_q: int, block_kv: int, *, longest_list: int | None = None
 ) -> BlockMap:

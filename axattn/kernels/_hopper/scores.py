@@ -17,8 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from axattn._typing import present
+from axattn.kernels._hopper.pipeline import Pipeline
 from axattn.kernels._hopper.primitives import (
     broadcast_vector,
+    declare_row_major,
     load_row_major,
     load_vector,
     make_index_tile,
@@ -54,6 +56,17 @@ class ScoreTiles(NamedTuple):
     def select_dtypes(cls, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Return the dtypes of the bias and the mask over queries and keys that a call has."""
         return {name: arrays[name].dtype for name in cls._fields if name in arrays}
+
+    @classmethod
+    def declare(
+        cls, shape: tuple[int, int, int], dtypes: Mapping[str, Any], *, consumers: int
+    ) -> dict[str, Pipeline | None]:
+        """Return pipelines for ``[stages, rows, columns]`` of each tile in ``dtypes``, by name."""
+        found: dict[str, Pipeline | None] = dict.fromkeys(cls._fields)
+        for name, dtype in dtypes.items():
+            tile = declare_row_major(shape, dtype)
+            found[name] = Pipeline.declare(shape[0], tile, consumers=consumers)
+        return found
 
     @classmethod
     def wait(cls, smem: Mapping[str, Any], n: jax.Array, part) -> ScoreTiles:

@@ -29,7 +29,6 @@ from axattn.kernels._hopper.dequantize import (
 from axattn.kernels._hopper.flash.grid import FlashGrid, FlashWarpgroup
 from axattn.kernels._hopper.kv_loader import KVBlock, KVLoader
 from axattn.kernels._hopper.operands import HopperOperands
-from axattn.kernels._hopper.pipeline import Pipeline
 from axattn.kernels._hopper.primitives import (
     REDUCTION_BYTES,
     ROWS,
@@ -113,12 +112,6 @@ def declare_forward_scratch(
     """
     keys, stages, groups = sizes.block_kv, sizes.stages, sizes.warpgroups
 
-    def declare_score_tile(name):
-        if name not in score_dtypes:
-            return None
-        tile = declare_row_major((stages, ROWS * groups, keys), score_dtypes[name])
-        return Pipeline.declare(stages, tile, consumers=groups)
-
     def declare_operand(size):
         return declare_swizzled((1, keys, size), dtype, keys) if kv.is_quantized else None
 
@@ -136,8 +129,7 @@ def declare_forward_scratch(
         "value": kv.declare(stages, keys, value_head_dim, consumers=groups),
         "key_operand": declare_operand(head_dim),
         "value_operand": declare_operand(value_head_dim),
-        "bias": declare_score_tile("bias"),
-        "allowed": declare_score_tile("allowed"),
+        **ScoreTiles.declare((stages, ROWS * groups, keys), score_dtypes, consumers=groups),
         "query_full": plgpu.Barrier(num_arrivals=pack, num_barriers=groups),
         "schedule": schedule,
         "sync": plgpu.Barrier(num_arrivals=groups) if kv.is_prepared else None,

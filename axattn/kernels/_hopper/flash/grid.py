@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from axattn.kernels._block_map import TileBlocks
+from axattn.kernels._block_map import TileBlocks, may_have_partial_blocks
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.operands import HopperOperands
 from axattn.kernels._hopper.primitives import ROWS, div, rem
@@ -55,8 +55,7 @@ class FlashGrid:
             # Powers of two that divide the group, in tiles of at least 8 rows per head.
             while problem.group % (2 * pack) == 0 and 2 * pack * max(problem.q_len, 8) <= ROWS:
                 pack *= 2
-        masked = bool(operands.call.mask.parts) or problem.kv_len % block_kv > 0
-        masked = masked or operands.call.kv_positions is not None
+        masked = may_have_partial_blocks(operands.call) or problem.kv_len % block_kv > 0
         kv = KVLoader.from_call(operands.call)
         return cls(problem, kv, block_kv, warpgroups, pack, masked)
 

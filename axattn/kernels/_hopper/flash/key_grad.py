@@ -100,8 +100,7 @@ def key_grad(
     """Return dK ``[B, S, K, H]`` and dV ``[B, S, K, h]``; operands as in `query_grad`."""
     operands = transpose_score_tiles(operands)
     call = operands.call
-    masked = bool(call.mask.parts) or call.kv_positions is not None
-    grid = KeyGradGrid(problem, sizes, masked)
+    grid = KeyGradGrid(problem, sizes, _block_map.may_have_partial_blocks(call))
     block_map = _block_map.map_query_blocks(call, sizes.block_q, grid.block_kv)
     arrays = {**operands.arrays, **block_map.as_arrays()}
     shape = (problem.batch, round_up_length(problem.kv_len), problem.num_kv_heads)
@@ -153,20 +152,13 @@ def declare_key_grad_scratch(
         vector = declare_row_major((stages, rows), jnp.float32)
         return Pipeline.declare(stages, (tile, vector), copies=2, consumers=groups)
 
-    def declare_score_tile(name):
-        if name not in score_dtypes:
-            return None
-        tile = declare_row_major((stages, ROWS * key_tiles, rows), score_dtypes[name])
-        return Pipeline.declare(stages, tile, consumers=groups)
-
     return {
         "key": declare_keys(head_dim),
         "value": declare_keys(value_head_dim),
         "keys_full": plgpu.Barrier(num_arrivals=2, num_barriers=key_tiles),
         "query": declare_queries(head_dim),
         "dout": declare_queries(value_head_dim),
-        "bias": declare_score_tile("bias"),
-        "allowed": declare_score_tile("allowed"),
+        **ScoreTiles.declare((stages, ROWS * key_tiles, rows), score_dtypes, consumers=groups),
         "sync": plgpu.Barrier(num_arrivals=2) if sizes.split else None,
     }
 

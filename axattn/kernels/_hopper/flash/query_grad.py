@@ -23,11 +23,9 @@ from axattn.kernels._hopper.block_sizes import QueryGradBlockSizes
 from axattn.kernels._hopper.flash.grid import FlashGrid, FlashWarpgroup
 from axattn.kernels._hopper.kv_loader import KVLoader
 from axattn.kernels._hopper.operands import HopperOperands
-from axattn.kernels._hopper.pipeline import Pipeline
 from axattn.kernels._hopper.primitives import (
     ROWS,
     claim_registers,
-    declare_row_major,
     declare_swizzled,
     load_vector,
     make_kernel,
@@ -87,19 +85,12 @@ def declare_query_grad_scratch(
     """
     keys, groups = sizes.block_kv, sizes.warpgroups
 
-    def declare_score_tile(name):
-        if name not in score_dtypes:
-            return None
-        tile = declare_row_major((1, ROWS * groups, keys), score_dtypes[name])
-        return Pipeline.declare(1, tile, consumers=groups)
-
     return {
         "query": declare_swizzled((groups, ROWS, head_dim), dtype, keys),
         "dout": declare_swizzled((groups, ROWS, value_head_dim), dtype, keys),
         "key": kv.declare(sizes.key_stages, keys, head_dim, consumers=groups),
         "value": kv.declare(sizes.value_stages, keys, value_head_dim, consumers=groups),
-        "bias": declare_score_tile("bias"),
-        "allowed": declare_score_tile("allowed"),
+        **ScoreTiles.declare((1, ROWS * groups, keys), score_dtypes, consumers=groups),
         "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
     }
 

@@ -42,7 +42,6 @@ from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
 from axattn.kernels._hopper.split_kv.mainloop import (
     SplitKVGrid,
     SplitKVWarpgroup,
-    declare_score_tiles,
     make_split_kv_grid,
     produce_splits,
 )
@@ -109,7 +108,7 @@ def declare_decode_scratch(
         "query": Pipeline.declare(2, query, consumers=groups),
         "key": kv.declare(stages, keys, head_dim, consumers=1),
         "value": kv.declare(stages, keys, value_head_dim, consumers=1),
-        **declare_score_tiles(stages, keys, score_dtypes),
+        **ScoreTiles.declare((stages, ROWS, keys), score_dtypes, consumers=1),
         "key_operand": declare_operand(head_dim),
         # Operands of one size have one place.
         "value_operand": None if head_dim == value_head_dim else declare_operand(value_head_dim),

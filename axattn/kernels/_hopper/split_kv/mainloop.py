@@ -22,8 +22,7 @@ from axattn._call import AttentionCall
 from axattn.kernels import _block_map
 from axattn.kernels._hopper.block_sizes import DecodeBlockSizes, MLABlockSizes
 from axattn.kernels._hopper.kv_loader import KVLoader
-from axattn.kernels._hopper.pipeline import Pipeline
-from axattn.kernels._hopper.primitives import ROWS, declare_row_major, div, rem
+from axattn.kernels._hopper.primitives import ROWS, div, rem
 from axattn.kernels._hopper.scores import QueryRows, ScoreTiles
 from axattn.kernels._hopper.split_kv.pack_gqa import PackGQA, gather_packed_operands
 from axattn.kernels._hopper.split_kv.stream_k import (
@@ -79,8 +78,7 @@ def make_split_kv_grid(
     spans = _block_map.span_few_rows(operands.call, operands.bounds, sizes.block_kv)
     total = jnp.broadcast_to(spans[:, 0, 3], (call.batch,))
     arrays = {**operands.arrays, "spans": spans, "row_starts": find_row_starts(total, plan)}
-    masked = bool(operands.call.mask.parts) or operands.call.kv_positions is not None
-    masked = masked or call.kv_len % sizes.block_kv > 0
+    masked = _block_map.may_have_partial_blocks(operands.call) or call.kv_len % sizes.block_kv > 0
     grid = SplitKVGrid(
         problem,
         KVLoader.from_call(operands.call),
@@ -92,17 +90,6 @@ def make_split_kv_grid(
         masked,
     )
     return grid, arrays
-
-
-def declare_score_tiles(
-    stages: int, block_kv: int, score_dtypes: Mapping[str, Any]
-) -> dict[str, Pipeline | None]:
-    """Return pipelines for a bias and a mask over queries and keys, where there are any."""
-    found: dict[str, Pipeline | None] = dict.fromkeys(ScoreTiles._fields)
-    for name, dtype in score_dtypes.items():
-        tile = declare_row_major((stages, ROWS, block_kv), dtype)
-        found[name] = Pipeline.declare(stages, tile, consumers=1)
-    return found
 
 
 class SplitKVWarpgroup(NamedTuple):

@@ -52,7 +52,6 @@ from axattn.kernels._hopper.split_kv.combine import PartialResults, combine
 from axattn.kernels._hopper.split_kv.mainloop import (
     SplitKVGrid,
     SplitKVWarpgroup,
-    declare_score_tiles,
     make_split_kv_grid,
     produce_splits,
 )
@@ -116,7 +115,7 @@ def declare_mla_scratch(
         "query": Pipeline.declare(1, query, consumers=1),
         "key": kv.declare(stages, keys, head_dim, consumers=MLA_WARPGROUPS),
         "value": None,
-        **declare_score_tiles(stages, keys, score_dtypes),
+        **ScoreTiles.declare((stages, ROWS, keys), score_dtypes, consumers=1),
         "operand": operand,
         # Both warpgroups convert one block of keys together.
         "sync": plgpu.Barrier(num_arrivals=MLA_WARPGROUPS) if kv.is_quantized else None,
