@@ -34,3 +34,14 @@ def of_ratios(ratios: Sequence[float], other: float = 1.0) -> bool:
         return False
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return high - low > abs(median - other)
+
+
+def is_above(ratios: Sequence[float], bound: float, *, risk: float = 0.05) -> bool:
+    """Whether the median of ratios, of a round each, is above ``bound`` beyond noise: a sign test.
+
+    Were the true median the bound, so many rounds above it would come with a probability of
+    ``risk`` at most. Takes five rounds at least.
+    """
+    above = sum(ratio > bound for ratio in ratios)
+    ways = sum(math.comb(len(ratios), count) for count in range(above, len(ratios) + 1))
+    return ways <= risk * 2 ** len(ratios)

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+LONG_SAMPLE = 20e-3  # seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
@@ -42,6 +44,8 @@ def compare(
     min_rounds: int = 3,
     max_rounds: int = 50,
     min_sample: float = 2e-3,
+    least_of: int = 1,
+    is_settled: Callable[[Paired], bool] = lambda measured: False,
 ) -> Paired:
     """Times compiled functions in turn, round after round.
 
@@ -53,13 +57,17 @@ def compare(
         that compilation stays outside.
       seconds: stop after about this long, but not before ``min_rounds``.
       min_sample: calls shorter than this many seconds are repeated within a round.
+      least_of: a round's time is the least of so many samples; of one where a call takes
+        `LONG_SAMPLE` or longer, which averages by itself.
+      is_settled: asked after each round; True ends it, whatever ``min_rounds`` is.
     """
-    calls = {}
+    calls, samples = {}, {}
     for name, fn in functions.items():
         _seconds(fn, 1)  # compilation, first touch of memory
         once = _seconds(fn, 1)
         calls[name] = max(1, int(min_sample / max(once, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+        samples[name] = least_of if once < LONG_SAMPLE else 1
+    found: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     start = time.perf_counter()
     for done in range(max_rounds):
@@ -70,8 +78,12 @@ def compare(
             # Untimed: what another function freed (gigabytes, for full logits) goes back to the
             # system during the call after it, which took twice as long for that.
             _seconds(functions[name], 1)
-            samples[name].append(_seconds(functions[name], calls[name]))
-    return Paired({name: tuple(times) for name, times in samples.items()})
+            times = [_seconds(functions[name], calls[name]) for _ in range(samples[name])]
+            found[name].append(min(times))
+        measured = Paired({name: tuple(times) for name, times in found.items()})
+        if is_settled(measured):
+            break
+    return measured
 
 
 def _seconds(fn: Callable[[], Any], calls: int) -> float:

@@ -22,8 +22,10 @@ WRONG = {
         "--seconds=-1": "-1.0 is not a non-negative number",
     },
     "benchmarks/crossover_bench.py": {
-        "--shapes=1/2/3": "--shapes: takes 4 numbers above 0, with '/' between them, got '1/2/3'",
-        "--shapes=1/3/2/8": "'1/3/2/8' takes kv_heads that divide its heads",
+        "--heads=1/2/3": "--heads: takes 2 numbers above 0, with '/' between them, got '1/2/3'",
+        "--heads=3/2": "--heads: takes key/value heads that divide the heads, got 3/2",
+        "--rows=1/64/16/2/128/float32": "--rows: takes B/T/N/K/H/dtype/direction, got '1/64/",
+        "--rows=1/64/3/2/8/float32/fwd": "--rows: takes key/value heads that divide",
         "--lengths=0": "--lengths: takes one or more numbers above 0",
         "--directions=bwd": "--directions: takes some of fwd, fwd+bwd, got 'bwd'",
     },

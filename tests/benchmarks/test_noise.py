@@ -46,6 +46,16 @@ def test_ratios():
     assert noise.of_ratios(same.ratios("a", "b")) and not noise.of_ratios(same.ratios("a", "a"))
 
 
+def test_sign_test():
+    # One in 32, and 10 in 512, and 46 in 512.
+    assert noise.is_above([1.06] * 5, 1.05) and not noise.is_above([1.06] * 4, 1.05)
+    assert noise.is_above([9.0] * 8 + [0.1], 1.05) and not noise.is_above(
+        [9.0] * 7 + [0.1] * 2, 1.05
+    )
+    assert not noise.is_above([1.04] * 50, 1.05) and not noise.is_above([], 1.05)
+    assert noise.is_above([1.06] * 7 + [1.0] * 2, 1.05, risk=0.1)
+
+
 def test_rows_of_mqa_bench(tmp_path, make_row, environment):
     base = make_row(implementation="repeat_kv", time=1.0, time_stddev=0.1)
     base = rows.with_ratios(base, [base])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 
 from benchmarks.harness import device_time, paired, rounds
@@ -67,6 +68,31 @@ def test_ratio_of_pairs_is_of_neighbours():
     result = paired.Paired({"a": (2.0, 20.0, 200.0), "b": (1.0, 10.0, 100.0)})
     assert result.ratio("a", "b") == 2.0
     assert result.median("b") == 10.0
+
+
+def test_the_least_of_several_samples_counts():
+    waits = itertools.cycle([3e-3, 1e-3, 2e-3])
+    result = paired.compare(
+        {"a": lambda: time.sleep(next(waits))}, seconds=0, min_rounds=2, min_sample=0, least_of=3
+    )
+    assert max(result.seconds["a"]) < 2e-3
+
+
+def test_slow_calls_average_by_themselves():
+    calls = []
+
+    def step():
+        calls.append(0)
+        time.sleep(paired.LONG_SAMPLE)
+
+    paired.compare({"a": step}, seconds=0, min_rounds=1, least_of=3)
+    assert len(calls) == 2 + 1 + 1
+
+
+def test_rounds_end_when_all_is_clear():
+    steps = {"a": lambda: None, "b": lambda: None}
+    result = paired.compare(steps, min_rounds=9, min_sample=0, is_settled=lambda m: m.rounds == 2)
+    assert [len(times) for times in result.seconds.values()] == [2, 2]
 
 
 def test_short_calls_are_repeated():

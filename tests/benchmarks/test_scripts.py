@@ -167,8 +167,24 @@ def test_the_star_is_what_the_target_takes():
 def test_function_benchmarks():
     flags = ["--cases=fwd/128,decode", "--heads=4,2,8", "--dtypes=float32", "--seconds=0"]
     assert "float32" in script("attention_bench.py", *flags)[0]
-    flags = ["--shapes=1/4/2/8", "--lengths=8,16", "--seconds=0"]
-    assert "float32" in script("crossover_bench.py", *flags)[0]
+
+
+@pytest.mark.ci
+def test_crossover_bench(tmp_path):
+    path = tmp_path / "out.json"
+    out, _ = script(
+        "crossover_bench.py", "--batches=1", "--lengths=8,16", "--heads=4/2", "--head_dims=8",
+        "--dtypes=float32", "--seconds=0", "--rounds=2", f"--output={path}",
+    )  # fmt: skip
+    assert "\n4 rows; default / better of repeat_kv and jax_nn: over 1.05 in " in out
+    rows = read(path)["tables"]["rows"]
+    assert sorted((row["length"], row["direction"]) for row in rows) == [
+        (length, direction) for length in (8, 16) for direction in ("fwd", "fwd+bwd")
+    ]
+    for row in rows:
+        assert row["chosen"] in ("xla", "xla_chunked") and row["scores"] == 4 * row["length"] ** 2
+        assert row["is_slower"] == (row["ratio"] > 1.05)
+        assert row["rounds"] >= 2 and row["best"] in ("repeat_kv", "jax_nn")
 
 
 @pytest.mark.ci
