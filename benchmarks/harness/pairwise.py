@@ -12,19 +12,19 @@ def choose(
 ) -> list[tuple[Any, ...]]:
     """Chooses rows (a value of each factor) in which all pairs of values of two factors occur.
 
-    Greedy: the next row is the one with the most pairs that no row has yet, and among these the
-    one of the least ``cost``. The same rows every time.
+    Greedy: the next row is the one with the most pairs that no row has yet for its ``cost``. The
+    same rows every time.
     """
 
     def pairs(row: tuple[Any, ...]) -> set[Any]:
         # Of a single factor, which has no pairs, the values themselves.
         return set(itertools.combinations(enumerate(row), min(2, len(row))))
 
-    rows = sorted(itertools.product(*factors), key=cost)
-    new = {row: pairs(row) for row in rows}  # what each would add
+    costs = {row: cost(row) for row in itertools.product(*factors)}
+    new = {row: pairs(row) for row in costs}  # what each would add
     chosen = []
     while new:
-        best = max(new, key=lambda row: len(new[row]))  # the first of them is the cheapest
+        best = max(new, key=lambda row: len(new[row]) / costs[row])
         chosen.append(best)
         covered = new[best]
         new = {row: left for row, rest in new.items() if (left := rest - covered)}
