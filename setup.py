@@ -52,8 +52,8 @@ EXTRAS = {
     "docs": [*PLOT, "sphinx>=8.1", "myst-nb>=1.3", "furo", "sphinx-copybutton", "safetensors"],
     # axattn.huggingface reads files with it.
     "huggingface": ["safetensors>=0.6"],
-    # What the benchmarks measure against.
-    "peers": ["tokamax"],
+    # What the benchmarks measure against. Of torch the build for CPUs suffices.
+    "peers": ["tokamax", "torch"],
 }
 
 setup(

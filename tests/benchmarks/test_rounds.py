@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 
 from benchmarks.harness import device_time, paired, rounds
@@ -76,6 +77,34 @@ def test_the_least_of_several_samples_counts():
         {"a": lambda: time.sleep(next(waits))}, seconds=0, min_rounds=2, min_sample=0, least_of=3
     )
     assert max(result.seconds["a"]) < 2e-3
+
+
+def test_what_runs_elsewhere_takes_its_turn():
+    asked = []
+
+    def elsewhere(calls, samples):
+        asked.append((calls, samples))
+        return 1e-3
+
+    result = paired.compare(
+        {"a": lambda: None}, elsewhere={"b": elsewhere}, seconds=0, least_of=3, min_sample=5e-3
+    )
+    assert asked == [(1, 1)] + [(5, 3)] * 3
+    assert result.seconds["b"] == (1e-3,) * 3 and len(result.seconds["a"]) == 3
+
+
+def test_idle_is_when_no_thread_computes():
+    done = []
+
+    def compute():
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        done.append(True)
+
+    threading.Thread(target=compute).start()
+    paired.wait_until_idle()
+    assert done
 
 
 def test_slow_calls_average_by_themselves():

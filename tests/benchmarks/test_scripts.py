@@ -19,6 +19,7 @@ from benchmarks.harness import (
     kernel_programs,
     output,
     tile_table,
+    torch_peer,
 )
 from tests.aot.compilers import need
 from tests.benchmarks.test_tune_hopper import needs_kernels
@@ -166,7 +167,12 @@ def test_the_star_is_what_the_target_takes():
 @pytest.mark.ci
 def test_function_benchmarks():
     flags = ["--cases=fwd/128,decode", "--heads=4,2,8", "--dtypes=float32", "--seconds=0"]
-    assert "float32" in script("attention_bench.py", *flags)[0]
+    out, _ = script("attention_bench.py", *flags, "--bounds")
+    tables = out.partition("What XLA takes for all products")
+    for table, names in ((tables[0], ["fwd/128", "decode/8192"]), (tables[2], ["fwd/128"])):
+        lines = [line.split() for line in table.splitlines() if " float32 " in line]
+        assert [line[0] for line in lines] == names
+    assert ("absent" in tables[0]) == (torch_peer.find_refusal() is not None)
 
 
 @pytest.mark.ci
