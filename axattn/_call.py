@@ -13,7 +13,7 @@ from axattn import _quantization
 from axattn._dtypes import choose_accumulator
 from axattn._jax_compat import is_known
 from axattn._mask_parts import BlockLayout, Span
-from axattn._masks import Mask, fill_positions, take_mask_row
+from axattn._masks import Mask, fill_positions, take_mask_heads, take_mask_row
 from axattn._stored import KVView
 from axattn._typing import present
 
@@ -37,12 +37,14 @@ DECODE_ROWS = 64
         "kv_positions",
         "dropout_key",
         "first_row",
+        "first_head",
     ),
     meta_fields=(
         "scale",
         "logits_soft_cap",
         "dropout_rate",
         "broadcast_dropout",
+        "dropout_heads",
         "precision",
         "return_residual",
         "kv_split_size",
@@ -69,12 +71,15 @@ class AttentionCall:
     q_positions: jax.Array | None = None  # int32 [B or 1, T]
     kv_positions: jax.Array | None = None  # int32 [B or 1, S]
     dropout_key: jax.Array | None = None  # uint32 [2]
-    # The index of row 0 in the whole call: a slice of the batch draws the same dropout bits.
+    # The index of row 0 and of query head 0 in the whole call, and the query heads that it has:
+    # a slice of the batch or of the heads draws the same dropout bits.
     first_row: Any = 0
+    first_head: Any = 0
     scale: float = 1.0
     logits_soft_cap: float | None = None
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False
+    dropout_heads: int | None = None  # None: those of this call
     precision: Any = None
     return_residual: bool = False
     kv_split_size: int | None = None  # keys per part of a decode step; None: as fits the batch
@@ -186,4 +191,26 @@ class AttentionCall:
             q_positions=take(self.q_positions),
             kv_positions=take(self.kv_positions),
             first_row=self.first_row + b,
+        )
+
+    def heads(self, first: int | jax.Array, count: int) -> AttentionCall:
+        """Return the call of ``count`` key/value heads from ``first`` on; arrays only, no cache."""
+        start, size = first * self.group, count * self.group
+
+        def take(array, axis, start=start, size=size):
+            if array is None or array.shape[axis] == 1:
+                return array
+            return lax.dynamic_slice_in_dim(array, start, size, axis)
+
+        return dataclasses.replace(
+            self,
+            query=take(self.query, 2),
+            key=take(self.key, 2, first, count),
+            value=take(self.value, 2, first, count),
+            bias=take(self.bias, 1),
+            mask=take_mask_heads(self.mask, start, size),
+            sinks=take(self.sinks, 0),
+            alibi_slopes=take(self.alibi_slopes, 1),
+            first_head=self.first_head + start,
+            dropout_heads=self.dropout_heads or self.num_heads,
         )

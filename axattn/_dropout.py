@@ -32,7 +32,8 @@ def compute_keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
     else:
         batch = jnp.arange(call.batch, dtype=jnp.uint32) + jnp.asarray(call.first_row, jnp.uint32)
         heads = jnp.arange(call.num_heads, dtype=jnp.uint32)
-        rows = batch[:, None] * jnp.uint32(call.num_heads) + heads[None, :]
+        heads = heads + jnp.asarray(call.first_head, jnp.uint32)
+        rows = batch[:, None] * jnp.uint32(call.dropout_heads or call.num_heads) + heads[None, :]
         rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
         rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
     columns = kv.slots.astype(jnp.uint32)[None, None, None, None]

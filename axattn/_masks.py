@@ -404,6 +404,17 @@ def take_mask_row(mask: Mask, b: int | jax.Array) -> Mask:
     return Mask(tuple(take(part) for part in mask.parts))
 
 
+def take_mask_heads(mask: Mask, first: int | jax.Array, count: int) -> Mask:
+    """Return query heads ``[first, first + count)`` of a normalized mask."""
+
+    def take(part):
+        if not isinstance(part, Dense) or part.array.shape[1] == 1:
+            return part
+        return Dense(lax.dynamic_slice_in_dim(part.array, first, count, 1))
+
+    return Mask(tuple(take(part) for part in mask.parts))
+
+
 def varies_by_row(mask: Mask) -> bool:
     """Say whether a normalized mask differs between the rows of the batch."""
     return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(mask))

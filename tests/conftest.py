@@ -89,9 +89,9 @@ def force_blocks(monkeypatch):
     choose = block_sizes.choose_chunk_sizes
 
     def force(q: int, kv: int, **fields) -> None:
-        def forced(call, platform):
+        def forced(call, platform, **options):
             sizes = {"q": min(call.q_len, q), "kv": min(call.kv_len, kv)}
-            return dataclasses.replace(choose(call, platform), **sizes, **fields)
+            return dataclasses.replace(choose(call, platform, **options), **sizes, **fields)
 
         # The sizes are no part of the key under which jit caches: a function of our own has no cache.
         def attend(call, plan):

@@ -47,7 +47,8 @@ class Backend:
     """
 
     name: str
-    blocks: block_sizes.ChunkSizes | None = None
+    blocks: block_sizes.ChunkSizes | None = None  # of "xla_chunked"
+    backward_blocks: block_sizes.ChunkSizes | None = None
     interpret: bool = False
     whole: bool = True  # the backward pass gets the output over all keys of the call
     fallback: Backend | None = None
@@ -69,7 +70,8 @@ class Backend:
             )
         if backend.name == "xla":
             return _backward_by_xla(call, *arrays)
-        return backward.backward(call, present(backend.blocks), *arrays, whole=backend.whole)
+        blocks = present(backend.backward_blocks)
+        return backward.backward(call, blocks, *arrays, whole=backend.whole)
 
     def _resolve_device(self, call: AttentionCall) -> Backend:
         """Return this backend or its fallback, by the device; NotImplementedError without one."""
@@ -112,9 +114,12 @@ def make_backends(
     """Make the backends of ``names``, the implementations that each platform may take."""
 
     def make(platform, name, *others):
-        sizes = block_sizes.choose_chunk_sizes(call, platform) if name == "xla_chunked" else None
+        forward = backward = None
+        if name == "xla_chunked":
+            forward = block_sizes.choose_chunk_sizes(call, platform)
+            backward = block_sizes.choose_chunk_sizes(call, platform, backward=True)
         fallback = make(platform, *others) if others else None
-        return Backend(name, sizes, whole=whole, fallback=fallback)
+        return Backend(name, forward, backward, whole=whole, fallback=fallback)
 
     return Backends(tuple((platform, make(platform, *own)) for platform, own in names), refusal)
 
@@ -231,7 +236,7 @@ class _GradientTangents:
         def results(some):
             changed = [some.get(i, x) for i, x in enumerate(leaves)]
             call, *arrays = jax.tree.unflatten(structure, changed)
-            sizes = block_sizes.choose_chunk_sizes(call, "cpu")
+            sizes = block_sizes.choose_chunk_sizes(call, "cpu", backward=True)
             return backward.backward(call, sizes, *arrays, whole=self.whole)
 
         some = {i: leaves[i] for i in self.varied}

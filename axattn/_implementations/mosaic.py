@@ -52,5 +52,5 @@ def compute_bias_gradient(
     """Compute a bias's gradient by the chunked sweep; ``given`` is out, lse, dout, dlse."""
     if call.bias is None:
         return None
-    sizes = block_sizes.choose_chunk_sizes(call, platform)
+    sizes = block_sizes.choose_chunk_sizes(call, platform, backward=True)
     return backward.backward(call, sizes, *given, whole=whole).bias

@@ -71,11 +71,6 @@ class GroupedProducts:
     def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)
 
-    def multiply_transposed(self, weights: jax.Array) -> jax.Array:
-        """Multiply transposed weights by the query tile, summed over G: ``[B, K, s, H]``."""
-        query = self.query.astype(weights.dtype)
-        return jnp.einsum("bkgts,bkgth->bksh", weights, query, **self.options)
-
 
 class FoldedProducts:
     def __init__(self, query: jax.Array, num_kv_heads: int, precision: Any, dtype: Any):

@@ -30,6 +30,7 @@ def make_call_specs(call: AttentionCall, axes: Axes, kv_heads: AxisNames) -> Att
         kv_positions=make_spec(call.kv_positions, *tokens),
         dropout_key=make_spec(call.dropout_key),
         first_row=PartitionSpec(),
+        first_head=PartitionSpec(),
     )
     return dataclasses.replace(call, **specs)
 

@@ -20,7 +20,7 @@ from axattn._stored import KVView
 _BATCHED_FIELDS = ("query", "key", "value", "bias", "alibi_slopes", "q_positions", "kv_positions")
 
 # Fields without batch rows: calls that differ in these run one after another.
-_SHARED_FIELDS = ("sinks", "traced_scale", "dropout_key", "first_row")
+_SHARED_FIELDS = ("sinks", "traced_scale", "dropout_key", "first_row", "first_head")
 
 
 def merge_vmapped_calls(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,6 +38,36 @@ def test_batch_rows_together(force_blocks, name):
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("everything", {}),
+        ("dropout", {}),
+        *ci(("bias_NTS", {}), ("alibi_causal_rows", {}), ("sinks", {})),
+        *ci(("dropout", {"by_row": False}), ("mask_NTS", {"wide_results": True})),
+    ],
+)
+def test_heads_in_turn(force_blocks, name, options):
+    """These calls would take all heads at a time by themselves."""
+    force_blocks(32, 48, heads=1, **options)
+    precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
+
+
+@pytest.mark.parametrize("N, K", [(16, 2), (16, 16), (8, 1), (96, 8), (128, 1)])
+def test_tiles_fit_the_cores(monkeypatch, N, K):
+    """On a CPU a tile has as many rows as its cores' caches hold, if the call has them."""
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(block_sizes, "_find_tile_scores", lambda cores=cores: cores * 2**18)
+        for backward in (False, True):
+            chosen = block_sizes.choose_chunk_sizes(
+                _call(1, 4096, 4096, N, K), "cpu", backward=backward
+            )
+            assert K % chosen.heads == 0 and 16 <= chosen.q <= (most := 128 if backward else 256)
+            rows = chosen.heads * (N // K) * chosen.q
+            assert rows <= cores * 1024 or chosen.q == 16
+            assert 2 * rows > cores * 1024 or chosen.heads == K and chosen.q == most
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("q, kv", [(112, 200), (113, 203), (32, 203), (57, 102)])
 def test_block_sizes(force_blocks, q, kv):

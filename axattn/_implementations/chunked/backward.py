@@ -7,6 +7,7 @@ nothing has the size of N heads of keys.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,8 @@ from axattn._call import AttentionCall
 from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
 from axattn._implementations.chunked.forward import forward, merge_heads, write_rows
-from axattn._implementations.chunked.tile import ChunkGrid
+from axattn._implementations.chunked.tile import ChunkGrid, run_parts
 from axattn._implementations.kv_products import take_kv_rows
-from axattn._implementations.products import GroupedProducts
 from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._mask_parts import Span
 from axattn._masks import make_block_row_states
@@ -37,10 +37,13 @@ class Gradients(NamedTuple):
     traced_scale: jax.Array | None
 
 
-class _SharedGradients(NamedTuple):
-    """Gradients that every tile of the call adds to, in the accumulator's dtype, or None."""
+class _Sums(NamedTuple):
+    """Gradients in the making, of the whole call; None where the call has no such input."""
 
-    bias: jax.Array | None  # as the bias
+    query: jax.Array  # [B, T, N, H]
+    key: jax.Array  # [B, K, S, H], in the accumulator's dtype
+    value: jax.Array
+    bias: jax.Array | None  # as the bias, in the accumulator's dtype
     scale: jax.Array | None  # []
 
 
@@ -82,83 +85,52 @@ def backward(
         share = jnp.exp(call.sinks.astype(dtype)[None, None] - lse)
         dsinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
     given = _RowResiduals(dout, lse, delta)
-    shared = _SharedGradients(
+    heads_first = (call.batch, call.num_kv_heads, call.kv_len)
+    wide = dtype if blocks.wide_results else call.query.dtype
+    results = _Sums(
+        jnp.zeros(call.query.shape, wide),
+        jnp.zeros((*heads_first, call.head_dim), dtype),
+        jnp.zeros((*heads_first, call.value_head_dim), dtype),
         None if call.bias is None else jnp.zeros(call.bias.shape, dtype),
         None if call.traced_scale is None else jnp.zeros((), dtype),
     )
-    shared = vary_over(shared, find_varying_axes(*jax.tree.leaves((call, given))))
-    backward_of = _backward_row_by_row if blocks.by_row else _backward_rows
-    dquery, dkey, dvalue, shared = backward_of(call, blocks, given, shared)
+    axes = find_varying_axes(*jax.tree.leaves((call, given)))
+    backward_part = functools.partial(_backward_part, given=given, axes=axes)
+    results = run_parts(call, blocks, backward_part, vary_over(results, axes))
     return Gradients(
-        dquery,
-        dkey.astype(present(call.key).dtype),
-        dvalue.astype(present(call.value).dtype),
-        None if call.bias is None else present(shared.bias).astype(call.bias.dtype),
+        results.query.astype(call.query.dtype),
+        results.key.swapaxes(1, 2).astype(present(call.key).dtype),
+        results.value.swapaxes(1, 2).astype(present(call.value).dtype),
+        None if call.bias is None else present(results.bias).astype(call.bias.dtype),
         dsinks,
-        shared.scale,
+        results.scale,
     )
 
 
-def _backward_row_by_row(
-    call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
-):
-    """Compute gradients of batch rows one at a time; what rows share is summed on the way."""
-    own_bias = shared.bias is not None and shared.bias.shape[0] != 1  # B may be symbolic
-    start = shared._replace(bias=None) if own_bias else shared
-    dtypes = present(call.key).dtype, present(call.value).dtype
+def _backward_part(grid: ChunkGrid, results: _Sums, given: _RowResiduals, axes) -> _Sums:
+    block_row = make_block_row_states(grid.call.mask, grid.layout)
+    given = _RowResiduals(*(grid.take_part(x) for x in given))
 
-    def step(shared, b):
-        row_given = _RowResiduals(*(lax.dynamic_slice_in_dim(x, b, 1, 0) for x in given))
-        if own_bias:
-            shared = shared._replace(bias=empty_bias)
-        dquery, dkey, dvalue, shared = _backward_rows(call.row(b), blocks, row_given, shared)
-        grads = (dquery[0], dkey[0].astype(dtypes[0]), dvalue[0].astype(dtypes[1]))
-        if own_bias:
-            return shared._replace(bias=None), (*grads, shared.bias[0])
-        return shared, (*grads, None)
-
-    empty_bias = present(shared.bias)[:1] if own_bias else None
-    shared, (dquery, dkey, dvalue, biases) = lax.scan(step, start, jnp.arange(call.batch))
-    return dquery, dkey, dvalue, shared._replace(bias=biases) if own_bias else shared
-
-
-def _backward_rows(
-    call: AttentionCall, blocks: ChunkSizes, given: _RowResiduals, shared: _SharedGradients
-):
-    grid = ChunkGrid.from_call(call, blocks)
-    block_row = make_block_row_states(call.mask, grid.layout)
-    dtype = call.accumulator_dtype
-    axes = find_varying_axes(*jax.tree.leaves((call, given)))
-    heads_first = (call.batch, call.num_kv_heads, call.kv_len)
-    dquery = jnp.zeros_like(call.query)
-    dkey = jnp.zeros((*heads_first, call.head_dim), dtype)
-    dvalue = jnp.zeros((*heads_first, call.value_head_dim), dtype)
-
-    def query_block(i, carry):
-        dquery, sums = carry
+    def query_block(i, results):
         q = grid.make_q_span(i)
-        dquery_rows, sums = _backward_over_keys(grid, i, q, block_row(i), given, sums, axes)
-        dquery_rows = merge_heads(dquery_rows).astype(dquery.dtype)
-        return write_rows(grid, i, q, dquery, dquery_rows), sums
+        dquery, results = _backward_over_keys(grid, i, q, block_row(i), given, results, axes)
+        dquery = merge_heads(dquery.transpose(0, 1, 3, 4, 2))
+        return results._replace(query=write_rows(grid, i, q, results.query, dquery))
 
-    carry = vary_over((dquery, (dkey, dvalue, shared)), axes)
     if grid.layout.num_q == 1:
-        carry = query_block(0, carry)
-    else:
-        carry = lax.fori_loop(0, grid.layout.num_q, query_block, carry)
-    dquery, (dkey, dvalue, shared) = carry
-    return dquery, dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), shared
+        return query_block(0, results)
+    return lax.fori_loop(0, grid.layout.num_q, query_block, results)
 
 
 def _backward_over_keys(
-    grid: ChunkGrid, i, q: Span, row: jax.Array, given: _RowResiduals, sums, axes
+    grid: ChunkGrid, i, q: Span, row: jax.Array, given: _RowResiduals, results: _Sums, axes
 ):
     call = grid.call
     tile = _QueryChunk.from_block(grid, i, q, given)
     dquery = jnp.zeros(
-        (call.batch, call.num_kv_heads, call.group, q.size, call.head_dim), call.accumulator_dtype
+        (call.batch, call.num_kv_heads, call.head_dim, call.group, q.size), call.accumulator_dtype
     )
-    carry = (vary_over(dquery, axes), sums)
+    carry = (vary_over(dquery, axes), results)
 
     def step(j, carry, partial):
         return _add_backward_chunk(grid, tile, j, carry, partial=partial)
@@ -171,43 +143,53 @@ class _QueryChunk(NamedTuple):
 
     i: int | jax.Array
     q: Span
-    query: GroupedProducts
-    dout: GroupedProducts
-    lse: jax.Array  # [B, K, G, q, 1]
+    query: jax.Array  # [B, K, G, q, H]
+    query_turned: jax.Array  # [B, K, H, G, q]; XLA:CPU would transpose it for every block
+    dout: jax.Array  # [B, K, G, q, h]
+    dout_turned: jax.Array
+    lse: jax.Array  # [B, K, 1, G, q]
     delta: jax.Array
 
     @classmethod
     def from_block(cls, grid: ChunkGrid, i, q: Span, given: _RowResiduals) -> _QueryChunk:
         call = grid.call
-        options = (call.num_kv_heads, call.precision, call.accumulator_dtype)
 
-        def per_row(array):
-            rows = grid.take_query_rows(array, q)
-            rows = rows.reshape(*rows.shape[:2], call.num_kv_heads, call.group)
-            return rows.transpose(0, 2, 3, 1)[..., None]
+        def split(rows):
+            rows = rows.reshape(*rows.shape[:2], call.num_kv_heads, call.group, -1)
+            return rows.transpose(0, 2, 3, 1, 4)
 
-        return cls(
-            i,
-            q,
-            GroupedProducts(grid.take_query_rows(call.query, q, clean=True), *options),
-            GroupedProducts(grid.take_query_rows(given.dout, q, clean=True), *options),
-            per_row(given.lse),
-            per_row(given.delta),
-        )
+        query = split(grid.take_query_rows(call.query, q, clean=True))
+        dout = split(grid.take_query_rows(given.dout, q, clean=True))
+        lse = split(grid.take_query_rows(given.lse, q))
+        delta = split(grid.take_query_rows(given.delta, q))
+        return cls(i, q, query, _turn(query), dout, _turn(dout), _turn(lse), _turn(delta))
+
+
+def _turn(tile: jax.Array) -> jax.Array:
+    """Turn ``[B, K, G, q, kv]`` into the order of this pass, ``[B, K, kv, G, q]``.
+
+    With keys before queries each of the five products reads its tile as it lies; else XLA:CPU
+    transposes two tiles of each block.
+    """
+    return jnp.moveaxis(tile, -1, 2)
 
 
 def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial: bool):
     call, kv = grid.call, grid.make_kv_span(j)
-    dquery, (dkey, dvalue, shared) = carry
+    dquery, results = carry
     key = take_kv_rows(call, present(call.key), kv, clean=partial)
     value = take_kv_rows(call, present(call.value), kv, clean=partial)
+    multiply = functools.partial(
+        jnp.einsum, precision=call.precision, preferred_element_type=call.accumulator_dtype
+    )
 
-    dots = tile.query.multiply_keys(key)
-    scores, capped = grid.compute_scores(dots, tile.q, kv)
+    dots = multiply("bskh,bkhgt->bksgt", key, tile.query_turned)
+    scores, capped = grid.compute_scores(dots, tile.q, kv, turn=_turn)
     weights = jnp.exp(scores - tile.lse)
-    dweights = tile.dout.multiply_keys(value)
+    dweights = multiply("bskh,bkhgt->bksgt", value, tile.dout_turned)
     if call.dropout_key is not None:
-        kept = compute_keep_tile(call, tile.q, kv).astype(weights.dtype) / (1.0 - call.dropout_rate)
+        kept = _turn(compute_keep_tile(call, tile.q, kv)).astype(weights.dtype)
+        kept = kept / (1.0 - call.dropout_rate)
         dropped, dweights = weights * kept, dweights * kept
     else:
         dropped = weights
@@ -215,44 +197,51 @@ def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial
     if partial:
         allowed = grid.compute_mask(tile.i, j, tile.q, kv, fresh_rows=True)
         if allowed is not None:
-            dscores = jnp.where(allowed, dscores, 0.0)
-            dropped = jnp.where(allowed, dropped, 0.0)
+            dscores = jnp.where(_turn(allowed), dscores, 0.0)
+            dropped = jnp.where(_turn(allowed), dropped, 0.0)
 
-    if shared.bias is not None:
-        shared = shared._replace(bias=_add_bias_tile(call, shared.bias, dscores, tile.q, kv))
+    if results.bias is not None:
+        rows = jnp.moveaxis(dscores, 2, -1)
+        results = results._replace(bias=_add_bias_tile(grid, results.bias, rows, tile.q, kv))
     if call.logits_soft_cap is not None:
         dscores = dscores * (1.0 - jnp.square(capped / call.logits_soft_cap))
     dscores = dscores * call.scale
     if call.traced_scale is not None:
-        shared = shared._replace(scale=shared.scale + (dscores * dots).sum())
+        results = results._replace(scale=results.scale + (dscores * dots).sum())
         dscores = dscores * call.traced_scale.astype(dscores.dtype)
+    query = tile.query
     if key.dtype == jnp.float16:
         # dscores may overflow float16 where their product with small keys does not.
-        key = key.astype(dscores.dtype)
+        key, query = key.astype(dscores.dtype), query.astype(dscores.dtype)
     dscores = dscores.astype(key.dtype)
 
-    dquery = dquery + tile.query.multiply_values(dscores, key)
-    dkey = _add_rows(dkey, tile.query.multiply_transposed(dscores), kv)
-    dvalue = _add_rows(dvalue, tile.dout.multiply_transposed(dropped.astype(value.dtype)), kv)
-    return dquery, (dkey, dvalue, shared)
+    dquery = dquery + multiply("bskh,bksgt->bkhgt", key, dscores)
+    dkey = multiply("bksgt,bkgth->bksh", dscores, query)
+    dvalue = multiply("bksgt,bkgth->bksh", dropped.astype(value.dtype), tile.dout)
+    return dquery, results._replace(
+        key=_add_rows(grid, results.key, dkey, kv), value=_add_rows(grid, results.value, dvalue, kv)
+    )
 
 
-def _add_rows(total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
-    """Add ``rows [B, K, s, size]`` to slots ``kv`` of ``total [B, K, S, size]``."""
-    rows = rows + lax.dynamic_slice_in_dim(total, kv.start, kv.size, 2)
-    return lax.dynamic_update_slice_in_dim(total, rows, kv.start, 2)
+def _add_rows(grid: ChunkGrid, total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
+    """Add ``rows [B, K, s, size]`` of the part to slots ``kv`` of ``total [B, K, S, size]``."""
+    return _add_slice(total, rows, (grid.row, grid.head // grid.call.group, kv.start, 0))
 
 
 def _add_bias_tile(
-    call: AttentionCall, total: jax.Array, dscores: jax.Array, q: Span, kv: Span
+    grid: ChunkGrid, total: jax.Array, dscores: jax.Array, q: Span, kv: Span
 ) -> jax.Array:
     """Add the tile's gradient to ``total``, summed where the bias broadcasts."""
     batch, kv_heads, group, rows, columns = dscores.shape
     tile = dscores.reshape(batch, kv_heads * group, rows, columns)
+    first = (grid.row, grid.head, q.start, kv.start)
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
-    tile = tile.sum(summed, keepdims=True)
-    first = (0, 0, 0 if 2 in summed else q.start, 0 if 3 in summed else kv.start)
-    start = tuple(jnp.asarray(n, jnp.int32) for n in first)  # one dtype, under x64, too
+    start = tuple(0 if axis in summed else n for axis, n in enumerate(first))
+    return _add_slice(total, tile.sum(summed, keepdims=True), start)
+
+
+def _add_slice(total: jax.Array, part: jax.Array, start) -> jax.Array:
+    start = tuple(jnp.asarray(n, jnp.int32) for n in start)  # one dtype, under x64, too
     return lax.dynamic_update_slice(
-        total, tile + lax.dynamic_slice(total, start, tile.shape), start
+        total, part + lax.dynamic_slice(total, start, part.shape), start
     )

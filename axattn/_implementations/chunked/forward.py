@@ -6,6 +6,7 @@ Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682; Dao, ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from axattn._call import AttentionCall
 from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
-from axattn._implementations.chunked.tile import ChunkGrid
+from axattn._implementations.chunked.tile import ChunkGrid, run_parts
 from axattn._implementations.kv_products import KVProducts, make_kv_products
 from axattn._implementations.scores import split_heads
 from axattn._jax_compat import find_varying_axes, vary_over
@@ -35,42 +36,36 @@ def forward(
     dtype = call.query.dtype if rounded else call.accumulator_dtype
     if not rounded:
         call = dataclasses.replace(call, value=present(call.value).astype(dtype))
-    if not blocks.by_row:
-        return _forward_rows(call, blocks, dtype)
-    out, lse = lax.map(lambda b: _forward_rows(call.row(b), blocks, dtype), jnp.arange(call.batch))
-    return out[:, 0], lse[:, 0]
+    rows = (call.batch, call.q_len, call.num_heads)
+    wide = call.accumulator_dtype if blocks.wide_results else dtype
+    results = (
+        jnp.zeros((*rows, call.value_head_dim), wide),
+        jnp.zeros(rows, call.accumulator_dtype),
+    )
+    results = vary_over(results, find_varying_axes(*jax.tree.leaves(call)))
+    out, lse = run_parts(call, blocks, functools.partial(_forward_part, dtype=dtype), results)
+    return out.astype(dtype), lse
 
 
 class _SoftmaxState(NamedTuple):
     """Online softmax of a query block: weighted values, running maximum and sum per row."""
 
     values: jax.Array  # [B, K, G, q, h]
-    top: jax.Array  # [B, K, G, q, 1]
+    top: jax.Array  # [B, K, G, q, 1], in `ChunkGrid.score_unit`
     total: jax.Array  # [B, K, G, q, 1]
 
 
-def _forward_rows(
-    call: AttentionCall, blocks: ChunkSizes, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    grid = ChunkGrid.from_call(call, blocks)
-    block_row = make_block_row_states(call.mask, grid.layout)
-    out_shape = (call.batch, call.q_len, call.num_heads, call.value_head_dim)
-    axes = find_varying_axes(*jax.tree.leaves(call))
-    results = vary_over(
-        (
-            jnp.zeros(out_shape, dtype),
-            jnp.zeros(out_shape[:3], call.accumulator_dtype),
-        ),
-        axes,
-    )
+def _forward_part(grid: ChunkGrid, results: Any, dtype: Any) -> Any:
+    block_row = make_block_row_states(grid.call.mask, grid.layout)
+    axes = find_varying_axes(*jax.tree.leaves((grid.call, results)))
 
     def query_block(i, results):
         q = grid.make_q_span(i)
-        state = vary_over(_start_softmax(call, blocks), axes)
+        state = vary_over(_start_softmax(grid), axes)
         state = _forward_over_keys(grid, i, q, block_row(i), state)
         return tuple(
             write_rows(grid, i, q, whole, rows)
-            for whole, rows in zip(results, _finish_rows(state, dtype), strict=True)
+            for whole, rows in zip(results, _finish_rows(grid, state, dtype), strict=True)
         )
 
     if grid.layout.num_q == 1:
@@ -78,9 +73,9 @@ def _forward_rows(
     return lax.fori_loop(0, grid.layout.num_q, query_block, results)
 
 
-def _start_softmax(call: AttentionCall, blocks: ChunkSizes) -> _SoftmaxState:
-    dtype = call.accumulator_dtype
-    shape = (call.batch, call.num_kv_heads, call.group, blocks.q)
+def _start_softmax(grid: ChunkGrid) -> _SoftmaxState:
+    call, dtype = grid.call, grid.call.accumulator_dtype
+    shape = (call.batch, call.num_kv_heads, call.group, grid.blocks.q)
     top = jnp.full((*shape, 1), -jnp.inf, dtype)
     total = jnp.zeros((*shape, 1), dtype)
     if call.sinks is not None:
@@ -88,8 +83,9 @@ def _start_softmax(call: AttentionCall, blocks: ChunkSizes) -> _SoftmaxState:
         sinks = jnp.broadcast_to(
             split_heads(call.sinks[None, :, None, None].astype(dtype), call), top.shape
         )
-        top = lax.stop_gradient(sinks)
-        total = jnp.exp(sinks - jnp.where(top == -jnp.inf, 0.0, top))  # 1, or 0 without the sink
+        top = lax.stop_gradient(sinks) / grid.score_unit
+        shift = jnp.where(sinks == -jnp.inf, 0.0, top) * grid.score_unit
+        total = jnp.exp(sinks - shift)  # 1, or 0 without the sink
     return _SoftmaxState(jnp.zeros((*shape, call.value_head_dim), dtype), top, total)
 
 
@@ -111,7 +107,8 @@ def _add_forward_chunk(
 ) -> _SoftmaxState:
     """Add one key/value block; the mask is evaluated in partial blocks only."""
     call, kv = grid.call, grid.make_kv_span(j)
-    scores, _ = grid.compute_scores(read.multiply_keys(kv), q, kv)
+    dots, unit = read.multiply_keys(kv), grid.score_unit
+    scores = dots if grid.scores_are_scaled_dots else grid.compute_scores(dots, q, kv)[0]
     if partial:
         allowed = grid.compute_mask(i, j, q, kv, fresh_rows=False)
         if allowed is not None:
@@ -120,8 +117,8 @@ def _add_forward_chunk(
     top = lax.stop_gradient(jnp.maximum(state.top, scores.max(-1, keepdims=True)))
     # An empty row's maximum is -inf and must not shift.
     shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp(scores - shift)
-    decay = jnp.exp(state.top - shift)
+    weights = jnp.exp((scores - shift) * unit)
+    decay = jnp.exp((state.top - shift) * unit)
     total = state.total * decay + weights.sum(-1, keepdims=True)
     if call.dropout_key is not None:
         weights = jnp.where(
@@ -131,12 +128,12 @@ def _add_forward_chunk(
     return _SoftmaxState(values, top, total)
 
 
-def _finish_rows(state: _SoftmaxState, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _finish_rows(grid: ChunkGrid, state: _SoftmaxState, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Return output rows ``[B, q, N, h]`` and LSE rows ``[B, q, N]``."""
     empty = state.total == 0
     total = jnp.where(empty, 1.0, state.total)
-    lse = jnp.where(empty, -jnp.inf, state.top + jnp.log(total))
-    out = (state.values / total).astype(dtype)
+    lse = jnp.where(empty, -jnp.inf, state.top * grid.score_unit + jnp.log(total))
+    out = (state.values * (1.0 / total)).astype(dtype)  # XLA:CPU divides slowly
     return merge_heads(out), merge_heads(lse)[..., 0]
 
 
@@ -147,8 +144,11 @@ def merge_heads(tile: jax.Array) -> jax.Array:
 
 
 def write_rows(grid: ChunkGrid, i, q: Span, whole: jax.Array, rows: jax.Array) -> jax.Array:
-    """Put the rows of block ``i`` into ``whole [B, T, ...]``; rows of earlier blocks stay."""
+    """Put the rows of block ``i`` into ``whole [B, T, N, ...]``; rows of earlier blocks stay."""
+    rows = rows.astype(whole.dtype)
+    start = [jnp.asarray(n, jnp.int32) for n in (grid.row, q.start, grid.head)]
+    start += [jnp.zeros((), jnp.int32)] * (rows.ndim - 3)
     if grid.q_has_tail:
         fresh = grid.find_own_rows(i, q).reshape(1, -1, *(1,) * (rows.ndim - 2))
-        rows = jnp.where(fresh, rows, lax.dynamic_slice_in_dim(whole, q.start, q.size, 1))
-    return lax.dynamic_update_slice_in_dim(whole, rows, q.start, 1)
+        rows = jnp.where(fresh, rows, lax.dynamic_slice(whole, start, rows.shape))
+    return lax.dynamic_update_slice(whole, rows, start)

@@ -7,6 +7,7 @@ the slots that it shares with the block before are masked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from axattn._mask_parts import PARTIAL, BlockLayout, Span
 from axattn._masks import find_q_lengths, zero_unused
 
 
+def _keep(tile: jax.Array) -> jax.Array:
+    return tile
+
+
 @dataclasses.dataclass(frozen=True)
 class ChunkGrid:
     """A call and its blocks."""
@@ -29,10 +34,12 @@ class ChunkGrid:
     call: AttentionCall
     blocks: ChunkSizes
     layout: BlockLayout
+    row: int | jax.Array = 0  # where the call begins in the whole call
+    head: int | jax.Array = 0
 
     @classmethod
-    def from_call(cls, call: AttentionCall, blocks: ChunkSizes) -> ChunkGrid:
-        return cls(call, blocks, call.layout(blocks.q, blocks.kv))
+    def from_call(cls, call: AttentionCall, blocks: ChunkSizes, row=0, head=0) -> ChunkGrid:
+        return cls(call, blocks, call.layout(blocks.q, blocks.kv), row, head)
 
     @property
     def q_has_tail(self) -> bool:
@@ -70,11 +77,42 @@ class ChunkGrid:
             ok = fresh if ok is None else ok & fresh
         return ok
 
-    def compute_scores(self, dots: jax.Array, q: Span, kv: Span) -> tuple[jax.Array, jax.Array]:
-        """Return the scores before the mask, and the capped products (for the cap's derivative)."""
+    def take_part(self, array: jax.Array) -> jax.Array:
+        """Slice the rows and heads of this part of the call from ``[B, T, N, ...]``."""
+        call = self.call
+        sizes = (call.batch, call.q_len, call.num_heads, *array.shape[3:])
+        if sizes == array.shape:
+            return array
+        start = [jnp.asarray(n, jnp.int32) for n in (self.row, 0, self.head)]
+        start += [jnp.zeros((), jnp.int32)] * (array.ndim - 3)
+        return lax.dynamic_slice(array, start, sizes)
+
+    @property
+    def scores_are_scaled_dots(self) -> bool:
+        """Whether scores are ``scale * dots`` with a positive scale, and in the order of dots."""
+        call = self.call
+        others = (call.logits_soft_cap, call.bias, call.alibi_slopes, call.traced_scale)
+        return call.scale > 0 and all(other is None for other in others)
+
+    @property
+    def score_unit(self) -> float:
+        """The factor that the softmax still multiplies scores by, as it does for free.
+
+        A scaled tile would be one more array to write and to read: XLA:CPU fuses the factor into
+        the exponential, but not into the maximum.
+        """
+        return self.call.scale if self.scores_are_scaled_dots else 1.0
+
+    def compute_scores(
+        self, dots: jax.Array, q: Span, kv: Span, turn: Callable[[jax.Array], jax.Array] = _keep
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the scores before the mask, and the capped products (for the cap's derivative).
+
+        ``turn`` brings a bias ``[B, K, G, q, kv]`` into the order of ``dots``.
+        """
         capped = cap_scores(self.call, dots)
         bias = compute_bias(self.call, q, kv)
-        return (capped if bias is None else capped + bias), capped
+        return (capped if bias is None else capped + turn(bias)), capped
 
     def sweep_keys(
         self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
@@ -111,6 +149,29 @@ class ChunkGrid:
         return lax.fori_loop(
             0, partial.count, lambda n, state: step(partial.order[n], state, True), state
         )
+
+
+def run_parts(
+    call: AttentionCall, blocks: ChunkSizes, run: Callable[[ChunkGrid, Any], Any], results: Any
+) -> Any:
+    """Run ``results = run(grid, results)`` over what runs one after the other: rows, heads."""
+    groups = call.num_kv_heads // blocks.heads
+
+    def run_part(row, group, results):
+        part = call.row(row) if blocks.by_row else call
+        if groups > 1:
+            part = part.heads(group * blocks.heads, blocks.heads)
+        head = group * blocks.heads * call.group
+        return run(ChunkGrid.from_call(part, blocks, row, head), results)
+
+    def run_row(row, results):
+        if groups == 1:
+            return run_part(row, 0, results)
+        return lax.fori_loop(0, groups, functools.partial(run_part, row), results)
+
+    if not blocks.by_row:
+        return run_row(0, results)
+    return lax.fori_loop(0, call.batch, run_row, results)
 
 
 def _slice_block(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
