@@ -86,16 +86,16 @@ class TestExplanation:
         (name,) = set(explain(q, kv, kv, **options).by_platform.values())
         return name
 
-    def test_chunked_from_two_million_scores(self):
+    def test_chunked_from_a_million_scores(self):
         """B N T S alone decides."""
-        sizes = dict(B=2, T=64, S=1024, N=16, K=2)
-        assert 2 * 16 * 64 * 1024 == 2**21
+        sizes = dict(B=2, T=64, S=512, N=16, K=2)
+        assert 2 * 16 * 64 * 512 == 2**20
         assert self.chosen(**sizes, is_causal=True) == "xla_chunked"
-        for fewer in (dict(B=1), dict(T=63), dict(S=1023), dict(N=15, K=3)):
+        for fewer in (dict(B=1), dict(T=63), dict(S=511), dict(N=15, K=3)):
             assert self.chosen(**{**sizes, **fewer}, is_causal=True) == "xla"
 
     def test_steps_of_64_rows_may_hold_128_mib_of_logits(self):
-        """More query rows are no decode step: two million scores are the limit again."""
+        """More query rows are no decode step: a million scores are the limit again."""
         assert 4 * 64 * 2**19 == 128 * 2**20
         assert self.chosen(T=2, N=32, S=2**19) == "xla"
         assert self.chosen(T=2, N=32, S=2**19 + 1) == "xla_chunked"

@@ -16,11 +16,11 @@ from axattn._jax_compat import is_known
 from axattn._masks import find_kv_lengths
 from axattn._typing import present
 
-# CPU, 2 cores with AVX-512, jax 0.10.2, float32 and bfloat16, H=128, causal: the chunked path
-# overtakes the einsum between T=256 (2^20 scores at N=16) and T=512 (2^22), forward and backward;
-# see benchmarks/crossover_bench.py. On accelerators, where its speed is not measured, the same
-# bound keeps the einsum's float32 logits under 8 MiB.
-CHUNKED_FROM_SCORES = 2**21
+# CPU, 2 cores of a Xeon with AVX-512, jax 0.12.0.1, causal, float32 and bfloat16, both directions:
+# from 2^20 scores on the chunked path takes 0.2 to 1 times as long as the einsum, from 2^18 to 2^19
+# 0.6 to 1.9 times; see benchmarks/crossover_bench.py. On accelerators, where its speed is not
+# measured, the same bound keeps the einsum's float32 logits under 4 MiB.
+CHUNKED_FROM_SCORES = 2**20
 
 # In a decode step (few query rows) one einsum reads the cache fastest: the chunked path copies each
 # block. Beyond this many bytes of logits the chunked path is taken all the same.
