@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from benchmarks.harness import functions, paired, processes
 
 # Largest difference from axattn's result, in parts of its largest element: a few roundings.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-5, "float16": 2**-8}
+
+WARM_UP = 0.5  # seconds
 
 
 def find_refusal() -> str | None:
@@ -91,6 +94,10 @@ class _Prepare:
         global _step
         _step = make_step(self.problem)
         check(_step(), self.problem)
+        # The first calls take up to 25 times as long (0.5 ms: bfloat16, T=128), more than one does.
+        start = time.perf_counter()
+        while time.perf_counter() - start < WARM_UP:
+            _step()
         yield from ()
 
 

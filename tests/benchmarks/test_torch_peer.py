@@ -32,8 +32,10 @@ def make_problem(dtype, direction, is_causal=True):
 
 @needs_torch
 @pytest.mark.ci
-@pytest.mark.parametrize("dtype", torch_peer.TOLERANCES)
-@pytest.mark.parametrize("direction, is_causal", [("fwd", True), ("fwd+bwd", True), ("fwd", False)])
+@pytest.mark.parametrize(
+    "dtype, direction, is_causal",
+    [("float32", "fwd+bwd", True), ("bfloat16", "fwd", True), ("float16", "fwd", False)],
+)
 def test_it_computes_what_axattn_computes(peer, dtype, direction, is_causal):
     problem = make_problem(dtype, direction, is_causal)
     assert len(problem.expected) == (1 if direction == "fwd" else 4)
