@@ -39,28 +39,21 @@ def measure(args: Any, *, is_causal: bool, gradients: bool, seconds: float) -> B
     Two products and one exponential per score; with ``gradients`` five products and an exponential
     more, those of a backward pass that has kept no scores.
     """
-    sizes = calls.asked(lambda call: choose_chunk_sizes(call, "cpu"), *args, is_causal=is_causal)
-    tiles = list_tiles(args, sizes.q, sizes.kv, is_causal=is_causal)
-    batch, _, heads, head_dim = args[0].shape
-    kv_heads = args[1].shape[2]
-    blocks = tiles.max(0)[1:] + 1
-    group = heads // kv_heads
-    shapes = ((blocks[0], group * sizes.q),) * 2 + ((blocks[1], sizes.kv),) * 2
-    drawn = inputs.random_like(
-        [
-            jax.ShapeDtypeStruct((count, batch, kv_heads, rows, head_dim), args[0].dtype)
-            for count, rows in shapes
-        ]
-    )
-    operands = Operands(*drawn, *(jnp.swapaxes(x, -1, -2) for x in drawn[:3]))
-    scores = jnp.ones((heads, sizes.q, sizes.kv), jnp.float32)
-    rounds = jnp.arange((1 + gradients) * len(tiles))
-    steps = {
-        "products": functools.partial(multiply, operands, tiles, gradients=gradients),
-        "exponentials": functools.partial(exponentiate, scores, rounds),
-    }
-    found = paired.compare(steps, seconds=seconds)
-    return Bounds(*map(found.median, steps))
+    products, exponentials = {}, {}
+    for backward in (False, True)[: 1 + gradients]:
+        choose = functools.partial(choose_chunk_sizes, platform="cpu", backward=backward)
+        sizes = calls.asked(choose, *args, is_causal=is_causal)
+        tiles = list_tiles(args, sizes.q, sizes.kv, is_causal=is_causal)
+        operands = draw_operands(args, tiles, sizes.q, sizes.kv)
+        products[f"products {backward}"] = functools.partial(
+            multiply, operands, tiles, backward=backward
+        )
+        (*_, kv_heads, rows, _), kv = operands.query.shape, sizes.kv
+        exponentials[f"exponentials {backward}"] = functools.partial(
+            exponentiate, jnp.ones((rows, kv), jnp.float32), jnp.arange(len(tiles) * kv_heads)
+        )
+    found = paired.compare(products | exponentials, seconds=seconds)
+    return Bounds(*(sum(map(found.median, names)) for names in (products, exponentials)))
 
 
 def list_tiles(args: Any, q: int, kv: int, *, is_causal: bool) -> np.ndarray:
@@ -85,40 +78,53 @@ class Operands(NamedTuple):
     key_t: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="gradients")
-def multiply(operands: Operands, tiles, *, gradients: bool):
-    """Sums of the products of every tile, from which XLA can leave out or move none.
+def draw_operands(args: Any, tiles: np.ndarray, q: int, kv: int) -> Operands:
+    """Random blocks, as many and as large as the tiles of these arguments need."""
+    (batch, _, heads, head_dim), kv_heads = args[0].shape, args[1].shape[2]
+    blocks = tiles.max(0)[1:] + 1
+    shapes = ((blocks[0], heads // kv_heads * q),) * 2 + ((blocks[1], kv),) * 2
+    drawn = inputs.random_like(
+        [
+            jax.ShapeDtypeStruct((count, batch, kv_heads, rows, head_dim), args[0].dtype)
+            for count, rows in shapes
+        ]
+    )
+    return Operands(*drawn, *(jnp.swapaxes(x, -1, -2) for x in drawn[:3]))
+
+
+@functools.partial(jax.jit, static_argnames="backward")
+def multiply(operands: Operands, tiles, *, backward: bool):
+    """Sums of the products of every tile in one pass, from which XLA can leave out or move none.
 
     In the form that XLA:CPU is fastest at, and attention could have: head by head, nothing
-    transposed in the loop. (With gradients, scores are keys by rows, and dQ is transposed.)
+    transposed in the loop. (Backward, scores are keys by rows, and dQ is transposed.)
     """
     product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     dtype = operands.query.dtype
 
-    def forward(x: Operands):
+    def multiply_forward(x: Operands):
         return (product(product(x.query, x.key_t).astype(dtype), x.value),)
 
-    def backward(x: Operands):
+    def multiply_backward(x: Operands):
         weights = product(x.key, x.query_t).astype(dtype)
         dscores = product(x.value, x.dout_t).astype(dtype)
         return product(x.key_t, dscores), product(dscores, x.query), product(weights, x.dout)
 
-    def take(tile, head):
+    def multiply_heads(tile):
         row, i, j = tile
         at = Operands(i, i, j, j, i, i, j)
-        return Operands(*(x[block, row, head] for x, block in zip(operands, at, strict=True)))
+        return [
+            (multiply_backward if backward else multiply_forward)(
+                Operands(*(x[block, row, head] for x, block in zip(operands, at, strict=True)))
+            )
+            for head in range(operands.key.shape[2])
+        ]
 
-    def sweep(multiply_tile):
-        def step(sums, tile):
-            return jax.tree.map(jnp.add, sums, multiply_heads(tile)), None
-
-        def multiply_heads(tile):
-            return [multiply_tile(take(tile, head)) for head in range(operands.key.shape[2])]
-
-        shapes = jax.eval_shape(multiply_heads, tiles[0])
-        return lax.scan(step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), tiles)[0]
-
-    return [sweep(forward), *([sweep(backward)] if gradients else [])]
+    shapes = jax.eval_shape(multiply_heads, tiles[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return lax.scan(
+        lambda sums, tile: (jax.tree.map(jnp.add, sums, multiply_heads(tile)), None), zeros, tiles
+    )[0]
 
 
 @jax.jit
