@@ -7,12 +7,15 @@ and again in the backward pass, and all implementations draw the same pattern fo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from axattn._call import AttentionCall
-from axattn._jax_compat import compute_threefry_2x32
+from axattn._jax_compat import call_once
 from axattn._mask_parts import Span
 from axattn._typing import present
 
@@ -25,8 +28,13 @@ def make_dropout_key(rng: jax.Array) -> jax.Array:
     return jax.random.bits(jax.random.fold_in(rng, 0), (2,), jnp.uint32)
 
 
-def compute_keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
-    """Find the scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``."""
+def compute_keep_tile(
+    call: AttentionCall, q: Span, kv: Span, *, turn: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """Find the scores that survive: bool, broadcastable to ``[B, K, G, q.size, kv.size]``.
+
+    ``turn`` gives the tile another order of its axes, in which it is drawn.
+    """
     if call.broadcast_dropout:
         rows = q.slots.astype(jnp.uint32)[None, None, None, :]
     else:
@@ -36,19 +44,27 @@ def compute_keep_tile(call: AttentionCall, q: Span, kv: Span) -> jax.Array:
         rows = batch[:, None] * jnp.uint32(call.dropout_heads or call.num_heads) + heads[None, :]
         rows = rows.reshape(call.batch, call.num_kv_heads, call.group, 1)
         rows = rows * jnp.uint32(call.q_len) + q.slots.astype(jnp.uint32)[None, None, None]
-    columns = kv.slots.astype(jnp.uint32)[None, None, None, None]
-    bits = compute_threefry_2x32(present(call.dropout_key), rows[..., None], columns)
+    rows, columns = rows[..., None], kv.slots.astype(jnp.uint32)[None, None, None, None]
+    if turn is not None:
+        rows, columns = turn(rows), turn(columns)
     # Keep where bits >= rate * 2^32: the drop probability is exact to 2^-32.
     threshold = min(round(call.dropout_rate * 2**32), 2**32 - 1)
-    return bits >= jnp.uint32(threshold)
+    draw = functools.partial(_draw_kept, threshold=threshold)
+    return call_once(draw, present(call.dropout_key), rows, columns)
+
+
+@functools.partial(jax.jit, static_argnames="threshold")
+def _draw_kept(key: jax.Array, rows: jax.Array, columns: jax.Array, *, threshold: int) -> jax.Array:
+    return compute_threefry(key[0], key[1], rows, columns) >= jnp.uint32(threshold)
 
 
 def compute_threefry(key0: jax.Array, key1: jax.Array, x0: jax.Array, x1: jax.Array) -> jax.Array:
-    """Compute the first word at counter (x0, x1) in the arithmetic that kernels have.
+    """Compute the first word at counter (x0, x1), all uint32, or, in kernels, int32.
 
-    Kernels have no primitive of JAX for it; int32 wraps around as uint32 does.
+    JAX's own primitive is not in all kernels, and XLA:CPU runs its rounds as a loop over memory, at
+    a seventh of the speed. int32 wraps around as uint32 does.
     """
-    keys = (key0, key1, key0 ^ key1 ^ jnp.int32(0x1BD11BDA))
+    keys = (key0, key1, key0 ^ key1 ^ key0.dtype.type(0x1BD11BDA))
     x0, x1 = x0 + keys[0], x1 + keys[1]
     for block in range(5):
         for rotation in _ROTATIONS[block % 2]:

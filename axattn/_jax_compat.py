@@ -13,23 +13,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.random as jex_random
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from axattn._typing import present
 
 
-def compute_threefry_2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """Compute the first word of Threefry-2x32-20 at counter ``(high, low)``; uint32, broadcast.
+def call_once(function: Callable, *args):
+    """Call a jitted function whose result several others read, so that XLA:CPU computes it once.
 
-    ``jax.random`` gives no access to single counters, but dropout by blocks needs the bits of one
-    block without those of others.
+    XLA would compute it again in the loop of each of them, and for each element of a broadcast.
+    Before jax 0.11, XLA:CPU ignores `lax.optimization_barrier`.
     """
-    high, low = jnp.broadcast_arrays(high, low)
-    key0, key1 = (jnp.broadcast_to(word, high.shape) for word in (key[0], key[1]))
-    return jex_random.threefry2x32_p.bind(key0, key1, high, low)[0]
+
+    def call_apart(*args):
+        with set_xla_metadata(inlineable="false"):
+            return function(*args)
+
+    return lax.platform_dependent(*args, cpu=call_apart, default=function)
 
 
 def allow_auto_axes(function, arrays, specs):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +140,33 @@ def test_backward_drops_what_forward_dropped(force_blocks, implementation, T):
     # And it is no gradient of attention without dropout.
     plain = reference.attend(q, k, v).gradients(dout)
     assert np.abs(plain["value"] - wanted["value"]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "implementation, broadcast, tiles",
+    [
+        ("xla", False, [(B, K, N // K, T, S)]),
+        ("xla", True, [(1, 1, 1, T, S)]),
+        ("xla_chunked", False, [(B, K, N // K, 16, S), (B, K, S, N // K, 16)]),
+    ],
+)
+def test_drawn_once_on_cpu(force_blocks, implementation, broadcast, tiles):
+    """The generator's 20 rounds are once in the program of a pass, of no more than the pattern.
+
+    XLA would draw in every loop that reads the pattern, and a broadcast one for every head.
+    """
+    force_blocks(16, S)
+
+    def program(q, k, v, rng):
+        options = {"implementation": implementation, "broadcast_dropout": broadcast}
+        return jax.vjp(lambda *x: attend(*x, rng=rng, **options), q, k, v)[1](q)
+
+    q = jax.ShapeDtypeStruct((B, T, N, 8), jnp.float32)
+    k = jax.ShapeDtypeStruct((B, S, K, 8), jnp.float32)
+    hlo = jax.jit(program).lower(q, k, k, KEY).compile().as_text()
+    drawn = re.findall(rf"= u32\[((?:\d+,)*{S}\b[\d,]*)\]\S* xor\(", hlo)
+    # One xor a round; the last one is of the word that has no use.
+    assert collections.Counter(drawn) == {",".join(map(str, tile)): 19 for tile in tiles}
 
 
 def test_expectation_is_attention_without_dropout():

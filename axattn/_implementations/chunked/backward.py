@@ -188,7 +188,7 @@ def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial
     weights = jnp.exp(scores - tile.lse)
     dweights = multiply("bskh,bkhgt->bksgt", value, tile.dout_turned)
     if call.dropout_key is not None:
-        kept = _turn(compute_keep_tile(call, tile.q, kv)).astype(weights.dtype)
+        kept = compute_keep_tile(call, tile.q, kv, turn=_turn).astype(weights.dtype)
         kept = kept / (1.0 - call.dropout_rate)
         dropped, dweights = weights * kept, dweights * kept
     else:
