@@ -1,6 +1,6 @@
 """Does None take the right implementation for short calls, and is anything else faster?
 
-    python benchmarks/crossover_bench.py                     # 57 rows: 5 minutes on 2 cores
+    python benchmarks/crossover_bench.py                     # 57 rows: ten minutes on 2 cores
     python benchmarks/crossover_bench.py --lengths=64,128 --heads=16/2 --full
     python benchmarks/crossover_bench.py --rows=1/128/16/2/128/float32/fwd
 
