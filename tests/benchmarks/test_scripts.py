@@ -188,7 +188,7 @@ def test_crossover_bench(tmp_path):
         (length, direction) for length in (8, 16) for direction in ("fwd", "fwd+bwd")
     ]
     for row in rows:
-        assert row["chosen"] in ("xla", "xla_chunked") and row["scores"] == 4 * row["length"] ** 2
+        assert row["chosen"] in ("xla", "xla_chunked")
         assert row["is_slower"] == (row["ratio"] > 1.05)
         assert row["rounds"] >= 2 and row["best"] in ("repeat_kv", "jax_nn")
 
