@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from axattn import _serialization
+from axattn._jax_compat import is_known
 from axattn._mask_parts import (
     EMPTY,
     FULL,
@@ -418,6 +419,18 @@ def take_mask_heads(mask: Mask, first: int | jax.Array, count: int) -> Mask:
 def varies_by_row(mask: Mask) -> bool:
     """Say whether a normalized mask differs between the rows of the batch."""
     return any(jnp.ndim(leaf) and leaf.shape[0] != 1 for leaf in jax.tree.leaves(mask))
+
+
+def allows_every_row(mask: Mask, q_len: int, kv_len: int) -> bool:
+    """Say whether it is known that each query may attend to some key, where positions are slots."""
+    causal = [part for part in mask.parts if isinstance(part, Causal)]
+    if any(not isinstance(part.offset, Static) or part.offset < 0 for part in causal):
+        return False
+    # Every query sees the first key, or its own where a window has a left end.
+    windows = any(isinstance(part, Window) for part in mask.parts)
+    if windows and not is_known(lambda: q_len <= kv_len, otherwise=False):
+        return False
+    return all(isinstance(part, (Causal, Window, Prefix)) for part in mask.parts)
 
 
 def find_kv_lengths(mask: Mask) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import axattn
 from axattn import Mask
 from axattn._mask_parts import EMPTY, FULL, PARTIAL
+from axattn._masks import allows_every_row
 from tests.reference import visible
 from tests.tiers import ci
 
@@ -202,6 +203,27 @@ def test_block_map_is_sound(data):
         positions["kv_positions"] = rng.integers(0, 20, (2, kv_len))
     states = mask.block_map(q_len, kv_len, block_q, block_kv, **positions)
     assert_sound(states, options, positions, q_len, kv_len, block_q, block_kv)
+
+
+def test_rows_that_are_said_to_see_a_key_do():
+    """The einsum then leaves out its tests for empty rows."""
+    parts = [
+        Mask(), Mask.causal(), Mask.causal(2), Mask.causal(-1), Mask.causal(PER_ROW),
+        Mask.window(3, 2), Mask.window(4, None), Mask.window(None, 0), Mask.prefix(0),
+        Mask.prefix(PER_ROW), Mask.lengths(kv=9), Mask.segments(Q_IDS, KV_IDS), Mask.dense(DENSE),
+    ]  # fmt: skip
+    known = {}
+    for first, second in itertools.combinations_with_replacement(range(len(parts)), 2):
+        mask = parts[first] & parts[second]
+        for q_len, kv_len in ((T, S), (T, T), (T, 5)):
+            if (q_len, kv_len) != (T, S) and max(first, second) > 9:
+                continue  # arrays of one size
+            known[first, second, kv_len] = allows_every_row(mask, q_len, kv_len)
+            if known[first, second, kv_len]:
+                seen = np.asarray(mask.materialize(q_len, kv_len)).any(-1)
+                assert seen.all(), (mask, q_len, kv_len)
+    assert known[0, 0, 5] and known[1, 1, 5] and known[1, 5, T] and known[2, 9, S]
+    assert not any(known[i, i, S] for i in (3, 4, 10, 11, 12)) and not known[5, 5, 5]
 
 
 @pytest.mark.parametrize("huge", [2**31 - 1, 2**31, 2**40])

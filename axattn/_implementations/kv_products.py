@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from axattn._call import DECODE_ROWS, AttentionCall
-from axattn._implementations.products import FoldedProducts, GroupedProducts, compute_weighted_mean
+from axattn._implementations.products import FoldedProducts, GroupedProducts
+from axattn._implementations.softmax import MaskedScores, average_values
 from axattn._jax_compat import is_known
 from axattn._mask_parts import Span, as_column
 from axattn._masks import find_kv_lengths, zero_unused
@@ -29,8 +30,8 @@ class KVProducts(Protocol):
         """Multiply weights and values, ``[B, K, G, t, h]``; ``clean``: ``kv`` has unused slots."""
         ...
 
-    def average_values(self, weights: jax.Array, total: jax.Array, kv: Span) -> jax.Array:
-        """Divide the outputs of clean values by ``total [B, K, G, t, 1]``, differentiably."""
+    def average_values(self, masked: MaskedScores, kv: Span) -> tuple[jax.Array, jax.Array]:
+        """Average clean values by the softmax, differentiably; return the LSE as well."""
         ...
 
 
@@ -57,9 +58,9 @@ class _ArrayProducts:
         value = take_kv_rows(self.call, self.value, kv, clean=clean)
         return self.product.multiply_values(weights.astype(value.dtype), value)
 
-    def average_values(self, weights, total, kv):
+    def average_values(self, masked, kv):
         value = take_kv_rows(self.call, self.value, kv, clean=True)
-        return compute_weighted_mean(self.product.multiply_values, weights, total, value)
+        return average_values(self.product.multiply_values, masked, value)
 
 
 def take_kv_rows(call: AttentionCall, array: jax.Array, kv: Span, *, clean: bool) -> jax.Array:
@@ -103,27 +104,29 @@ class _CacheProducts:
         return dots.reshape(batch, kv_heads, group, rows, key.shape[2])
 
     def multiply_values(self, weights, kv, *, clean):
-        weights, value = self._scale_weights(weights, kv, clean=clean)
+        value, scales = self._read_values(kv, clean=clean)
+        if scales is not None:
+            weights = weights * scales.astype(weights.dtype)
         return self._multiply_stored_values(weights.astype(self.dtype), value)
 
-    def average_values(self, weights, total, kv):
-        weights, value = self._scale_weights(weights, kv, clean=True)
-        return compute_weighted_mean(self._multiply_stored_values, weights, total, value)
+    def average_values(self, masked, kv):
+        value, scales = self._read_values(kv, clean=True)
+        return average_values(self._multiply_stored_values, masked.scale(scales), value)
 
     def _multiply_stored_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bksh->bkgth", weights, value, **self.options)
 
-    def _scale_weights(self, weights: jax.Array, kv: Span, *, clean: bool):
-        """Return the weights times the values' scales, and the values without scales."""
+    def _read_values(self, kv: Span, *, clean: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Return values without their scales, and the scales ``[B, K, 1, 1, s]`` or None."""
         value, scales = self.stored.values(kv, self.dtype), self.stored.value_scales(kv)
         used = self._find_used_slots(kv) if clean else None
         if scales is not None:
             if used is not None:
                 scales = jnp.where(used[:, None], scales, 0.0)
-            weights = weights * scales[:, :, None, None].astype(weights.dtype)
+            scales = scales[:, :, None, None]
         if used is not None and self.stored.dtype not in ("int8", "int4"):  # which have no NaN
             value = jnp.where(used[:, None, :, None], value, jnp.zeros((), value.dtype))
-        return weights, value
+        return value, scales
 
     def _find_used_slots(self, kv: Span) -> jax.Array | None:
         """Find the slots that hold a token, bool ``[B or 1, s]``, or None for all."""

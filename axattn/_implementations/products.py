@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,39 +22,29 @@ from jax.custom_derivatives import SymbolicZero
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def compute_weighted_mean(
-    outputs: Callable[[jax.Array, jax.Array], jax.Array],
-    weights: jax.Array,
-    total: jax.Array,
-    value: jax.Array,
-) -> jax.Array:
-    """Divide the weighted sum of values by ``total``, with the derivatives of unrounded weights.
+def _multiply_keys(options: tuple, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Return ``[B, K, G, t, s]`` of ``[B, K, G, t, H]`` and ``[B, s, K, H]``.
 
-    ``multiply_values`` is the product of weights and values, in either form. ``weights`` and
-    ``total`` are in the accumulator's dtype; the product is in the dtype of the values.
-    Differentiated as written, the gradient of a 16-bit weight is rounded to 16 bits (in float16 it
-    overflows) while that of ``total`` is not: where one weight is near 1, they no longer cancel.
+    Gradients of bfloat16 inputs are products of bfloat16 again: differentiated as written, the
+    gradient of the scores is in memory in float32. (In float16 it could overflow where its product
+    with small keys does not.)
     """
-    return outputs(weights.astype(value.dtype), value) / total
+    return jnp.einsum("bkgth,bskh->bkgts", query, key, **dict(options))
 
 
-@functools.partial(compute_weighted_mean.defjvp, symbolic_zeros=True)
-def _compute_weighted_mean_jvp(outputs, primals, tangents):
-    weights, total, value = primals
-    dweights, dtotal, dvalue = tangents
-    dout = jnp.zeros((), total.dtype)
-    if not (isinstance(dweights, SymbolicZero) and isinstance(dtotal, SymbolicZero)):
-        dweights, dtotal = map(_make_tangent, (dweights, dtotal), (weights, total))
-        dshares = (dweights - weights / total * dtotal) / total
-        dout = outputs(dshares, value.astype(dshares.dtype))
-    if not isinstance(dvalue, SymbolicZero):
-        dout = dout + outputs(weights.astype(value.dtype), dvalue) / total
-    out = compute_weighted_mean(outputs, weights, total, value)
-    return out, jnp.broadcast_to(dout, out.shape)
-
-
-def _make_tangent(tangent: Any, primal: jax.Array) -> jax.Array:
-    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+@functools.partial(_multiply_keys.defjvp, symbolic_zeros=True)
+def _multiply_keys_jvp(options, primals, tangents):
+    (query, key), dots = primals, _multiply_keys(options, *primals)
+    options = dict(options)
+    if query.dtype == jnp.bfloat16:
+        options["preferred_element_type"] = query.dtype
+    multiply = functools.partial(jnp.einsum, "bkgth,bskh->bkgts", **options)
+    terms = []
+    if not isinstance(tangents[0], SymbolicZero):
+        terms.append(multiply(tangents[0], key).astype(dots.dtype))
+    if not isinstance(tangents[1], SymbolicZero):
+        terms.append(multiply(query, tangents[1]).astype(dots.dtype))
+    return dots, sum(terms) if terms else jnp.zeros_like(dots)
 
 
 class GroupedProducts:
@@ -66,7 +55,7 @@ class GroupedProducts:
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
     def multiply_keys(self, key: jax.Array) -> jax.Array:
-        return jnp.einsum("bkgth,bskh->bkgts", self.query, key, **self.options)
+        return _multiply_keys(tuple(self.options.items()), self.query, key)
 
     def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)

@@ -18,7 +18,8 @@ from axattn._call import AttentionCall
 from axattn._dropout import compute_keep_tile
 from axattn._implementations.kv_products import make_kv_products
 from axattn._implementations.scores import compute_mask, compute_scores, split_heads
-from axattn._masks import find_kv_lengths, find_q_lengths, zero_unused
+from axattn._implementations.softmax import MaskedScores
+from axattn._masks import allows_every_row, find_kv_lengths, find_q_lengths, zero_unused
 
 
 def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
@@ -36,8 +37,7 @@ def attend(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
 def _attend_einsum(call: AttentionCall, folded: bool) -> tuple[jax.Array, jax.Array]:
     call = zero_unused_inputs(call)
     read, (_, kv) = make_kv_products(call, call.query, folded=folded), call.spans()
-    weights, total, lse = compute_softmax(call, read.multiply_keys(kv))
-    out = read.average_values(weights, total, kv)
+    out, lse = read.average_values(mask_scores(call, read.multiply_keys(kv)), kv)
     out = out.transpose(0, 3, 1, 2, 4).reshape(
         call.batch, call.q_len, call.num_heads, call.value_head_dim
     )
@@ -58,31 +58,24 @@ def zero_unused_inputs(call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, query=query, key=key)
 
 
-def compute_softmax(call: AttentionCall, dots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return unnormalized weights ``[B, K, G, T, S]``, sums ``[..., T, 1]`` and LSE ``[..., T]``.
-
-    Dropout is in the weights and not in the sums. An empty row has weights 0, sum 1, LSE -inf.
-    """
+def mask_scores(call: AttentionCall, dots: jax.Array) -> MaskedScores:
+    """Return the softmax's inputs from the dot products ``[B, K, G, T, S]``."""
     q, kv = call.spans()
-    scores = compute_scores(call, dots, q, kv)
+    scores, sinks, factor = compute_scores(call, dots, q, kv), None, None
     allowed = compute_mask(call, q, kv)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
-    top = scores.max(-1, keepdims=True, initial=-jnp.inf)  # initial: for no keys
-    sinks = None
     if call.sinks is not None:
         sinks = split_heads(call.sinks[None, :, None, None].astype(scores.dtype), call)
-        top = jnp.maximum(top, sinks)
-    # The maximum only shifts: it has no derivative. An empty row's -inf must not shift.
-    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - top)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)[..., 0]
     if call.dropout_key is not None:
         kept = compute_keep_tile(call, q, kv)
-        weights = jnp.where(kept, weights / (1.0 - call.dropout_rate), 0.0)
-    return weights, total, lse
+        factor = jnp.where(kept, jnp.asarray(1.0 / (1.0 - call.dropout_rate), scores.dtype), 0.0)
+    return MaskedScores(scores, sinks, factor, may_be_empty=_may_have_empty_rows(call))
+
+
+def _may_have_empty_rows(call: AttentionCall) -> bool:
+    """Return whether a query may have nothing to attend to, as far as it is known while tracing."""
+    if call.may_be_empty or call.bias is not None:  # which may be -inf
+        return True
+    positions = call.q_positions, call.kv_positions
+    return positions != (None, None) or not allows_every_row(call.mask, call.q_len, call.kv_len)

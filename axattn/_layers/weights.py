@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from axattn._arguments import normalize
-from axattn._implementations.xla import compute_softmax
+from axattn._implementations.softmax import compute_softmax
+from axattn._implementations.xla import mask_scores
 from axattn._options import AttentionOptions
 from axattn._typing import Array, Float
 
@@ -46,10 +47,9 @@ def compute_attention_weights(
         query = query.reshape(*query.shape[:-2], call.num_kv_heads, call.group, call.head_dim)
         dots = einsum("...qhgd,...khd->...hgqk", query, key)
     scores_shape = (call.batch, call.num_kv_heads, call.group, call.q_len, call.kv_len)
-    weights, total, _ = compute_softmax(
-        call, dots.reshape(scores_shape).astype(call.accumulator_dtype)
-    )
-    return (weights / total).reshape(*lead, call.num_heads, call.q_len, call.kv_len)
+    masked = mask_scores(call, dots.reshape(scores_shape).astype(call.accumulator_dtype))
+    weights = masked.scale_weights(compute_softmax(masked)[0])
+    return weights.reshape(*lead, call.num_heads, call.q_len, call.kv_len)
 
 
 def sum_values(

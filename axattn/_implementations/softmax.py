@@ -1,0 +1,166 @@
+"""The softmax of whole rows of scores, and the average of values that it weighs.
+
+Scores are ``[B, K, G, T, S]``, in the accumulator's dtype, -inf where the mask forbids.
+Compilers for TPUs and GPUs know ``exp(x - max(x)) / sum`` when nothing stands between its parts,
+and then write the scores once. So the maximum starts at the least finite number, where others
+replace a maximum of -inf afterwards, and the division is before the product with the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("scores", "sinks", "factor"),
+    meta_fields=("may_be_empty",),
+)
+@dataclasses.dataclass(frozen=True)
+class MaskedScores:
+    """Whole rows of scores, and what their softmax depends on besides."""
+
+    scores: jax.Array  # [B, K, G, T, S], -inf where the mask forbids
+    sinks: jax.Array | None  # [1, K, G, 1, 1], one more score of each head
+    factor: jax.Array | None  # of the weights after the softmax: dropout, scales of values
+    may_be_empty: bool  # whether a row may have no finite score
+
+    def scale(self, factor: jax.Array | None) -> MaskedScores:
+        """Return these scores with weights that are multiplied by ``factor``, which is constant."""
+        if factor is None:
+            return self
+        factor = factor.astype(self.scores.dtype)
+        return dataclasses.replace(
+            self, factor=factor if self.factor is None else self.factor * factor
+        )
+
+    def scale_weights(self, weights: jax.Array) -> jax.Array:
+        return weights if self.factor is None else weights * self.factor
+
+
+def compute_softmax(masked: MaskedScores) -> tuple[jax.Array, jax.Array]:
+    """Return weights ``[B, K, G, T, S]``, without ``factor``, and the LSE ``[B, K, G, T]``.
+
+    An empty row has weights 0 and an LSE of -inf.
+    """
+    powers, top = _exponentiate(masked)
+    total, lse = _sum_powers(masked, powers, top)
+    return powers / total, lse
+
+
+def _exponentiate(masked: MaskedScores) -> tuple[jax.Array, jax.Array]:
+    """Return ``exp(scores - top)`` and ``top [B, K, G, T, 1]``, the maximum or a sink."""
+    scores = masked.scores
+    least = jnp.finfo(scores.dtype).min
+    # The maximum only shifts: it has no derivative. An empty row's is finite: exp(-inf) is 0.
+    top = lax.reduce(lax.stop_gradient(scores), least, lax.max, (scores.ndim - 1,))[..., None]
+    if masked.sinks is not None:
+        top = jnp.maximum(top, lax.stop_gradient(masked.sinks))
+    return jnp.exp(scores - top), top
+
+
+def _sum_powers(
+    masked: MaskedScores, powers: jax.Array, top: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return sums ``[B, K, G, T, 1]``, 1 of empty rows, and the LSE ``[B, K, G, T]``."""
+    total = powers.sum(-1, keepdims=True)
+    if masked.sinks is not None:
+        total = total + jnp.exp(masked.sinks - top)
+    lse = jnp.log(total) + top
+    if masked.may_be_empty:
+        empty = total == 0
+        lse = jnp.where(empty, -jnp.inf, lse)
+        total = jnp.where(empty, 1.0, total)
+    return total, lse[..., 0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def average_values(
+    outputs: Callable[[jax.Array, jax.Array], jax.Array], masked: MaskedScores, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the values' averages by the softmax, and the LSE ``[B, K, G, T]``.
+
+    ``outputs`` is the product of weights and values. It takes weights in the dtype of the values,
+    but tangents of weights in the accumulator's: differentiated as written, the gradient of a
+    16-bit weight is rounded to 16 bits (in float16 it may overflow), and where one weight is near
+    1, what a row takes away from it no longer cancels.
+    """
+    weights, lse = compute_softmax(masked)
+    return outputs(masked.scale_weights(weights).astype(value.dtype), value), lse
+
+
+@functools.partial(average_values.defjvp, symbolic_zeros=True)
+def _average_values_jvp(outputs, primals, tangents):
+    masked, value = primals
+    # Dropout and scales are in the output and not in the softmax; small weights vanish in float16.
+    by_output = masked.factor is None and value.dtype != jnp.float16
+    find = _find_tangents_by_output if by_output else _find_tangents_by_weights
+    (out, lse), dout, dlse = find(outputs, masked, value, *tangents)
+    if dlse is not None and masked.may_be_empty:
+        dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # whatever cotangent an LSE of -inf has
+    dout = jnp.zeros_like(out) if dout is None else dout
+    return (out, lse), (dout, jnp.zeros_like(lse) if dlse is None else dlse)
+
+
+def _find_tangents_by_output(outputs, masked, value, tangent, dvalue):
+    """Return results and tangents; what a row takes away from its scores is found by its output.
+
+    In reverse mode the gradient of the weights is then used in one place, and need not be in memory
+    (Dao et al., arXiv 2205.14135, appendix B.2); the weights are, in the dtype of the values. The
+    rounded ones are used throughout, so that what they give to the output is what is taken away.
+    """
+    powers, top = _exponentiate(masked)
+    total, lse = _sum_powers(masked, powers, top)
+    used = (powers / total).astype(value.dtype)
+    if value.dtype != powers.dtype:
+        # Behind the barrier the compiler cannot know more digits.
+        used = lax.optimization_barrier(used)
+    weights = used.astype(powers.dtype)
+    out = outputs(used, value)
+    moved, dlse = _move_scores(masked, tangent, weights, top, total)
+    dout = None if dlse is None else -out * dlse[..., None]
+    if moved is not None:
+        dout = dout + outputs(moved, value.astype(moved.dtype))
+    if not isinstance(dvalue, SymbolicZero):
+        dout = _add(dout, outputs(used, dvalue))
+    return (out, lse), dout, dlse
+
+
+def _find_tangents_by_weights(outputs, masked, value, tangent, dvalue):
+    """Return results and tangents, with weights that are rounded in the products alone."""
+    powers, top = _exponentiate(masked)
+    total, lse = _sum_powers(masked, powers, top)
+    weights = powers / total
+    used = masked.scale_weights(weights).astype(value.dtype)
+    out = outputs(used, value)
+    moved, dlse = _move_scores(masked, tangent, weights, top, total)
+    dout = None
+    if dlse is not None:
+        moved = masked.scale_weights(_add(moved, -weights * dlse[..., None]))
+        dout = outputs(moved, value.astype(moved.dtype))
+    if not isinstance(dvalue, SymbolicZero):
+        dout = _add(dout, outputs(used, dvalue))
+    return (out, lse), dout, dlse
+
+
+def _move_scores(masked, tangent, weights, top, total):
+    """Return the tangents of the scores times the weights, and those of the LSE; None for zeros."""
+    moved = dlse = None
+    if not isinstance(tangent.scores, SymbolicZero):
+        moved = weights * tangent.scores
+        dlse = moved.sum(-1)
+    if not (masked.sinks is None or isinstance(tangent.sinks, SymbolicZero)):
+        shares = jnp.exp(masked.sinks - top) / total
+        dlse = _add(dlse, (shares * tangent.sinks)[..., 0])
+    return moved, dlse
+
+
+def _add(x: jax.Array | None, y: jax.Array) -> jax.Array:
+    return y if x is None else x + y
