@@ -86,20 +86,22 @@ class TestExplanation:
         (name,) = set(explain(q, kv, kv, **options).by_platform.values())
         return name
 
-    def test_chunked_from_a_million_scores(self):
-        """B N T S alone decides."""
-        sizes = dict(B=2, T=64, S=512, N=16, K=2)
-        assert 2 * 16 * 64 * 512 == 2**20
+    @pytest.mark.parametrize("sizes", [
+        dict(B=1, T=512, S=512, N=4, K=2),  # 2^20 scores, 2^18 of a head
+        dict(B=8, T=64, S=512, N=16, K=2),  # 2^22 scores, fewer of a head
+    ])  # fmt: skip
+    def test_chunked_from_a_million_scores(self, sizes):
         assert self.chosen(**sizes, is_causal=True) == "xla_chunked"
-        for fewer in (dict(B=1), dict(T=63), dict(S=511), dict(N=15, K=3)):
-            assert self.chosen(**{**sizes, **fewer}, is_causal=True) == "xla"
+        for fewer in (dict(B=sizes["B"] - 1), dict(T=sizes["T"] - 1), dict(S=511), dict(N=3, K=3)):
+            if fewer != dict(B=0):
+                assert self.chosen(**{**sizes, **fewer}, is_causal=True) == "xla"
 
     def test_steps_of_64_rows_may_hold_128_mib_of_logits(self):
-        """More query rows are no decode step: a million scores are the limit again."""
+        """More query rows are no decode step: the limit is that of other calls again."""
         assert 4 * 64 * 2**19 == 128 * 2**20
         assert self.chosen(T=2, N=32, S=2**19) == "xla"
         assert self.chosen(T=2, N=32, S=2**19 + 1) == "xla_chunked"
-        assert self.chosen(N=65, S=2**15) == "xla_chunked"
+        assert self.chosen(N=65, S=2**16) == "xla_chunked"
 
     def test_lengths_of_1024_keys_are_worth_skipping(self):
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -16,11 +16,13 @@ from axattn._jax_compat import is_known
 from axattn._masks import find_kv_lengths
 from axattn._typing import present
 
-# CPU, 2 cores of a Xeon with AVX-512, jax 0.12.0.1, causal, float32 and bfloat16, both directions:
-# from 2^20 scores on the chunked path takes 0.2 to 1 times as long as the einsum, from 2^18 to 2^19
-# 0.6 to 1.9 times; see benchmarks/crossover_bench.py. On accelerators, where its speed is not
-# measured, the same bound keeps the einsum's float32 logits under 4 MiB.
+# CPU, 2 cores of a Xeon with AVX-512, causal, float32 and bfloat16, both directions: the chunked
+# path skips blocks where a head has 512 x 512 scores or more, and is then faster from 2^20 scores
+# of all heads on; with fewer, forward from 2^22 on. See benchmarks/crossover_bench.py. It is not
+# measured on accelerators; there the same bounds keep the einsum's logits under 16 MiB.
 CHUNKED_FROM_SCORES = 2**20
+SHORT_SCORES = 2**18  # T * S below it
+CHUNKED_FROM_SHORT_SCORES = 2**22
 
 # In a decode step (few query rows) one einsum reads the cache fastest: the chunked path copies each
 # block. Beyond this many bytes of logits the chunked path is taken all the same.
@@ -66,7 +68,9 @@ def choose_implementation(
         # jax 0.11 widens the whole cache for the loop, nor on TPU, where it copies the cache.
         skips = platform == "cpu" and call.mask.parts and call.query.dtype == jnp.float32
         return "xla_chunked" if skips or _exceeds(4 * scores, DECODE_LOGITS_BYTES) else "xla"
-    return "xla_chunked" if _exceeds(scores, CHUNKED_FROM_SCORES - 1) else "xla"
+    is_short = not _exceeds(call.q_len * call.kv_len, SHORT_SCORES - 1)
+    bound = CHUNKED_FROM_SHORT_SCORES if is_short else CHUNKED_FROM_SCORES
+    return "xla_chunked" if _exceeds(scores, bound - 1) else "xla"
 
 
 def _choose_over_cache(
