@@ -3,6 +3,7 @@
     python benchmarks/crossover_bench.py                     # 57 rows: ten minutes on 2 cores
     python benchmarks/crossover_bench.py --lengths=64,128 --heads=16/2 --full
     python benchmarks/crossover_bench.py --rows=1/128/16/2/128/float32/fwd
+    python benchmarks/crossover_bench.py --rows=8/128/8/8/64/float32/fwd+bwd --dropout_rate=0.1
 
 Causal self-attention with axattn's own choice ("default"), each of its XLA paths by name, and the
 two ways to do without axattn: the einsum over repeated keys and values, and jax.nn. The rows have
@@ -13,6 +14,8 @@ three samples, and a ratio is the median of the rounds' ratios.
 Below stand the rows in which the default takes more than 1.05 times as long as the better of the
 other two (a sign test says whether by chance), and where "xla_chunked" overtakes "xla": the source
 of the constants in axattn/_implementations/preference.py.
+
+With --dropout_rate the einsum over repeated keys and values has Flax's dropout; jax.nn has none.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -56,6 +61,9 @@ _DIRECTIONS = flags.DEFINE_list("directions", list(functions.DIRECTIONS), "of fw
 _FULL = flags.DEFINE_bool("full", False, "all rows, not only some that have all pairs of values")
 _ROWS = flags.DEFINE_list("rows", [], "in place of all that: B/T/N/K/H/dtype/direction, ...")
 _CAUSAL = flags.DEFINE_bool("causal", True, "causal attention")
+_DROPOUT_RATE = flags.DEFINE_float(
+    "dropout_rate", 0.0, "bits for every weight; jax.nn has none", lower_bound=0, upper_bound=0.99
+)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "time to measure each row for", lower_bound=0)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "rounds at least, where it is close", lower_bound=1)
 _OUTPUT = flags.DEFINE_list("output", [], "files to write: .json, .csv, .md")
@@ -89,22 +97,33 @@ def measure(case: crossover.Case) -> crossover.Row:
     """Times all implementations of a case, in turn."""
     sizes = (case.heads, case.kv_heads, case.head_dim, case.dtype)
     args = inputs.attention_inputs(case.batch, case.length, case.length, *sizes)
-    causal = {"is_causal": _CAUSAL.value}
+    options: dict[str, Any] = {"is_causal": _CAUSAL.value}
+    peers = crossover.PEERS
+    if _DROPOUT_RATE.value:
+        options["dropout_rate"], peers = _DROPOUT_RATE.value, ("repeat_kv",)
     attend = {
         "default": dot_product_attention,
         **{
             name: functools.partial(dot_product_attention, implementation=name)
             for name in ("xla", "xla_chunked")
         },
-        **{name: baselines.BASELINES[name] for name in crossover.PEERS},
+        **{name: baselines.BASELINES[name] for name in peers},
     }
+
+    def prepare(fn):
+        """The call of ``fn`` in the case's direction; dropout's key is an argument, too."""
+        if not _DROPOUT_RATE.value:
+            run = functions.in_direction(functools.partial(fn, **options), case.direction)
+            return functools.partial(run, *args)
+
+        def drop(query, key, value, rng):
+            return fn(query, key, value, dropout_rng=rng, **options)
+
+        run = functions.in_direction(drop, case.direction, arrays=len(args))
+        return functools.partial(run, *args, jax.random.key(0))
+
     measured = paired.compare(
-        {
-            name: functools.partial(
-                functions.in_direction(functools.partial(fn, **causal), case.direction), *args
-            )
-            for name, fn in attend.items()
-        },
+        {name: prepare(fn) for name, fn in attend.items()},
         seconds=_SECONDS.value,
         min_rounds=_ROUNDS.value,
         least_of=3,
@@ -116,8 +135,10 @@ def measure(case: crossover.Case) -> crossover.Row:
     paths = "xla", "xla_chunked"
     return crossover.Row(
         **dataclasses.asdict(case),
-        chosen=explain_implementations(*args, **causal).chosen,
-        **{name: measured.median(name) for name in attend},
+        chosen=explain_implementations(
+            *args, **options, dropout_rng=jax.random.key(0) if _DROPOUT_RATE.value else None
+        ).chosen,
+        **(dict.fromkeys(crossover.PEERS) | {name: measured.median(name) for name in attend}),
         crossover=measured.ratio(*paths),
         crossover_is_noise=noise.of_ratios(measured.ratios(*paths)),
         best=best,
@@ -138,7 +159,10 @@ def main(argv: Sequence[str]) -> int:
     environment.choose_backend()
     where = dataclasses.replace(environment.describe(), command=environment.command_line(sys.argv))
     out = sections.Sections(where)
-    out.begin("rows", "causal" if _CAUSAL.value else "no mask", crossover.COLUMNS)
+    title = "causal" if _CAUSAL.value else "no mask"
+    if _DROPOUT_RATE.value:
+        title += f", dropout of {_DROPOUT_RATE.value:g}"
+    out.begin("rows", title, crossover.COLUMNS)
     interrupted = False
     try:
         for case in asked:

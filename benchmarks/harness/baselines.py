@@ -6,10 +6,20 @@ import jax
 import jax.numpy as jnp
 
 
-def repeat_kv(query, key, value, mask=None, *, is_causal: bool = False):
+def repeat_kv(
+    query,
+    key,
+    value,
+    mask=None,
+    *,
+    is_causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+):
     """Copies every key/value head for each of its query heads, then plain multi-head attention.
 
     What most code does. Query [B, T, N, H], key and value [B, S, K, H]; softmax in float32.
+    Dropout is Flax's: bits of their own for every weight, drawn by `jax.random.bernoulli`.
     """
     group = query.shape[-2] // key.shape[-2]
     key = jnp.repeat(key, group, axis=-2)
@@ -22,6 +32,11 @@ def repeat_kv(query, key, value, mask=None, *, is_causal: bool = False):
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if dropout_rate > 0.0 and dropout_rng is not None:
+        kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, weights.shape)
+        weights = (
+            weights * kept.astype(weights.dtype) / jnp.asarray(1 - dropout_rate, weights.dtype)
+        )
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
 

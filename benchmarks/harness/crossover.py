@@ -50,7 +50,7 @@ class Row(Case):
     xla: float
     xla_chunked: float
     repeat_kv: float
-    jax_nn: float
+    jax_nn: float | None  # which has no dropout
     crossover: float  # time of "xla" / that of "xla_chunked"
     crossover_is_noise: bool
     best: str  # of the peers
@@ -140,7 +140,7 @@ def is_clear(measured: paired.Paired) -> bool:
 
 
 def find_best_peer(measured: paired.Paired) -> str:
-    return min(PEERS, key=measured.median)
+    return min((peer for peer in PEERS if peer in measured.seconds), key=measured.median)
 
 
 def find_crossing(rows: Sequence[Row]) -> tuple[int | None, int | None]:
@@ -155,8 +155,9 @@ def summarize(rows: Sequence[Row]) -> list[str]:
     slower = [row for row in rows if row.is_slower]
     certain = [row for row in slower if row.is_slower_beyond_noise]
     worst = max(rows, key=lambda row: row.ratio)
+    peers = [peer for peer in PEERS if getattr(worst, peer) is not None]
     lines = [
-        f"{len(rows)} rows; default / better of {' and '.join(PEERS)}: over {WANTED} in "
+        f"{len(rows)} rows; default / better of {' and '.join(peers)}: over {WANTED} in "
         f"{len(slower)}, in {len(certain)} of them beyond noise",
         f"worst: {units.ratio(worst.ratio)}, {worst}",
     ]

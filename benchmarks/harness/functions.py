@@ -10,8 +10,12 @@ import jax.numpy as jnp
 DIRECTIONS = ("fwd", "fwd+bwd")
 
 
-def in_direction(fn: Callable[..., jax.Array], direction: str) -> Callable:
-    """``fn`` itself, or its value and gradients with respect to all its arguments, jitted.
+def in_direction(
+    fn: Callable[..., jax.Array], direction: str, *, arrays: int | None = None
+) -> Callable:
+    """``fn`` itself, or its value and gradients with respect to its arguments, jitted.
+
+    With ``arrays``, to the first so many of them.
 
     The loss is the mean of squares, so that the cotangent is as dense and random as the output.
     """
@@ -24,6 +28,6 @@ def in_direction(fn: Callable[..., jax.Array], direction: str) -> Callable:
         return jnp.mean(jnp.square(fn(*args).astype(jnp.float32)))
 
     def both(*args):
-        return jax.value_and_grad(loss, argnums=tuple(range(len(args))))(*args)
+        return jax.value_and_grad(loss, argnums=tuple(range(arrays or len(args))))(*args)
 
     return jax.jit(both)
