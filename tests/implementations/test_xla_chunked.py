@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import axattn
 from axattn._implementations.chunked import block_sizes
 from axattn._mask_parts import EMPTY, FULL, PARTIAL
 from axattn.cache import PagedCache
@@ -51,6 +52,25 @@ def test_heads_in_turn(force_blocks, name, options):
     """These calls would take all heads at a time by themselves."""
     force_blocks(32, 48, heads=1, **options)
     precision.check(cases.make(name, jnp.float32), ("xla_chunked",))
+
+
+def test_three_groups_of_heads_and_a_negative_scale(force_blocks):
+    """The least product has the largest score; powers of what is above it are infinite."""
+    force_blocks(16, 16, heads=1)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 40, heads, 16)), jnp.float32) for heads in (6, 3, 3))
+
+    def run(implementation):
+        def loss(*arrays):
+            out = axattn.dot_product_attention(
+                *arrays, scale=-4.0, is_causal=True, implementation=implementation
+            )
+            return jnp.sum(jnp.sin(3 * out)), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for got, want in zip(*map(jax.tree.leaves, map(run, ("xla_chunked", "xla"))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("N, K", [(16, 2), (16, 16), (8, 1), (96, 8), (128, 1)])

@@ -18,7 +18,7 @@ from axattn._call import AttentionCall
 from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
 from axattn._implementations.chunked.forward import forward, merge_heads, write_rows
-from axattn._implementations.chunked.tile import ChunkGrid, run_parts
+from axattn._implementations.chunked.tile import ChunkGrid, make_start, run_parts
 from axattn._implementations.kv_products import take_kv_rows
 from axattn._jax_compat import find_varying_axes, vary_over
 from axattn._mask_parts import Span
@@ -225,7 +225,7 @@ def _add_backward_chunk(grid: ChunkGrid, tile: _QueryChunk, j, carry, *, partial
 
 def _add_rows(grid: ChunkGrid, total: jax.Array, rows: jax.Array, kv: Span) -> jax.Array:
     """Add ``rows [B, K, s, size]`` of the part to slots ``kv`` of ``total [B, K, S, size]``."""
-    return _add_slice(total, rows, (grid.row, grid.head // grid.call.group, kv.start, 0))
+    return _add_slice(total, rows, grid.row, grid.head // grid.call.group, kv.start)
 
 
 def _add_bias_tile(
@@ -236,12 +236,12 @@ def _add_bias_tile(
     tile = dscores.reshape(batch, kv_heads * group, rows, columns)
     first = (grid.row, grid.head, q.start, kv.start)
     summed = tuple(axis for axis in range(4) if total.shape[axis] == 1)
-    start = tuple(0 if axis in summed else n for axis, n in enumerate(first))
-    return _add_slice(total, tile.sum(summed, keepdims=True), start)
+    start = [0 if axis in summed else n for axis, n in enumerate(first)]
+    return _add_slice(total, tile.sum(summed, keepdims=True), *start)
 
 
-def _add_slice(total: jax.Array, part: jax.Array, start) -> jax.Array:
-    start = tuple(jnp.asarray(n, jnp.int32) for n in start)  # one dtype, under x64, too
+def _add_slice(total: jax.Array, part: jax.Array, *first: int | jax.Array) -> jax.Array:
+    start = make_start(total.ndim, *first)
     return lax.dynamic_update_slice(
         total, part + lax.dynamic_slice(total, start, part.shape), start
     )

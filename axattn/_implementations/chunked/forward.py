@@ -16,7 +16,7 @@ from jax import lax
 from axattn._call import AttentionCall
 from axattn._dropout import compute_keep_tile
 from axattn._implementations.chunked.block_sizes import ChunkSizes
-from axattn._implementations.chunked.tile import ChunkGrid, run_parts
+from axattn._implementations.chunked.tile import ChunkGrid, make_start, run_parts
 from axattn._implementations.kv_products import KVProducts, make_kv_products
 from axattn._implementations.scores import split_heads
 from axattn._jax_compat import find_varying_axes, vary_over
@@ -146,8 +146,7 @@ def merge_heads(tile: jax.Array) -> jax.Array:
 def write_rows(grid: ChunkGrid, i, q: Span, whole: jax.Array, rows: jax.Array) -> jax.Array:
     """Put the rows of block ``i`` into ``whole [B, T, N, ...]``; rows of earlier blocks stay."""
     rows = rows.astype(whole.dtype)
-    start = [jnp.asarray(n, jnp.int32) for n in (grid.row, q.start, grid.head)]
-    start += [jnp.zeros((), jnp.int32)] * (rows.ndim - 3)
+    start = make_start(rows.ndim, grid.row, q.start, grid.head)
     if grid.q_has_tail:
         fresh = grid.find_own_rows(i, q).reshape(1, -1, *(1,) * (rows.ndim - 2))
         rows = jnp.where(fresh, rows, lax.dynamic_slice(whole, start, rows.shape))

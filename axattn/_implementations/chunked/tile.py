@@ -23,10 +23,6 @@ from axattn._mask_parts import PARTIAL, BlockLayout, Span
 from axattn._masks import find_q_lengths, zero_unused
 
 
-def _keep(tile: jax.Array) -> jax.Array:
-    return tile
-
-
 @dataclasses.dataclass(frozen=True)
 class ChunkGrid:
     """A call and its blocks."""
@@ -83,8 +79,7 @@ class ChunkGrid:
         sizes = (call.batch, call.q_len, call.num_heads, *array.shape[3:])
         if sizes == array.shape:
             return array
-        start = [jnp.asarray(n, jnp.int32) for n in (self.row, 0, self.head)]
-        start += [jnp.zeros((), jnp.int32)] * (array.ndim - 3)
+        start = make_start(array.ndim, self.row, 0, self.head)
         return lax.dynamic_slice(array, start, sizes)
 
     @property
@@ -104,7 +99,12 @@ class ChunkGrid:
         return self.call.scale if self.scores_are_scaled_dots else 1.0
 
     def compute_scores(
-        self, dots: jax.Array, q: Span, kv: Span, turn: Callable[[jax.Array], jax.Array] = _keep
+        self,
+        dots: jax.Array,
+        q: Span,
+        kv: Span,
+        *,
+        turn: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the scores before the mask, and the capped products (for the cap's derivative).
 
@@ -112,7 +112,9 @@ class ChunkGrid:
         """
         capped = cap_scores(self.call, dots)
         bias = compute_bias(self.call, q, kv)
-        return (capped if bias is None else capped + turn(bias)), capped
+        if bias is None:
+            return capped, capped
+        return capped + (bias if turn is None else turn(bias)), capped
 
     def sweep_keys(
         self, i: int | jax.Array, row: jax.Array, step: Callable, state: Any, *, fresh_rows: bool
@@ -172,6 +174,11 @@ def run_parts(
     if not blocks.by_row:
         return run_row(0, results)
     return lax.fori_loop(0, call.batch, run_row, results)
+
+
+def make_start(ndim: int, *first: int | jax.Array) -> tuple[jax.Array, ...]:
+    """Make the start of a dynamic slice from its first indices: one dtype, under x64, too."""
+    return tuple(jnp.asarray(n, jnp.int32) for n in (*first, *[0] * (ndim - len(first))))
 
 
 def _slice_block(block: int | jax.Array, size: int, length: int, positions: jax.Array) -> Span:
