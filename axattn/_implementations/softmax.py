@@ -98,68 +98,52 @@ def average_values(
 
 @functools.partial(average_values.defjvp, symbolic_zeros=True)
 def _average_values_jvp(outputs, primals, tangents):
-    masked, value = primals
-    # Dropout and scales are in the output and not in the softmax; small weights vanish in float16.
-    by_output = masked.factor is None and value.dtype != jnp.float16
-    find = _find_tangents_by_output if by_output else _find_tangents_by_weights
-    (out, lse), dout, dlse = find(outputs, masked, value, *tangents)
-    if dlse is not None and masked.may_be_empty:
-        dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # whatever cotangent an LSE of -inf has
-    dout = jnp.zeros_like(out) if dout is None else dout
-    return (out, lse), (dout, jnp.zeros_like(lse) if dlse is None else dlse)
-
-
-def _find_tangents_by_output(outputs, masked, value, tangent, dvalue):
     """Return results and tangents; what a row takes away from its scores is found by its output.
 
     In reverse mode the gradient of the weights is then used in one place, and need not be in memory
-    (Dao et al., arXiv 2205.14135, appendix B.2); the weights are, in the dtype of the values. The
-    rounded ones are used throughout, so that what they give to the output is what is taken away.
+    (Dao et al., arXiv 2205.14135, appendix B.2); the weights are, in the dtype of the values, and
+    rounded they are used throughout, so that what they give to the output is what is taken away.
+    Not so where the output has a factor that the softmax has not, and in float16, where small
+    weights would vanish.
     """
-    powers, top = _exponentiate(masked)
-    total, lse = _sum_powers(masked, powers, top)
-    used = (powers / total).astype(value.dtype)
-    if value.dtype != powers.dtype:
-        # Behind the barrier the compiler cannot know more digits.
-        used = lax.optimization_barrier(used)
-    weights = used.astype(powers.dtype)
-    out = outputs(used, value)
-    moved, dlse = _move_scores(masked, tangent, weights, top, total)
-    dout = None if dlse is None else -out * dlse[..., None]
-    if moved is not None:
-        dout = dout + outputs(moved, value.astype(moved.dtype))
-    if not isinstance(dvalue, SymbolicZero):
-        dout = _add(dout, outputs(used, dvalue))
-    return (out, lse), dout, dlse
-
-
-def _find_tangents_by_weights(outputs, masked, value, tangent, dvalue):
-    """Return results and tangents, with weights that are rounded in the products alone."""
+    (masked, value), (dmasked, dvalue) = primals, tangents
+    by_output = masked.factor is None and value.dtype != jnp.float16
     powers, top = _exponentiate(masked)
     total, lse = _sum_powers(masked, powers, top)
     weights = powers / total
-    used = masked.scale_weights(weights).astype(value.dtype)
-    out = outputs(used, value)
-    moved, dlse = _move_scores(masked, tangent, weights, top, total)
-    dout = None
+    if by_output and value.dtype != weights.dtype:
+        # Behind the barrier the compiler cannot know more digits.
+        weights = lax.optimization_barrier(weights.astype(value.dtype)).astype(weights.dtype)
+    rounded = masked.scale_weights(weights).astype(value.dtype)
+    out, dout = outputs(rounded, value), None
+    weighted, dlse = _weigh_tangents(masked, dmasked, weights, top, total)
     if dlse is not None:
-        moved = masked.scale_weights(_add(moved, -weights * dlse[..., None]))
-        dout = outputs(moved, value.astype(moved.dtype))
+        if by_output:
+            dout = -out * dlse[..., None]
+        else:
+            weighted = masked.scale_weights(_add(weighted, -weights * dlse[..., None]))
+        if masked.may_be_empty:
+            dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # whatever cotangent an LSE of -inf has
+    if weighted is not None:
+        dout = _add(dout, outputs(weighted, value.astype(weighted.dtype)))
     if not isinstance(dvalue, SymbolicZero):
-        dout = _add(dout, outputs(used, dvalue))
-    return (out, lse), dout, dlse
+        dout = _add(dout, outputs(rounded, dvalue))
+    return (out, lse), (
+        jnp.zeros_like(out) if dout is None else dout,
+        jnp.zeros_like(lse) if dlse is None else dlse,
+    )
 
 
-def _move_scores(masked, tangent, weights, top, total):
+def _weigh_tangents(masked, dmasked, weights, top, total):
     """Return the tangents of the scores times the weights, and those of the LSE; None for zeros."""
-    moved = dlse = None
-    if not isinstance(tangent.scores, SymbolicZero):
-        moved = weights * tangent.scores
-        dlse = moved.sum(-1)
-    if not (masked.sinks is None or isinstance(tangent.sinks, SymbolicZero)):
+    weighted = dlse = None
+    if not isinstance(dmasked.scores, SymbolicZero):
+        weighted = weights * dmasked.scores
+        dlse = weighted.sum(-1)
+    if not (masked.sinks is None or isinstance(dmasked.sinks, SymbolicZero)):
         shares = jnp.exp(masked.sinks - top) / total
-        dlse = _add(dlse, (shares * tangent.sinks)[..., 0])
-    return moved, dlse
+        dlse = _add(dlse, (shares * dmasked.sinks)[..., 0])
+    return weighted, dlse
 
 
 def _add(x: jax.Array | None, y: jax.Array) -> jax.Array:
