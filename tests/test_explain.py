@@ -86,15 +86,18 @@ class TestExplanation:
         (name,) = set(explain(q, kv, kv, **options).by_platform.values())
         return name
 
-    @pytest.mark.parametrize("sizes", [
-        dict(B=1, T=512, S=512, N=4, K=2),  # 2^20 scores, 2^18 of a head
-        dict(B=8, T=64, S=512, N=16, K=2),  # 2^22 scores, fewer of a head
-    ])  # fmt: skip
-    def test_chunked_from_a_million_scores(self, sizes):
+    @pytest.mark.parametrize(
+        "sizes, fewer",
+        [
+            (dict(T=512, S=512, N=4, K=2), dict(N=3, K=3)),  # 2^20 scores, 2^18 of a head
+            (dict(B=8, T=64, S=512, N=16, K=2), dict(B=7)),  # 2^22 scores, fewer of a head
+        ],
+    )
+    def test_chunked_from_where_it_is_faster(self, sizes, fewer):
+        """B N T S and T S decide."""
         assert self.chosen(**sizes, is_causal=True) == "xla_chunked"
-        for fewer in (dict(B=sizes["B"] - 1), dict(T=sizes["T"] - 1), dict(S=511), dict(N=3, K=3)):
-            if fewer != dict(B=0):
-                assert self.chosen(**{**sizes, **fewer}, is_causal=True) == "xla"
+        for less in (fewer, dict(T=sizes["T"] - 1), dict(S=511)):
+            assert self.chosen(**{**sizes, **less}, is_causal=True) == "xla"
 
     def test_steps_of_64_rows_may_hold_128_mib_of_logits(self):
         """More query rows are no decode step: the limit is that of other calls again."""

@@ -18,8 +18,9 @@ from axattn._typing import present
 
 # CPU, 2 cores of a Xeon with AVX-512, causal, float32 and bfloat16, both directions: the chunked
 # path skips blocks where a head has 512 x 512 scores or more, and is then faster from 2^20 scores
-# of all heads on; with fewer, forward from 2^22 on. See benchmarks/crossover_bench.py. It is not
-# measured on accelerators; there the same bounds keep the einsum's logits under 16 MiB.
+# of all heads on; where a head has fewer, from 2^22 on, and only forward. See
+# benchmarks/crossover_bench.py. It is not measured on accelerators; there the same bounds keep the
+# einsum's logits under 16 MiB.
 CHUNKED_FROM_SCORES = 2**20
 SHORT_SCORES = 2**18  # T * S below it
 CHUNKED_FROM_SHORT_SCORES = 2**22

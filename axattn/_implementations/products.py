@@ -12,39 +12,11 @@ Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; sco
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _multiply_keys(options: tuple, query: jax.Array, key: jax.Array) -> jax.Array:
-    """Return ``[B, K, G, t, s]`` of ``[B, K, G, t, H]`` and ``[B, s, K, H]``.
-
-    Gradients of bfloat16 inputs are products of bfloat16 again: differentiated as written, the
-    gradient of the scores is in memory in float32. (In float16 it could overflow where its product
-    with small keys does not.)
-    """
-    return jnp.einsum("bkgth,bskh->bkgts", query, key, **dict(options))
-
-
-@functools.partial(_multiply_keys.defjvp, symbolic_zeros=True)
-def _multiply_keys_jvp(options, primals, tangents):
-    (query, key), dots = primals, _multiply_keys(options, *primals)
-    options = dict(options)
-    if query.dtype == jnp.bfloat16:
-        options["preferred_element_type"] = query.dtype
-    multiply = functools.partial(jnp.einsum, "bkgth,bskh->bkgts", **options)
-    terms = []
-    if not isinstance(tangents[0], SymbolicZero):
-        terms.append(multiply(tangents[0], key).astype(dots.dtype))
-    if not isinstance(tangents[1], SymbolicZero):
-        terms.append(multiply(query, tangents[1]).astype(dots.dtype))
-    return dots, sum(terms) if terms else jnp.zeros_like(dots)
 
 
 class GroupedProducts:
@@ -55,7 +27,7 @@ class GroupedProducts:
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
     def multiply_keys(self, key: jax.Array) -> jax.Array:
-        return _multiply_keys(tuple(self.options.items()), self.query, key)
+        return jnp.einsum("bkgth,bskh->bkgts", self.query, key, **self.options)
 
     def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bskh->bkgth", weights, value, **self.options)

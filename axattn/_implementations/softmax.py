@@ -30,7 +30,7 @@ class MaskedScores:
     scores: jax.Array  # [B, K, G, T, S], -inf where the mask forbids
     sinks: jax.Array | None  # [1, K, G, 1, 1], one more score of each head
     factor: jax.Array | None  # of the weights after the softmax: dropout, scales of values
-    may_be_empty: bool  # whether a row may have no finite score
+    may_be_empty: bool  # whether a mask or a bias may forbid all of a row
 
     def scale(self, factor: jax.Array | None) -> MaskedScores:
         """Return these scores with weights that are multiplied by ``factor``, which is constant."""
@@ -73,11 +73,11 @@ def _sum_powers(
     total = powers.sum(-1, keepdims=True)
     if masked.sinks is not None:
         total = total + jnp.exp(masked.sinks - top)
-    lse = jnp.log(total) + top
-    if masked.may_be_empty:
-        empty = total == 0
-        lse = jnp.where(empty, -jnp.inf, lse)
-        total = jnp.where(empty, 1.0, total)
+    if not masked.may_be_empty:
+        return total, (jnp.log(total) + top)[..., 0]
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)  # before the logarithm, whose derivative would be NaN
+    lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)
     return total, lse[..., 0]
 
 
@@ -111,7 +111,8 @@ def _average_values_jvp(outputs, primals, tangents):
     powers, top = _exponentiate(masked)
     total, lse = _sum_powers(masked, powers, top)
     weights = powers / total
-    if by_output and value.dtype != weights.dtype:
+    is_rounded = by_output and value.dtype != weights.dtype
+    if is_rounded:
         # Behind the barrier the compiler cannot know more digits.
         weights = lax.optimization_barrier(weights.astype(value.dtype)).astype(weights.dtype)
     rounded = masked.scale_weights(weights).astype(value.dtype)
@@ -120,6 +121,8 @@ def _average_values_jvp(outputs, primals, tangents):
     if dlse is not None:
         if by_output:
             dout = -out * dlse[..., None]
+            if is_rounded:
+                dout = dout / _sum_shares(masked, weights, top, total)
         else:
             weighted = masked.scale_weights(_add(weighted, -weights * dlse[..., None]))
         if masked.may_be_empty:
@@ -132,6 +135,18 @@ def _average_values_jvp(outputs, primals, tangents):
         jnp.zeros_like(out) if dout is None else dout,
         jnp.zeros_like(lse) if dlse is None else dlse,
     )
+
+
+def _sum_shares(masked, weights, top, total):
+    """Sum rounded weights ``[B, K, G, T, 1]``, not quite 1, and the sink's share; 1 for empty rows.
+
+    What a row takes away from its scores is divided by it: else a common offset of the values, or
+    of the keys, would not cancel.
+    """
+    shares = weights.sum(-1, keepdims=True)
+    if masked.sinks is not None:
+        shares = shares + jnp.exp(masked.sinks - top) / total
+    return jnp.where(shares == 0, 1.0, shares) if masked.may_be_empty else shares
 
 
 def _weigh_tangents(masked, dmasked, weights, top, total):

@@ -2,7 +2,7 @@
 
 The group is a dimension of the query alone, so each key/value head enters the matrix products as
 it is stored, forward and backward. Shazeer, arXiv 1911.02150; Ainslie et al., arXiv 2305.13245.
-Derivatives are JAX's own, forward and reverse mode.
+Forward and reverse mode; the average has a derivative of its own (`softmax`).
 """
 
 from __future__ import annotations

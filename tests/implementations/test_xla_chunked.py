@@ -55,7 +55,7 @@ def test_heads_in_turn(force_blocks, name, options):
 
 
 def test_three_groups_of_heads_and_a_negative_scale(force_blocks):
-    """The least product has the largest score; powers of what is above it are infinite."""
+    """The least product has the largest score: exp of the others less it would overflow."""
     force_blocks(16, 16, heads=1)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 40, heads, 16)), jnp.float32) for heads in (6, 3, 3))
