@@ -12,11 +12,47 @@ Tiles: query ``[B, t, N, H]``, key ``[B, s, K, H]``, value ``[B, s, K, h]``; sco
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _multiply_keys(options: tuple, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Return ``[B, K, G, t, s]`` of bfloat16 ``[B, K, G, t, H]`` and ``[B, s, K, H]``.
+
+    The products of a TPU read the scores' gradient in bfloat16 whatever it is in: there it is in
+    memory in bfloat16, too. Elsewhere nothing is rounded.
+    """
+    return jnp.einsum("bkgth,bskh->bkgts", query, key, **dict(options))
+
+
+@functools.partial(_multiply_keys.defjvp, symbolic_zeros=True)
+def _multiply_keys_jvp(options, primals, tangents):
+    (query, key), dots = primals, _multiply_keys(options, *primals)
+
+    def multiply(x, y, *, dtype):
+        product = jnp.einsum(
+            "bkgth,bskh->bkgts", x, y, **dict(options) | {"preferred_element_type": dtype}
+        )
+        return product.astype(dots.dtype)
+
+    terms = [
+        lax.platform_dependent(
+            x,
+            y,
+            tpu=functools.partial(multiply, dtype=query.dtype),
+            default=functools.partial(multiply, dtype=dots.dtype),
+        )
+        for x, y in ((tangents[0], key), (query, tangents[1]))
+        if not isinstance(x, SymbolicZero) and not isinstance(y, SymbolicZero)
+    ]
+    return dots, sum(terms) if terms else jnp.zeros_like(dots)
 
 
 class GroupedProducts:
@@ -27,6 +63,8 @@ class GroupedProducts:
         self.options = {"precision": precision, "preferred_element_type": dtype}
 
     def multiply_keys(self, key: jax.Array) -> jax.Array:
+        if self.query.dtype == jnp.bfloat16 and self.options["precision"] is None:
+            return _multiply_keys(tuple(self.options.items()), self.query, key)
         return jnp.einsum("bkgth,bskh->bkgts", self.query, key, **self.options)
 
     def multiply_values(self, weights: jax.Array, value: jax.Array) -> jax.Array:

@@ -15,15 +15,15 @@ from tests.aot.test_tpu import gradients, structs
 
 pytestmark = pytest.mark.aot
 
-# HBM, bytes and the TPU compiler's own count of cycles, as shares of the baseline's. A GPU compiler
-# transposes queries and outputs for grouped heads (1/S of what it moves).
+# HBM, bytes and the TPU compiler's own count of cycles, as shares of the baseline's. The sum of the
+# rounded weights is one more pass (v6e), and GPUs transpose queries and outputs for grouped heads.
 LIMITS = {
     ("v5p", "fwd"): (1.0, 1.0, 1.0),
-    ("v5p", "fwd+bwd"): (1.0, 1.0, 1.0),
+    ("v5p", "fwd+bwd"): (0.6, 0.8, 0.8),
     ("v6e", "fwd"): (1.0, 1.0, 1.0),
-    ("v6e", "fwd+bwd"): (1.0, 1.0, 1.0),
-    ("h200", "fwd"): (1.01, 1.2, None),
-    ("h200", "fwd+bwd"): (1.0, 1.0, None),
+    ("v6e", "fwd+bwd"): (0.4, 0.7, 1.05),
+    ("h200", "fwd"): (1.0, 1.05, None),
+    ("h200", "fwd+bwd"): (0.7, 1.1, None),
 }
 
 
