@@ -126,7 +126,7 @@ def choose_cases(
     if full:
         rows: Iterable = itertools.product(*factors)
     else:
-        rows = pairwise.choose(list(map(list, factors)), lambda row: make(row).cost)
+        rows = pairwise.choose(factors, lambda row: make(row).cost)
     return list(map(make, rows))
 
 
